@@ -1,0 +1,108 @@
+# ltn: TransNormerLLM inference in C and CUDA.  `make` alone prints what can be made.
+
+VERSION := 0.1.0
+PREFIX  ?= /usr/local
+DESTDIR ?=
+
+# VARIANT=asan builds everything, with AddressSanitizer and UBSan, beside the ordinary build.
+VARIANT ?= release
+B       := build/$(VARIANT)
+BIN     := $(if $(filter release,$(VARIANT)),.,$(B))
+
+NVCC    ?= $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+COMMON  := -I. -O3 -g -fPIC -pthread -fno-math-errno -Wall -Wextra -Werror -DLTN_VERSION='"$(VERSION)"'
+LDLIBS  := -lcjson -lsentencepiece -lxxhash -lstdc++ -ldl -lm -pthread
+ifeq ($(VARIANT),asan)
+COMMON  += -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+LDFLAGS += -fsanitize=address,undefined
+endif
+CFLAGS   += -std=c11 -D_GNU_SOURCE $(COMMON)
+CXXFLAGS += -std=c++17 $(COMMON)
+# One instruction set per file: kernels/cpu/NAME_avx2.c, NAME_avx512.c; chosen at run time.
+%_avx2.c.o:   CFLAGS += -mavx2 -mfma -mf16c
+%_avx512.c.o: CFLAGS += -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
+
+# Everything in these folders but the programs' main files is the library.
+MAINS    := src/run.c src/bench.c src/score.c src/info.c
+LIB_SRC  := $(filter-out $(MAINS),$(wildcard kernels/*.c kernels/cpu/*.c model/*.c tokenizer/*.cc src/*.c))
+LIB_OBJ  := $(LIB_SRC:%=$(B)/%.o)
+TOOL_OBJ := $(patsubst %,$(B)/%.o,$(filter-out tools/convert.c,$(wildcard tools/*.c)))
+TEST_SRC := $(wildcard tests/test_*.c)
+TEST_BIN := $(TEST_SRC:tests/%.c=$(B)/tests/%)
+TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c)))
+CUDA_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/cuda/*.cu))
+PROGRAMS := $(patsubst src/%.c,$(BIN)/ltn-%,$(MAINS)) $(BIN)/tools/convert
+CUDA_LIB := $(if $(NVCC),$(BIN)/libltn_cuda.so)
+DEMO     := model/demo/demo.ltn
+
+.PHONY: help setup all programs demo test test-cuda check install uninstall clean format
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+help: ## print this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: ## install what is missing to build and test (Debian packages; root or sudo)
+	@sh tools/setup.sh
+
+all: programs $(CUDA_LIB) ## build the programs, the library, and the CUDA backend where nvcc is found
+	@$(if $(NVCC),,echo "no nvcc: built without the CUDA backend" >&2)
+
+demo: setup ## set up, build, and let the model that ships with the repo tell a story
+	@$(MAKE) --no-print-directory -j2 all
+	./ltn-run -p "Once upon a time" -n 250
+
+test: setup ## set up, build, and run every test that needs no GPU
+	@$(MAKE) --no-print-directory -j2 all tests
+	@sh tests/run.sh $(B)/tests
+
+check: setup ## the same tests under AddressSanitizer and UBSan
+	@$(MAKE) --no-print-directory -j2 VARIANT=asan NVCC= all tests
+	@LTN_VARIANT=asan sh tests/run.sh build/asan/tests
+
+programs: $(PROGRAMS) $(B)/libltn.a $(B)/libltn.so
+
+.PHONY: tests
+tests: $(TEST_BIN)
+
+$(B)/libltn.a: $(LIB_OBJ)
+	@rm -f $@
+	ar rcs $@ $^
+
+$(B)/libltn.so: $(LIB_OBJ)
+	$(CC) -shared -Wl,-soname,libltn.so.0 $(LDFLAGS) -o $@ $^ $(LDLIBS)
+
+$(BIN)/ltn-%: $(B)/src/%.c.o $(B)/libltn.a
+	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+
+$(BIN)/tools/convert: $(B)/tools/convert.c.o $(TOOL_OBJ) $(B)/libltn.a
+	@mkdir -p $(@D)
+	$(CC) $(LDFLAGS) -o $@ $^ -lzip $(LDLIBS)
+
+$(B)/tests/%: $(B)/tests/%.c.o $(TEST_OBJ) $(TOOL_OBJ) $(B)/libltn.a
+	$(CC) $(LDFLAGS) -o $@ $^ -lcmocka -lzip $(LDLIBS)
+
+$(B)/%.c.o: %.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
+
+$(B)/%.cc.o: %.cc
+	@mkdir -p $(@D)
+	$(CXX) $(CXXFLAGS) -MMD -MP -c -o $@ $<
+
+CUDA_ARCH ?= -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a \
+             -gencode=arch=compute_90,code=compute_90
+$(B)/%.cu.o: %.cu
+	@mkdir -p $(@D)
+	$(NVCC) -std=c++17 -O3 -I. -Xcompiler -fPIC,-Wall,-Wextra $(CUDA_ARCH) -MMD -MP -c -o $@ $<
+
+$(BIN)/libltn_cuda.so: $(CUDA_OBJ) $(B)/kernels/status.c.o
+	$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt
+
+format: ## lay out the code with clang-format
+	clang-format -i $$(git ls-files '*.c' '*.h' '*.cc' '*.cu' '*.cuh')
+
+clean: ## remove everything that was built
+	rm -rf build $(PROGRAMS) libltn_cuda.so
+
+-include $(shell find $(B) -name '*.d' 2>/dev/null)

@@ -1,0 +1,173 @@
+/* THE boundary between the model and the hardware: the operations that a backend offers.
+ *
+ * The model (model/decoder.c) writes the forward pass once, in these operations. A backend is a table of
+ * them. An operation knows sizes and pointers, never a model, a file or a flag.
+ *
+ * Numerics contract
+ *   - Residual stream, recurrent state and logits are f32 on every backend.
+ *   - Activations ("act": everything between two residual additions) have the backend's own element type,
+ * act_dtype: f32 on the CPU. A `void *` below points at act elements; a `float *` at f32.
+ *   - Sums run in f32 or wider, in an order that depends on sizes alone, never on thread count or timing: the
+ * same call on the same machine gives the same bits.
+ *   - Norms divide by sqrt(mean + eps) formed in f32 or wider.
+ *
+ * Memory contract
+ *   - Every pointer named here is backend memory (alloc), except where it says host. On a backend with
+ * host_memory set, backend memory is ordinary memory and weights may be used where they lie.
+ *   - No operation allocates. Rows are contiguous unless a leading dimension `ld*` (in elements) is given.
+ *   - `rows` may be anything from 1 up. Sizes are those of the model; any value >= 1 must work.
+ *
+ * Operations are issued in order on the backend's one queue; results are visible to the host after download
+ * or sync. One backend may be used by several threads: each call is atomic, and callers bring their own
+ * buffers.
+ */
+#ifndef LTN_OPS_H
+#define LTN_OPS_H
+
+#include "kernels/dtype.h"
+#include "kernels/status.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct ltn_backend;
+
+/* A linear map's weights: y = x W^T, stored [out, in] as checkpoints store them. */
+struct ltn_matrix {
+    const void *data; /* [rows, cols], 64-byte aligned */
+    enum ltn_dtype dtype;
+    int32_t rows; /* outputs */
+    int32_t cols; /* inputs */
+};
+
+struct ltn_linear {
+    struct ltn_matrix w;
+    const float *bias; /* [w.rows] or NULL */
+};
+
+/* weight == NULL: SimpleRMSNorm, x / sqrt(mean(x^2) + 1e-6), no parameters (TransNormerLLM, arXiv 2307.14995,
+ * eq. 8). else LayerNorm, (x - mean) / sqrt(var + 1e-5) * weight + bias. */
+struct ltn_norm {
+    const float *weight; /* [cols] or NULL */
+    const float *bias;   /* [cols], set exactly when weight is */
+};
+
+/* Feature maps. LTN_ACT_EXP is exp(x - max over its group); the others act on each element alone. */
+enum ltn_act {
+    LTN_ACT_NONE,
+    LTN_ACT_SILU,
+    LTN_ACT_GELU, /* x * (1 + erf(x / sqrt 2)) / 2 */
+    LTN_ACT_RELU,
+    LTN_ACT_ELU, /* alpha 1 */
+    LTN_ACT_SIGMOID,
+    LTN_ACT_EXP,
+    LTN_ACT_LEAK,     /* leaky ReLU, slope 0.01 */
+    LTN_ACT_ELU_ADD1, /* 1 + elu(x) */
+    LTN_ACT_ELU_ADD2, /* 2 + elu(x) */
+    LTN_ACT_SINE,
+};
+
+/* One stream's part of a call. Sequences lie one after another and cover all rows: seq[0].first == 0,
+ * seq[i+1].first == seq[i].first + seq[i].count. Prefill of one text is one sequence; batched decode is B
+ * sequences of one row each; anything between is allowed. */
+struct ltn_seq {
+    float *state;  /* this stream's whole recurrent state, all layers, backend memory */
+    int64_t pos;   /* position of its first row, >= 0 */
+    int32_t first; /* its first row */
+    int32_t count; /* its rows, >= 1 */
+};
+
+/* Lightning attention of one layer. e = head_dim; d = e, or 2e with LRPE (theta != NULL). */
+struct ltn_attention {
+    int32_t n_heads;
+    int32_t head_dim;    /* e */
+    const float *slopes; /* [n_heads], s > 0: a token j steps back weighs exp(-s j) */
+    const float *theta;  /* [n_heads, head_dim] LRPE angles per position, or NULL */
+    size_t state_offset; /* of this layer in ltn_seq.state, in floats */
+};
+
+struct ltn_ops {
+    /* ---- device memory and order --------------------------------------------------------------------------
+     */
+    void (*close)(struct ltn_backend *be); /* releases the backend; every buffer must have been freed */
+    /* *out: 64-byte aligned, contents undefined. LTN_ERR_MEMORY names what was needed and what was free. */
+    enum ltn_status (*alloc)(struct ltn_backend *be, void **out, size_t bytes, struct ltn_error *err);
+    void (*free)(struct ltn_backend *be, void *p); /* NULL is allowed */
+    enum ltn_status (*zero)(struct ltn_backend *be, void *p, size_t bytes, struct ltn_error *err);
+    /* host -> backend; the host buffer may be reused on return */
+    enum ltn_status (*upload)(struct ltn_backend *be, void *dst, const void *host, size_t bytes,
+                              struct ltn_error *err);
+    /* backend -> host; complete on return, and so is all that was issued before */
+    enum ltn_status (*download)(struct ltn_backend *be, void *host, const void *src, size_t bytes,
+                                struct ltn_error *err);
+    enum ltn_status (*copy)(struct ltn_backend *be, void *dst, const void *src, size_t bytes,
+                            struct ltn_error *err);
+    enum ltn_status (*sync)(struct ltn_backend *be, struct ltn_error *err); /* waits, reports late failures */
+
+    /* ---- the small operations that every backend has ------------------------------------------------------
+     */
+    /* x[r] = scale * table[ids[r]].  x: [rows, table->cols] f32; ids: [rows], each in [0, table->rows) */
+    enum ltn_status (*embed)(struct ltn_backend *be, float *x, const struct ltn_matrix *table,
+                             const int32_t *ids, int32_t rows, float scale, struct ltn_error *err);
+    /* y = Norm(x), row by row.  y: act [rows, cols]; x: f32 [rows, cols] */
+    enum ltn_status (*norm)(struct ltn_backend *be, void *y, const float *x, const struct ltn_norm *norm,
+                            int32_t rows, int32_t cols, struct ltn_error *err);
+    /* y = gate * Norm(o): the output of the token mixer before its last projection (TransNormerLLM eq. 7,
+     * with the norm over all heads together).  y, o: act [rows, cols]; gate: act, row r at gate + r * ld_gate
+     */
+    enum ltn_status (*gated_norm)(struct ltn_backend *be, void *y, const void *o, const void *gate,
+                                  int32_t ld_gate, const struct ltn_norm *norm, int32_t rows, int32_t cols,
+                                  struct ltn_error *err);
+    /* y = x W^T + b.  y: act [rows, W.rows]; x: act [rows, W.cols] */
+    enum ltn_status (*linear)(struct ltn_backend *be, void *y, const void *x, const struct ltn_linear *l,
+                              int32_t rows, struct ltn_error *err);
+    /* x += y W^T + b, into the residual stream.  x: f32 [rows, W.rows]; y: act [rows, W.cols] */
+    enum ltn_status (*linear_add)(struct ltn_backend *be, float *x, const void *y, const struct ltn_linear *l,
+                                  int32_t rows, struct ltn_error *err);
+    /* out = y W^T.  out: f32 [rows, W.rows]; y: act [rows, W.cols] */
+    enum ltn_status (*logits)(struct ltn_backend *be, float *out, const void *y, const struct ltn_matrix *w,
+                              int32_t rows, struct ltn_error *err);
+    /* x = act(x) in place on `cols` columns of each row.  x: act, row r at x + r * ld. LTN_ACT_EXP takes its
+     * maximum over runs of `group` columns (cols is a multiple of group). */
+    enum ltn_status (*activation)(struct ltn_backend *be, void *x, int32_t ld, int32_t rows, int32_t cols,
+                                  int32_t group, enum ltn_act act, struct ltn_error *err);
+    /* a *= b, element by element.  a, b: act [n] */
+    enum ltn_status (*multiply)(struct ltn_backend *be, void *a, const void *b, int64_t n,
+                                struct ltn_error *err);
+    /* Lightning attention with state (Lightning Attention-2, arXiv 2401.04658, eq. 5-12): for each sequence,
+     * head and row t, with ratio r = exp(-s), S the head's state [d, e] and q, k rotated by LRPE to width d
+     * where theta is set, S <- r S + k_t^T v_t,   o_t = q_t S          (no scaling, no softmax) S is read
+     * from and left in seq.state + attention.state_offset as [n_heads, d, e] f32, cosine rows first. The
+     * decay must be applied as S += k^T v - (1 - r) S with 1 - r = -expm1(-s) from f64, and likewise
+     * -expm1(-s m) over a block of m rows: in the last layers r rounds to 1 in f32. LRPE: [x cos(theta p), x
+     * sin(theta p)] at position p = seq.pos + t, the angle reduced in f64. o: act [rows, n_heads * e]; q, k,
+     * v: act, row r of each at + r * ld; n_seqs >= 1. seqs is HOST memory, and may be reused on return. */
+    enum ltn_status (*lightning)(struct ltn_backend *be, void *o, const void *q, const void *k, const void *v,
+                                 int32_t ld, const struct ltn_attention *a, const struct ltn_seq *seqs,
+                                 int32_t n_seqs, struct ltn_error *err);
+};
+
+/* What every backend begins with; its own fields follow. */
+struct ltn_backend {
+    const struct ltn_ops *ops;
+    enum ltn_dtype act_dtype;
+    bool host_memory;   /* backend memory is host memory: weights are used in place */
+    int32_t chunk_rows; /* rows per prefill call that suit this backend */
+    char name[96];      /* for people, e.g. "CPU, 8 threads, AVX-512" */
+};
+
+/* The plain reference: one thread, one loop per formula, f32 storage. The oracle of every other backend. */
+enum ltn_status ltn_reference_open(struct ltn_backend **out, struct ltn_error *err);
+
+/* The fast CPU backend. n_threads 0: one per available core. The instruction set is chosen at run time. */
+enum ltn_status ltn_cpu_open(struct ltn_backend **out, int n_threads, struct ltn_error *err);
+
+/* The CUDA backend lives in libltn_cuda.so, which exports exactly this function under the name
+ * LTN_CUDA_ENTRY; weights_dtype picks the arithmetic: f32 weights keep f32 activations, 16-bit weights get
+ * bf16. */
+#define LTN_CUDA_ENTRY "ltn_cuda_open"
+typedef enum ltn_status ltn_cuda_open_fn(struct ltn_backend **out, int device, enum ltn_dtype weights_dtype,
+                                         struct ltn_error *err);
+
+#endif

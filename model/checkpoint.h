@@ -1,0 +1,45 @@
+/* The .ltn file: a safetensors file that holds one model, complete.
+ *
+ * __metadata__ (all strings, exactly these keys):
+ *   format      "ltn"
+ *   version     "1"
+ *   config      JSON text, see model/config.h
+ *   dtype       "f32", "bf16" or "f16": of the matrices
+ *   checksum    XXH3-128 of the data bytes, 32 hexadecimal digits, lower case; also the model's identity
+ *   tokenizer   JSON text, see tokenizer/tokenizer.h; "" when the file has no tokenizer
+ *   provenance  free text: where the weights came from
+ * Tensors: exactly the set of ltn_config_tensors, under the same names and shapes, one dtype per tensor out
+ * of F32, BF16, F16; plus "tokenizer" (U8 [n]) when the metadata has one. Order: those whose size is a
+ * multiple of 64 bytes in the order of the forward pass, then the rest, the tokenizer last; so everything but
+ * small odd tensors is aligned.
+ */
+#ifndef LTN_CHECKPOINT_H
+#define LTN_CHECKPOINT_H
+
+#include "model/config.h"
+#include "model/safetensors.h"
+
+struct ltn_checkpoint {
+    struct ltn_st_file file;
+    struct ltn_config config;
+    struct ltn_tensor_spec *specs;        /* [n_specs] what the config asks for, in forward order */
+    const struct ltn_st_tensor **tensors; /* [n_specs] where the file has it */
+    size_t n_specs;
+    enum ltn_dtype dtype;     /* of the matrices, as the metadata says and the tensors confirm */
+    const uint8_t *tokenizer; /* [tokenizer_bytes] inside the mapping; NULL: none */
+    size_t tokenizer_bytes;
+    const char *tokenizer_json; /* the metadata value */
+    const char *checksum;       /* 32 hexadecimal digits */
+};
+
+/* Opens and validates: every name, dtype, shape and offset must be what the config asks for. The data itself
+ * is not read. On failure *checkpoint is zero. */
+enum ltn_status ltn_checkpoint_open(struct ltn_checkpoint *checkpoint, const char *path,
+                                    struct ltn_error *err);
+void ltn_checkpoint_close(struct ltn_checkpoint *checkpoint); /* a zeroed one is allowed */
+
+/* Reads all of it: the checksum must match and every weight must be finite; the error names the first that is
+ * not. */
+enum ltn_status ltn_checkpoint_verify(const struct ltn_checkpoint *checkpoint, struct ltn_error *err);
+
+#endif

@@ -1,0 +1,41 @@
+/* A loaded model: its weights on a backend, ready for the forward pass. Immutable; any number of threads may
+ * use it. */
+#ifndef LTN_MODEL_H
+#define LTN_MODEL_H
+
+#include "model/checkpoint.h"
+
+/* The weights of one layer; names as in the paper's formulas, shapes in model/config.h. */
+struct ltn_layer {
+    struct ltn_norm token_norm;
+    struct ltn_linear qkv;          /* [4H, D] rows q, k, v, u; TNL3: [3H, D] rows q, k, v */
+    struct ltn_linear gate0, gate1; /* TNL3: [gate_dim, D], [H, gate_dim] */
+    struct ltn_attention attention; /* slopes, LRPE angles, place of the state */
+    struct ltn_norm attn_norm;      /* over all H features */
+    struct ltn_linear out;          /* [D, H] */
+    struct ltn_norm channel_norm;
+    struct ltn_linear l1, l2; /* [G, D] */
+    struct ltn_linear l3;     /* [D, G] */
+};
+
+struct ltn_model {
+    struct ltn_config config;
+    struct ltn_backend *be;  /* borrowed */
+    struct ltn_matrix embed; /* [V, D] */
+    struct ltn_matrix head;  /* [V, D]; the embedding where tied */
+    struct ltn_norm final_norm;
+    struct ltn_layer *layers; /* [n_layers] */
+    void *arena;              /* backend memory of all that is not used in place */
+};
+
+/* Puts the weights of an open checkpoint on the backend. Matrices keep their dtype; vectors become f32. Where
+ * the backend works in host memory, aligned matrices are used inside the mapping, so the checkpoint must stay
+ * open for as long as the model lives. progress (may be NULL) is told of bytes done out of bytes in all, and
+ * is called from this thread. On failure *model is zero. */
+enum ltn_status ltn_model_load(struct ltn_model *model, const struct ltn_checkpoint *checkpoint,
+                               struct ltn_backend *be,
+                               void (*progress)(void *ctx, uint64_t done, uint64_t total), void *ctx,
+                               struct ltn_error *err);
+void ltn_model_free(struct ltn_model *model); /* a zeroed one is allowed */
+
+#endif
