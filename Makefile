@@ -99,6 +99,30 @@ $(B)/%.cu.o: %.cu
 $(BIN)/libltn_cuda.so: $(CUDA_OBJ) $(B)/kernels/status.c.o
 	$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt
 
+# ---- installation ----------------------------------------------------------------------------------------------------
+
+DEST    := $(DESTDIR)$(PREFIX)
+INSTALLED := bin/ltn-run bin/ltn-bench bin/ltn-score bin/ltn-info bin/ltn-convert lib/libltn.a lib/libltn.so.0 \
+             lib/libltn.so lib/libltn_cuda.so lib/pkgconfig/ltn.pc share/ltn/demo.ltn include/ltn
+
+install: all ## install programs, library, header and demo model under PREFIX (/usr/local)
+	install -d $(DEST)/bin $(DEST)/lib/pkgconfig $(DEST)/include/ltn/kernels $(DEST)/share/ltn
+	install ltn-run ltn-bench ltn-score ltn-info $(DEST)/bin
+	install tools/convert $(DEST)/bin/ltn-convert
+	install -m 644 $(B)/libltn.a $(DEST)/lib
+	install $(B)/libltn.so $(DEST)/lib/libltn.so.0
+	ln -sf libltn.so.0 $(DEST)/lib/libltn.so
+	$(if $(CUDA_LIB),install $(CUDA_LIB) $(DEST)/lib)
+	install -m 644 src/ltn.h $(DEST)/include/ltn
+	install -m 644 kernels/status.h $(DEST)/include/ltn/kernels
+	install -m 644 $(DEMO) $(DEST)/share/ltn
+	printf 'Name: ltn\nDescription: TransNormerLLM inference\nVersion: %s\nCflags: -I%s/include/ltn\nLibs: -L%s/lib -lltn\nLibs.private: %s\n' \
+	    '$(VERSION)' '$(PREFIX)' '$(PREFIX)' '$(LDLIBS)' >$(DEST)/lib/pkgconfig/ltn.pc
+
+uninstall: ## remove what install put there
+	cd $(DEST) && rm -rf $(INSTALLED)
+	-rmdir $(DEST)/share/ltn
+
 format: ## lay out the code with clang-format
 	clang-format -i $$(git ls-files '*.c' '*.h' '*.cc' '*.cu' '*.cuh')
 
