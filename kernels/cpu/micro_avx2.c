@@ -1,0 +1,46 @@
+/* Inner loops for x86 with AVX2, FMA and F16C. */
+#include "kernels/cpu/micro.h"
+
+#include <immintrin.h>
+
+enum { VL = 8, DOT_ROWS = 3, OUTER_ROWS = 6 };
+typedef __m256 vf;
+
+static inline vf fma_v(vf a, vf b, vf c)
+{
+    return _mm256_fmadd_ps(a, b, c);
+}
+
+static inline float fma_s(float a, float b, float c)
+{
+    return __builtin_fmaf(a, b, c);
+}
+
+static inline vf load_f32(const float *p)
+{
+    return _mm256_loadu_ps(p);
+}
+
+static inline vf load_bf16(const uint16_t *p)
+{
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+static inline vf load_f16(const uint16_t *p)
+{
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+
+/* The sums of the lanes of four vectors. */
+static inline __m128 sum_lanes(vf a, vf b, vf c, vf d)
+{
+    vf ac = _mm256_add_ps(_mm256_unpacklo_ps(a, c), _mm256_unpackhi_ps(a, c));
+    vf bd = _mm256_add_ps(_mm256_unpacklo_ps(b, d), _mm256_unpackhi_ps(b, d));
+    vf abcd = _mm256_add_ps(_mm256_unpacklo_ps(ac, bd), _mm256_unpackhi_ps(ac, bd));
+    return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
+}
+
+#define MICRO_TABLE ltn_micro_avx2
+#define MICRO_NAME "AVX2"
+#include "kernels/cpu/micro_body.h"

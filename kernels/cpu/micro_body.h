@@ -1,0 +1,443 @@
+/* The inner loops themselves, included once per instruction set by a file that has defined
+ *   VL           lanes of a vector
+ *   DOT_ROWS     rows of a tile of dot products; its DOT_ROWS x 4 sums stay in registers
+ *   OUTER_ROWS   rows of a tile of outer products; OUTER_ROWS x 2 vectors stay in registers
+ *   vf           a vector of VL floats
+ *   fma_v fma_s  a * b + c of vectors and scalars, as fast as the machine has it
+ *   load_f32 load_bf16 load_f16    VL elements from any address, widened to f32
+ *   sum_lanes    the four lane sums of four vectors
+ *   MICRO_TABLE MICRO_NAME
+ * Tiles are written as loops over constant bounds inside inlined functions, so that the compiler unrolls them
+ * into registers. */
+#include <math.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef int32_t vi __attribute__((vector_size(sizeof(vf))));
+typedef float v4 __attribute__((vector_size(16)));
+
+INLINE vf splat(float s)
+{
+    return (vf){0} + s;
+}
+
+INLINE void store(float *p, vf v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
+/* The first n < VL lanes; the others read as zero. */
+INLINE vf load_part(const float *p, int n)
+{
+    float lanes[VL] = {0};
+    memcpy(lanes, p, (size_t)n * sizeof *p);
+    return load_f32(lanes);
+}
+
+INLINE void store_part(float *p, vf v, int n)
+{
+    memcpy(p, &v, (size_t)n * sizeof *p);
+}
+
+/* VL weights from element i on, or only n of them if n < VL. */
+INLINE vf load_weights(const void *w, enum ltn_dtype dtype, size_t i, int n)
+{
+    uint16_t lanes[VL] = {0};
+    if (dtype == LTN_F32)
+        return n < VL ? load_part((const float *)w + i, n) : load_f32((const float *)w + i);
+    const uint16_t *p = (const uint16_t *)w + i;
+    if (n < VL)
+        p = memcpy(lanes, p, (size_t)n * sizeof *p);
+    return dtype == LTN_BF16 ? load_bf16(p) : load_f16(p);
+}
+
+/* ---- products ---------------------------------------------------------------------------------------- */
+
+/* rows <= DOT_ROWS (a constant) by n_outs <= 4 dot products over at most MICRO_DOT_COLS columns. */
+INLINE void dot_tile(float *y, size_t ldy, const float *x, size_t ldx, const void *const w[4],
+                     enum ltn_dtype dtype, int rows, int n_outs, int cols, bool add, const float *bias)
+{
+    vf sum[DOT_ROWS][4] = {0};
+    int c = 0;
+    for (; c + VL <= cols; c += VL) {
+        vf b[4];
+#pragma GCC unroll 4
+        for (int o = 0; o < 4; o++)
+            b[o] = load_weights(w[o], dtype, (size_t)c, VL);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            vf a = load_f32(x + r * ldx + c);
+#pragma GCC unroll 4
+            for (int o = 0; o < 4; o++)
+                sum[r][o] = fma_v(a, b[o], sum[r][o]);
+        }
+    }
+    if (c < cols) {
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            vf a = load_part(x + r * ldx + c, cols - c);
+#pragma GCC unroll 4
+            for (int o = 0; o < 4; o++)
+                sum[r][o] = fma_v(a, load_weights(w[o], dtype, (size_t)c, cols - c), sum[r][o]);
+        }
+    }
+    v4 b = {0};
+    if (bias)
+        memcpy(&b, bias, (size_t)n_outs * sizeof *bias);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        v4 out = (v4)sum_lanes(sum[r][0], sum[r][1], sum[r][2], sum[r][3]) + b, old = {0};
+        float *at = y + r * ldy;
+        if (n_outs == 4) {
+            if (add)
+                memcpy(&old, at, sizeof old);
+            old += out;
+            memcpy(at, &old, sizeof old);
+        } else {
+            for (int o = 0; o < n_outs; o++)
+                at[o] = (add ? at[o] : 0) + out[o];
+        }
+    }
+}
+
+INLINE void dots(float *y, size_t ldy, const float *x, size_t ldx, const void *w, enum ltn_dtype dtype,
+                 int rows, int outs, int cols, bool add, const float *bias)
+{
+    size_t size = dtype == LTN_F32 ? 4 : 2;
+    for (int first = 0; first < cols; first += MICRO_DOT_COLS) {
+        int n = cols - first < MICRO_DOT_COLS ? cols - first : MICRO_DOT_COLS;
+        const float *b = first == 0 ? bias : NULL;
+        bool plus = add || first > 0;
+        for (int r = 0; r < rows; r += DOT_ROWS) {
+            for (int o = 0; o < outs; o += 4) {
+                int n_outs = outs - o < 4 ? outs - o : 4;
+                const void *w4[4];
+                for (int i = 0; i < 4; i++) {
+                    size_t row = (size_t)(i < n_outs ? o + i : o);
+                    w4[i] = (const char *)w + (row * (size_t)cols + (size_t)first) * size;
+                }
+                float *to = y + r * ldy + o;
+                const float *from = x + r * ldx + first, *b4 = b ? b + o : NULL;
+#define TILE(n_rows)                                                                                         \
+    case n_rows:                                                                                             \
+        dot_tile(to, ldy, from, ldx, w4, dtype, n_rows < DOT_ROWS ? n_rows : DOT_ROWS, n_outs, n, plus, b4); \
+        break
+                switch (rows - r) {
+                    TILE(1);
+                    TILE(2);
+                    TILE(3);
+                    TILE(4);
+                    TILE(5);
+                default:
+                    dot_tile(to, ldy, from, ldx, w4, dtype, DOT_ROWS, n_outs, n, plus, b4);
+                }
+#undef TILE
+            }
+        }
+    }
+}
+
+static void dots_f32(float *y, size_t ldy, const float *x, size_t ldx, const void *w, int rows, int outs,
+                     int cols, bool add, const float *bias)
+{
+    dots(y, ldy, x, ldx, w, LTN_F32, rows, outs, cols, add, bias);
+}
+
+static void dots_bf16(float *y, size_t ldy, const float *x, size_t ldx, const void *w, int rows, int outs,
+                      int cols, bool add, const float *bias)
+{
+    dots(y, ldy, x, ldx, w, LTN_BF16, rows, outs, cols, add, bias);
+}
+
+static void dots_f16(float *y, size_t ldy, const float *x, size_t ldx, const void *w, int rows, int outs,
+                     int cols, bool add, const float *bias)
+{
+    dots(y, ldy, x, ldx, w, LTN_F16, rows, outs, cols, add, bias);
+}
+
+/* m rows by `vecs` vectors (constants, at most OUTER_ROWS by 2), of which the last has `lanes` lanes. */
+INLINE void outer_tile(float *c, size_t ldc, const float *a, size_t rs, size_t ks, const float *b, size_t ldb,
+                       int m, int vecs, int lanes, int k, float shrink)
+{
+    vf sum[OUTER_ROWS][2] = {0};
+    for (int l = 0; l < k; l++) {
+        vf row[2];
+        const float *at = b + (size_t)l * ldb;
+#pragma GCC unroll 2
+        for (int v = 0; v < vecs; v++)
+            row[v] = lanes < VL ? load_part(at + v * VL, lanes) : load_f32(at + v * VL);
+#pragma GCC unroll 16
+        for (int i = 0; i < m; i++) {
+            vf s = splat(a[i * rs + l * ks]);
+#pragma GCC unroll 2
+            for (int v = 0; v < vecs; v++)
+                sum[i][v] = fma_v(s, row[v], sum[i][v]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < m; i++) {
+#pragma GCC unroll 2
+        for (int v = 0; v < vecs; v++) {
+            float *at = c + i * ldc + v * VL;
+            vf old = lanes < VL ? load_part(at, lanes) : load_f32(at);
+            old += fma_v(splat(-shrink), old, sum[i][v]);
+            if (lanes < VL)
+                store_part(at, old, lanes);
+            else
+                store(at, old);
+        }
+    }
+}
+
+/* m rows (a constant) by n columns. */
+INLINE void outer_rows(float *c, size_t ldc, const float *a, size_t rs, size_t ks, const float *b, size_t ldb,
+                       int m, int n, int k, float shrink)
+{
+    int j = 0;
+    for (; j + 2 * VL <= n; j += 2 * VL)
+        outer_tile(c + j, ldc, a, rs, ks, b + j, ldb, m, 2, VL, k, shrink);
+    for (; j + VL <= n; j += VL)
+        outer_tile(c + j, ldc, a, rs, ks, b + j, ldb, m, 1, VL, k, shrink);
+    if (j < n)
+        outer_tile(c + j, ldc, a, rs, ks, b + j, ldb, m, 1, n - j, k, shrink);
+}
+
+static void outer(float *c, size_t ldc, const float *a, size_t rs, size_t ks, const float *b, size_t ldb,
+                  int m, int n, int k, float shrink)
+{
+    int i = 0;
+    for (; i + OUTER_ROWS <= m; i += OUTER_ROWS)
+        outer_rows(c + i * ldc, ldc, a + i * rs, rs, ks, b, ldb, OUTER_ROWS, n, k, shrink);
+    for (; i + 4 <= m; i += 4)
+        outer_rows(c + i * ldc, ldc, a + i * rs, rs, ks, b, ldb, 4, n, k, shrink);
+    for (; i < m; i++)
+        outer_rows(c + i * ldc, ldc, a + i * rs, rs, ks, b, ldb, 1, n, k, shrink);
+}
+
+/* `vecs` vectors of columns (a constant, at most 4), of which the last has `lanes` lanes. */
+INLINE void step_columns(float *o, float *s, size_t lds, const float *q, const float *k, const float *v,
+                         float one_less_r, int d, int vecs, int lanes)
+{
+    vf value[4], sum[4] = {0};
+#pragma GCC unroll 4
+    for (int i = 0; i < vecs; i++)
+        value[i] = lanes < VL ? load_part(v + i * VL, lanes) : load_f32(v + i * VL);
+    for (int c = 0; c < d; c++, s += lds) {
+#pragma GCC unroll 4
+        for (int i = 0; i < vecs; i++) {
+            float *at = s + i * VL;
+            vf old = lanes < VL ? load_part(at, lanes) : load_f32(at);
+            old += fma_v(splat(k[c]), value[i], splat(-one_less_r) * old);
+            if (lanes < VL)
+                store_part(at, old, lanes);
+            else
+                store(at, old);
+            sum[i] = fma_v(splat(q[c]), old, sum[i]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < vecs; i++) {
+        if (lanes < VL)
+            store_part(o + i * VL, sum[i], lanes);
+        else
+            store(o + i * VL, sum[i]);
+    }
+}
+
+static void step(float *o, float *s, size_t lds, const float *q, const float *k, const float *v,
+                 float one_less_r, int d, int n)
+{
+    int j = 0;
+    for (; j + 4 * VL <= n; j += 4 * VL)
+        step_columns(o + j, s + j, lds, q, k, v + j, one_less_r, d, 4, VL);
+    for (; j + VL <= n; j += VL)
+        step_columns(o + j, s + j, lds, q, k, v + j, one_less_r, d, 1, VL);
+    if (j < n)
+        step_columns(o + j, s + j, lds, q, k, v + j, one_less_r, d, 1, n - j);
+}
+
+/* ---- element by element ------------------------------------------------------------------------------ */
+
+/* sum_i (x[i] - mean)^power, power 1 or 2 (a constant) */
+INLINE float sum_power(const float *x, float mean, int power, size_t n)
+{
+    vf sum[4] = {0}, m = splat(mean);
+    size_t i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            vf v = load_f32(x + i + j * VL) - m;
+            sum[j] += power == 1 ? v : (vf)(v * v);
+        }
+    }
+    v4 four = (v4)sum_lanes(sum[0], sum[1], sum[2], sum[3]);
+    float total = (four[0] + four[1]) + (four[2] + four[3]);
+    for (; i < n; i++) {
+        float v = x[i] - mean;
+        total += power == 1 ? v : v * v;
+    }
+    return total;
+}
+
+static float sum(const float *x, size_t n)
+{
+    return sum_power(x, 0, 1, n);
+}
+
+static float sum_squares(const float *x, float mean, size_t n)
+{
+    return sum_power(x, mean, 2, n);
+}
+
+static void normalize(float *y, const float *x, const float *gate, const struct ltn_norm *norm, float mean,
+                      float scale, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        y[i] = (x[i] - mean) * scale;
+    if (norm->weight)
+        for (size_t i = 0; i < n; i++)
+            y[i] = fma_s(y[i], norm->weight[i], norm->bias[i]);
+    if (gate)
+        for (size_t i = 0; i < n; i++)
+            y[i] *= gate[i];
+}
+
+static void multiply(float *a, const float *b, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        a[i] *= b[i];
+}
+
+static void scale(float *x, float factor, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        x[i] *= factor;
+}
+
+/* yes where mask is all ones, no where it is zero */
+INLINE vf choose(vi mask, vf yes, vf no)
+{
+    return (vf)((mask & (vi)yes) | (~mask & (vi)no));
+}
+
+/* exp(x) for x in [-87, 88]; beyond it the value at the border, so that nothing overflows or goes subnormal.
+ * x = n ln 2 + r with |r| <= ln 2 / 2; polynomial of Cephes' expf. Relative error below 2e-7. NaN stays NaN.
+ */
+INLINE vf exp_v(vf x)
+{
+    x = choose(x < splat(-87.0f), splat(-87.0f), x);
+    x = choose(x > splat(88.0f), splat(88.0f), x);
+    vf shifted = fma_v(x, splat(0x1.715476p0f), splat(0x1.8p23f)); /* n in the low bits */
+    vf n = shifted - splat(0x1.8p23f);
+    vf r = fma_v(n, splat(2.12194440e-4f), fma_v(n, splat(-0.693359375f), x));
+    vf p = splat(1.9875691500e-4f);
+    p = fma_v(p, r, splat(1.3981999507e-3f));
+    p = fma_v(p, r, splat(8.3334519073e-3f));
+    p = fma_v(p, r, splat(4.1665795894e-2f));
+    p = fma_v(p, r, splat(1.6666665459e-1f));
+    p = fma_v(p, r, splat(5.0000001201e-1f));
+    p = fma_v(p, r * r, r) + splat(1.0f);
+    return p * (vf)(((vi)shifted << 23) + (vi)splat(1.0f));
+}
+
+INLINE vf activate_v(vf x, enum ltn_act act)
+{
+    vf one = splat(1.0f), zero = splat(0.0f);
+    switch (act) {
+    case LTN_ACT_SILU:
+        return x / (one + exp_v(-x));
+    case LTN_ACT_SIGMOID:
+        return one / (one + exp_v(-x));
+    case LTN_ACT_EXP:
+        return exp_v(x);
+    case LTN_ACT_RELU:
+        return choose(x < zero, zero, x);
+    case LTN_ACT_LEAK:
+        return choose(x < zero, splat(0.01f) * x, x);
+    case LTN_ACT_ELU_ADD1:
+        return choose(x > zero, one + x, exp_v(x));
+    case LTN_ACT_ELU_ADD2:
+        return choose(x > zero, splat(2.0f) + x, one + exp_v(x));
+    default:
+        return x;
+    }
+}
+
+INLINE void activate_all(float *x, enum ltn_act act, float shift, size_t n)
+{
+    size_t i = 0;
+    for (; i + VL <= n; i += VL)
+        store(x + i, activate_v(load_f32(x + i) - splat(shift), act));
+    if (i < n) {
+        int rest = (int)(n - i);
+        store_part(x + i, activate_v(load_part(x + i, rest) - splat(shift), act), rest);
+    }
+}
+
+static void activate(float *x, enum ltn_act act, float shift, size_t n)
+{
+    switch (act) {
+#define CASE(name)                                                                                           \
+    case name:                                                                                               \
+        activate_all(x, name, shift, n);                                                                     \
+        break
+        CASE(LTN_ACT_SILU);
+        CASE(LTN_ACT_SIGMOID);
+        CASE(LTN_ACT_EXP);
+        CASE(LTN_ACT_RELU);
+        CASE(LTN_ACT_LEAK);
+        CASE(LTN_ACT_ELU_ADD1);
+        CASE(LTN_ACT_ELU_ADD2);
+#undef CASE
+    case LTN_ACT_GELU: /* rare in this family: the C library's word by word */
+        for (size_t i = 0; i < n; i++)
+            x[i] *= 0.5f * erfcf(-0.70710678f * x[i]);
+        break;
+    case LTN_ACT_ELU:
+        for (size_t i = 0; i < n; i++)
+            x[i] = x[i] > 0 ? x[i] : expm1f(x[i]);
+        break;
+    case LTN_ACT_SINE:
+        for (size_t i = 0; i < n; i++)
+            x[i] = sinf(x[i]);
+        break;
+    case LTN_ACT_NONE:
+        break;
+    }
+}
+
+/* Turns are reduced in f64, to the nearest quarter; the rest, at most an eighth, goes to Cephes' polynomials
+ * for sinf and cosf. */
+static void angles(float *cosine, float *sine, const float *theta, double pos, size_t n)
+{
+    const double round = 0x1.8p52; /* adding and subtracting it rounds to an integer */
+    for (size_t i = 0; i < n; i++) {
+        double turns = theta[i] * 0.15915494309189535 * pos;
+        turns -= (turns + round) - round;
+        double quarters = (4 * turns + round) - round; /* -2 .. 2 */
+        float x = (float)((turns - quarters * 0.25) * 6.283185307179586), xx = x * x, q = (float)quarters;
+        float s = fma_s(fma_s(-1.9515295891e-4f, xx, 8.3321608736e-3f), xx, -1.6666654611e-1f);
+        float c = fma_s(fma_s(2.443315711809948e-5f, xx, -1.388731625493765e-3f), xx, 4.166664568298827e-2f);
+        s = fma_s(s * xx, x, x);
+        c = fma_s(c * xx, xx, fma_s(xx, -0.5f, 1.0f));
+        float odd = q * q == 1.0f ? 1.0f : 0.0f, even = 1.0f - odd;
+        float sign = q * q == 4.0f ? -1.0f : 1.0f;
+        cosine[i] = sign * even * c - odd * q * s;
+        sine[i] = sign * even * s + odd * q * c;
+    }
+}
+
+const struct micro MICRO_TABLE = {
+    .name = MICRO_NAME,
+    .dot_rows = DOT_ROWS,
+    .dots = {[LTN_F32] = dots_f32, [LTN_BF16] = dots_bf16, [LTN_F16] = dots_f16},
+    .outer = outer,
+    .step = step,
+    .sum = sum,
+    .sum_squares = sum_squares,
+    .normalize = normalize,
+    .multiply = multiply,
+    .scale = scale,
+    .activate = activate,
+    .angles = angles,
+};

@@ -1,0 +1,46 @@
+/* Inner loops in portable C: four-lane vectors of the compiler, no instruction beyond the base machine's. */
+#include "kernels/cpu/micro.h"
+
+enum { VL = 4, DOT_ROWS = 2, OUTER_ROWS = 4 };
+typedef float vf __attribute__((vector_size(16)));
+
+static inline vf fma_v(vf a, vf b, vf c)
+{
+    return a * b + c;
+}
+
+static inline float fma_s(float a, float b, float c)
+{
+    return a * b + c;
+}
+
+static inline vf load_f32(const float *p)
+{
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline vf load_bf16(const uint16_t *p)
+{
+    return (vf){ltn_bf16_to_f32(p[0]), ltn_bf16_to_f32(p[1]), ltn_bf16_to_f32(p[2]), ltn_bf16_to_f32(p[3])};
+}
+
+static inline vf load_f16(const uint16_t *p)
+{
+    return (vf){ltn_f16_to_f32(p[0]), ltn_f16_to_f32(p[1]), ltn_f16_to_f32(p[2]), ltn_f16_to_f32(p[3])};
+}
+
+/* The sums of the lanes of four vectors. */
+static inline vf sum_lanes(vf a, vf b, vf c, vf d)
+{
+    typedef int32_t vi __attribute__((vector_size(16)));
+    vf ac_lo = __builtin_shuffle(a, c, (vi){0, 4, 1, 5}), ac_hi = __builtin_shuffle(a, c, (vi){2, 6, 3, 7});
+    vf bd_lo = __builtin_shuffle(b, d, (vi){0, 4, 1, 5}), bd_hi = __builtin_shuffle(b, d, (vi){2, 6, 3, 7});
+    vf ac = ac_lo + ac_hi, bd = bd_lo + bd_hi;
+    return __builtin_shuffle(ac, bd, (vi){0, 4, 1, 5}) + __builtin_shuffle(ac, bd, (vi){2, 6, 3, 7});
+}
+
+#define MICRO_TABLE ltn_micro_portable
+#define MICRO_NAME "portable"
+#include "kernels/cpu/micro_body.h"

@@ -1,0 +1,182 @@
+#include "kernels/cpu/pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum {
+    TASK_BITS = 24,
+    MAX_TASKS = (1 << TASK_BITS) - 1, /* of one job; longer ones are cut */
+    SPIN_NS = 50000,                  /* how long an idle thread looks for work before it sleeps */
+};
+
+struct worker {
+    struct pool *pool;
+    pthread_t thread;
+    int index;
+};
+
+/* A job is published by one store to `ticket`: its number above TASK_BITS, the tasks still to be taken below.
+ * A task is taken by lowering the ticket by one; since that fails once the number has changed, a thread that
+ * wakes late cannot take part in the wrong job, and fn, ctx and base hold still as long as a taken task
+ * runs. */
+struct pool {
+    _Alignas(64) atomic_uint_fast64_t ticket;
+    _Alignas(64) atomic_int_fast64_t done; /* tasks of this job that have ended */
+    _Alignas(64) pool_task *fn;
+    void *ctx;
+    int64_t base; /* number of this job's first task */
+    atomic_int sleepers;
+    atomic_bool quit;
+    pthread_mutex_t turn;  /* held by the caller whose job runs */
+    pthread_mutex_t mutex; /* for falling asleep and waking up */
+    pthread_cond_t wake;
+    int n_threads, n_started;
+    struct worker workers[];
+};
+
+static bool work_left(struct pool *pool)
+{
+    return (atomic_load(&pool->ticket) & MAX_TASKS) != 0;
+}
+
+static void take_tasks(struct pool *pool, int worker)
+{
+    uint_fast64_t ticket = atomic_load(&pool->ticket);
+    while (ticket & MAX_TASKS) {
+        if (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket - 1))
+            continue;
+        pool->fn(pool->ctx, pool->base + (int64_t)(ticket & MAX_TASKS) - 1, worker);
+        atomic_fetch_add(&pool->done, 1);
+        ticket = atomic_load(&pool->ticket);
+    }
+}
+
+static inline void pause_briefly(void)
+{
+#if defined __x86_64__ || defined __i386__
+    __builtin_ia32_pause();
+#endif
+}
+
+static int64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static void wait_for_work(struct pool *pool)
+{
+    int64_t end = now_ns() + SPIN_NS;
+    do {
+        for (int i = 0; i < 32; i++) {
+            if (work_left(pool) || atomic_load(&pool->quit))
+                return;
+            pause_briefly();
+        }
+    } while (now_ns() < end);
+    pthread_mutex_lock(&pool->mutex);
+    atomic_fetch_add(&pool->sleepers, 1); /* before the last look: who publishes later sees it and signals */
+    while (!work_left(pool) && !atomic_load(&pool->quit))
+        pthread_cond_wait(&pool->wake, &pool->mutex);
+    atomic_fetch_sub(&pool->sleepers, 1);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+static void *worker_main(void *arg)
+{
+    struct worker *worker = arg;
+    while (!atomic_load(&worker->pool->quit)) {
+        take_tasks(worker->pool, worker->index);
+        wait_for_work(worker->pool);
+    }
+    return NULL;
+}
+
+static void wake_all(struct pool *pool)
+{
+    if (atomic_load(&pool->sleepers) == 0)
+        return;
+    pthread_mutex_lock(&pool->mutex);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+static void run_job(struct pool *pool, int64_t base, int64_t n_tasks, pool_task *fn, void *ctx)
+{
+    pool->fn = fn;
+    pool->ctx = ctx;
+    pool->base = base;
+    atomic_store(&pool->done, 0);
+    uint_fast64_t job = (atomic_load(&pool->ticket) >> TASK_BITS) + 1;
+    atomic_store(&pool->ticket, job << TASK_BITS | (uint_fast64_t)n_tasks);
+    wake_all(pool);
+    take_tasks(pool, 0);
+    for (int spins = 0; atomic_load(&pool->done) < n_tasks; spins++) {
+        if (spins < 4096)
+            pause_briefly();
+        else
+            sched_yield(); /* the machine has more to run than cores */
+    }
+}
+
+void pool_run(struct pool *pool, int64_t n_tasks, pool_task *fn, void *ctx)
+{
+    pthread_mutex_lock(&pool->turn);
+    if (pool->n_threads == 1 || n_tasks == 1) {
+        for (int64_t task = 0; task < n_tasks; task++)
+            fn(ctx, task, 0);
+    } else {
+        for (int64_t base = 0; base < n_tasks; base += MAX_TASKS)
+            run_job(pool, base, n_tasks - base < MAX_TASKS ? n_tasks - base : MAX_TASKS, fn, ctx);
+    }
+    pthread_mutex_unlock(&pool->turn);
+}
+
+void pool_close(struct pool *pool)
+{
+    if (!pool)
+        return;
+    atomic_store(&pool->quit, true);
+    pthread_mutex_lock(&pool->mutex);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+    for (int i = 1; i < pool->n_started; i++)
+        pthread_join(pool->workers[i].thread, NULL);
+    pthread_cond_destroy(&pool->wake);
+    pthread_mutex_destroy(&pool->mutex);
+    pthread_mutex_destroy(&pool->turn);
+    free(pool);
+}
+
+enum ltn_status pool_open(struct pool **out, int n_threads, struct ltn_error *err)
+{
+    size_t bytes = sizeof(struct pool) + (size_t)n_threads * sizeof(struct worker);
+    struct pool *pool = *out = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (!pool)
+        return ltn_fail(err, LTN_ERR_MEMORY, "host memory: no room for a pool of %d threads", n_threads);
+    memset(pool, 0, bytes);
+    pthread_mutex_init(&pool->turn, NULL);
+    pthread_mutex_init(&pool->mutex, NULL);
+    pthread_cond_init(&pool->wake, NULL);
+    pool->n_threads = n_threads;
+    for (pool->n_started = 1; pool->n_started < n_threads; pool->n_started++) {
+        struct worker *worker = &pool->workers[pool->n_started];
+        worker->pool = pool;
+        worker->index = pool->n_started;
+        int code = pthread_create(&worker->thread, NULL, worker_main, worker);
+        if (code) {
+            int started = pool->n_started;
+            pool_close(pool);
+            *out = NULL;
+            return ltn_fail(err, LTN_ERR_DEVICE, "CPU backend: thread %d of %d does not start: %s",
+                            started + 1, n_threads, strerror(code));
+        }
+    }
+    return LTN_OK;
+}
