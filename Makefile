@@ -54,11 +54,11 @@ demo: setup ## set up, build, and let the model that ships with the repo tell a 
 
 test: setup ## set up, build, and run every test that needs no GPU
 	@$(MAKE) --no-print-directory -j2 all tests
-	@sh tests/run.sh $(B)/tests
+	@sh tests/run.sh $(B)/tests $(BIN)
 
 check: setup ## the same tests under AddressSanitizer and UBSan
 	@$(MAKE) --no-print-directory -j2 VARIANT=asan NVCC= all tests
-	@LTN_VARIANT=asan sh tests/run.sh build/asan/tests
+	@sh tests/run.sh build/asan/tests build/asan
 
 programs: $(PROGRAMS) $(B)/libltn.a $(B)/libltn.so
 

@@ -47,7 +47,7 @@ struct ltn_linear {
 };
 
 /* weight == NULL: SimpleRMSNorm, x / sqrt(mean(x^2) + 1e-6), no parameters (TransNormerLLM, arXiv 2307.14995,
- * eq. 8). else LayerNorm, (x - mean) / sqrt(var + 1e-5) * weight + bias. */
+ * "Tensor normalization"). Else LayerNorm, (x - mean) / sqrt(var + 1e-5) * weight + bias. */
 struct ltn_norm {
     const float *weight; /* [cols] or NULL */
     const float *bias;   /* [cols], set exactly when weight is */
@@ -113,8 +113,9 @@ struct ltn_ops {
     /* y = Norm(x), row by row.  y: act [rows, cols]; x: f32 [rows, cols] */
     enum ltn_status (*norm)(struct ltn_backend *be, void *y, const float *x, const struct ltn_norm *norm,
                             int32_t rows, int32_t cols, struct ltn_error *err);
-    /* y = gate * Norm(o): the output of the token mixer before its last projection (TransNormerLLM eq. 7,
-     * with the norm over all heads together).  y, o: act [rows, cols]; gate: act, row r at gate + r * ld_gate
+    /* y = gate * Norm(o): the output of the token mixer before its last projection (TransNormerLLM, "Gating
+     * mechanism", with the norm over all heads together).  y, o: act [rows, cols]; gate: act, row r at gate +
+     * r * ld_gate
      */
     enum ltn_status (*gated_norm)(struct ltn_backend *be, void *y, const void *o, const void *gate,
                                   int32_t ld_gate, const struct ltn_norm *norm, int32_t rows, int32_t cols,
@@ -135,10 +136,10 @@ struct ltn_ops {
     /* a *= b, element by element.  a, b: act [n] */
     enum ltn_status (*multiply)(struct ltn_backend *be, void *a, const void *b, int64_t n,
                                 struct ltn_error *err);
-    /* Lightning attention with state (Lightning Attention-2, arXiv 2401.04658, eq. 5-12): for each sequence,
-     * head and row t, with ratio r = exp(-s), S the head's state [d, e] and q, k rotated by LRPE to width d
-     * where theta is set, S <- r S + k_t^T v_t,   o_t = q_t S          (no scaling, no softmax) S is read
-     * from and left in seq.state + attention.state_offset as [n_heads, d, e] f32, cosine rows first. The
+    /* Lightning attention with state (Lightning Attention-2, arXiv 2401.04658, Algorithm 1): for each
+     * sequence, head and row t, with ratio r = exp(-s), S the head's state [d, e] and q, k rotated by LRPE to
+     * width d where theta is set, S <- r S + k_t^T v_t,   o_t = q_t S          (no scaling, no softmax) S is
+     * read from and left in seq.state + attention.state_offset as [n_heads, d, e] f32, cosine rows first. The
      * decay must be applied as S += k^T v - (1 - r) S with 1 - r = -expm1(-s) from f64, and likewise
      * -expm1(-s m) over a block of m rows: in the last layers r rounds to 1 in f32. LRPE: [x cos(theta p), x
      * sin(theta p)] at position p = seq.pos + t, the angle reduced in f64. o: act [rows, n_heads * e]; q, k,

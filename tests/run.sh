@@ -1,48 +1,57 @@
 #!/bin/sh
-# Runs every test program in the given folder and every tests/cli_*.sh, each speaking TAP; names what failed and what
-# was skipped; ends with one line of totals. Fails where anything failed, or where a skipped test is not on the list
-# tests/skips.txt (one test name a line; a line's text up to the first space counts).
+# Runs the test programs of a folder and the shell tests tests/cli_*.sh, all of which speak TAP on stdout. Names what
+# failed and what was skipped and ends with one line of totals.
+# With LTN_SKIPS=FILE, a skipped test that the file does not name ("PROGRAM: TEST", one a line) is a failure.
 set -u
 bin=${1:?usage: tests/run.sh FOLDER}
-log=$(mktemp) || exit 1
-all=$(mktemp) || exit 1
-trap 'rm -f "$log" "$all"' EXIT
-export CMOCKA_MESSAGE_OUTPUT=TAP
-broken=0
+LTN_BIN=$(cd "${2:-.}" && pwd)
+export LTN_BIN CMOCKA_MESSAGE_OUTPUT=TAP
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+: >"$work/all"
 
 run() { # run NAME COMMAND...
     name=$1
     shift
-    start=$(date +%s)
-    "$@" >"$log" 2>"$log.err"
+    begin=$(date +%s)
+    "$@" >"$work/out" 2>"$work/err"
     status=$?
-    plan=$(sed -n 's/^1\.\.\([0-9]*\).*/\1/p' "$log" | tail -n 1)
-    seen=$(grep -cE '^(not )?ok ' "$log")
-    sed -n -E "s/^((not )?ok) [0-9]+ (- )?/\1 $name: /p" "$log" >>"$all"
-    printf '%-28s %s tests, %s s\n' "$name" "$seen" $(($(date +%s) - start))
-    if grep -q '^not ok ' "$log" | grep -qv SKIP || [ "$status" -ne 0 ] || [ "$seen" != "${plan:-none}" ]; then
-        grep -v '^ok ' "$log"
-        tail -n 40 "$log.err"
+    planned=$(sed -n 's/^1\.\.\([0-9]*\).*/\1/p' "$work/out" | tail -n 1)
+    ran=$(grep -cE '^(not )?ok ' "$work/out")
+    # "ok 3 - name", "not ok 4 # SKIP name" -> "ok PROGRAM: name", "skip PROGRAM: name"
+    sed -n -E -e "s/^(not )?ok [0-9]+ (- )?# SKIP ?(.*)/skip $name: \3/p; t" \
+        -e "s/^(not )?ok [0-9]+ (- )?(.*) # SKIP.*/skip $name: \3/p; t" \
+        -e "s/^((not )?ok) [0-9]+ (- )?/\1 $name: /p" "$work/out" >"$work/mine"
+    cat "$work/mine" >>"$work/all"
+    printf '%-24s %4d tests, %3d s\n' "$name" "$ran" $(($(date +%s) - begin))
+    if [ "$ran" != "${planned:-none}" ]; then
+        echo "not ok $name: ran $ran of ${planned:-no} planned tests, exit status $status" >>"$work/all"
     fi
-    # A program that crashed, or ran fewer tests than it planned, is a failure of its own.
-    if [ "$seen" != "${plan:-none}" ]; then
-        echo "not ok $name: planned ${plan:-no} tests, ran $seen, exit status $status" >>"$all"
+    if [ "$ran" != "${planned:-none}" ] || [ "$status" -ne 0 ] || grep -q '^not ok' "$work/mine"; then
+        grep -v '^ok ' "$work/out"
+        tail -n 50 "$work/err"
+        grep -q '^not ok' "$work/mine" || [ "$ran" != "${planned:-none}" ] ||
+            echo "not ok $name: exit status $status" >>"$work/all"
     fi
-    rm -f "$log.err"
 }
 
 for test in "$bin"/test_*; do
-    case $test in *.o | *.d) continue ;; esac
-    run "$(basename "$test")" "$test"
+    case $test in
+    *.[od]) ;;
+    *) run "$(basename "$test")" "$test" ;;
+    esac
 done
 for test in tests/cli_*.sh; do
-    [ -e "$test" ] && run "$(basename "$test" .sh)" sh "$test"
+    run "$(basename "$test" .sh)" sh "$test"
 done
 
-skipped=$(grep -c '# SKIP' "$all")
-failed=$(grep -v '# SKIP' "$all" | grep -c '^not ok ')
-passed=$(grep -v '# SKIP' "$all" | grep -c '^ok ')
-grep '# SKIP' "$all" | sed -E 's/^(not )?ok /skipped: /'
-grep -v '# SKIP' "$all" | sed -n 's/^not ok /FAILED: /p'
+sed -n 's/^skip /skipped: /p' "$work/all"
+if [ -n "${LTN_SKIPS:-}" ]; then
+    sed -n 's/^skip //p' "$work/all" | grep -vxF -f "$LTN_SKIPS" | sed 's/$/ (skipped, and not on the list of tests that may be)/; s/^/not ok /' >>"$work/all"
+fi
+sed -n 's/^not ok /FAILED: /p' "$work/all"
+passed=$(grep -c '^ok ' "$work/all")
+failed=$(grep -c '^not ok ' "$work/all")
+skipped=$(grep -c '^skip ' "$work/all")
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]

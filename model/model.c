@@ -1,0 +1,217 @@
+#include "model/model.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* Weights are staged through a host buffer of this size on their way to a device. */
+enum { STAGE_BYTES = 16 << 20, ALIGN = 64 };
+
+static size_t align_up(size_t n)
+{
+    return (n + ALIGN - 1) / ALIGN * ALIGN;
+}
+
+static enum ltn_dtype dtype_of(const struct ltn_st_tensor *t)
+{
+    return t->dtype == LTN_ST_F32 ? LTN_F32 : t->dtype == LTN_ST_BF16 ? LTN_BF16 : LTN_F16;
+}
+
+static size_t count_of(const struct ltn_tensor_spec *spec)
+{
+    size_t n = 1;
+    for (int32_t i = 0; i < spec->rank; i++)
+        n *= (size_t)spec->shape[i];
+    return n;
+}
+
+/* A matrix that lies aligned in host memory needs no copy. */
+static bool usable_in_place(const struct ltn_backend *be, const struct ltn_tensor_spec *spec,
+                            const struct ltn_st_tensor *t)
+{
+    return be->host_memory && spec->is_matrix && t->offset % ALIGN == 0;
+}
+
+/* Bytes that the tensor takes in the arena. */
+static size_t arena_bytes(const struct ltn_backend *be, const struct ltn_tensor_spec *spec,
+                          const struct ltn_st_tensor *t)
+{
+    if (usable_in_place(be, spec, t))
+        return 0;
+    return align_up(spec->is_matrix ? t->bytes : count_of(spec) * sizeof(float));
+}
+
+static void put_matrix(struct ltn_matrix *m, const struct ltn_tensor_spec *spec, enum ltn_dtype dtype,
+                       const void *data)
+{
+    *m = (struct ltn_matrix){data, dtype, (int32_t)spec->shape[0], (int32_t)spec->shape[1]};
+}
+
+static void put_linear(struct ltn_linear *l, const struct ltn_tensor_spec *spec, enum ltn_dtype dtype,
+                       const void *data)
+{
+    if (spec->is_bias)
+        l->bias = data;
+    else
+        put_matrix(&l->w, spec, dtype, data);
+}
+
+static void put_norm(struct ltn_norm *norm, const struct ltn_tensor_spec *spec, const void *data)
+{
+    if (spec->is_bias)
+        norm->bias = data;
+    else
+        norm->weight = data;
+}
+
+/* Gives a tensor its place in the model: the one list of which name is what. */
+static void put(struct ltn_model *model, const struct ltn_tensor_spec *spec, enum ltn_dtype dtype,
+                const void *data)
+{
+    struct ltn_layer *layer = spec->layer >= 0 ? &model->layers[spec->layer] : NULL;
+
+    switch (spec->slot) {
+    case LTN_SLOT_EMBED:
+        put_matrix(&model->embed, spec, dtype, data);
+        break;
+    case LTN_SLOT_HEAD:
+        put_matrix(&model->head, spec, dtype, data);
+        break;
+    case LTN_SLOT_FINAL_NORM:
+        put_norm(&model->final_norm, spec, data);
+        break;
+    case LTN_SLOT_TOKEN_NORM:
+        put_norm(&layer->token_norm, spec, data);
+        break;
+    case LTN_SLOT_ATTN_NORM:
+        put_norm(&layer->attn_norm, spec, data);
+        break;
+    case LTN_SLOT_CHANNEL_NORM:
+        put_norm(&layer->channel_norm, spec, data);
+        break;
+    case LTN_SLOT_THETA:
+        layer->attention.theta = data;
+        break;
+    case LTN_SLOT_QKV:
+        put_linear(&layer->qkv, spec, dtype, data);
+        break;
+    case LTN_SLOT_GATE0:
+        put_linear(&layer->gate0, spec, dtype, data);
+        break;
+    case LTN_SLOT_GATE1:
+        put_linear(&layer->gate1, spec, dtype, data);
+        break;
+    case LTN_SLOT_OUT:
+        put_linear(&layer->out, spec, dtype, data);
+        break;
+    case LTN_SLOT_L1:
+        put_linear(&layer->l1, spec, dtype, data);
+        break;
+    case LTN_SLOT_L2:
+        put_linear(&layer->l2, spec, dtype, data);
+        break;
+    case LTN_SLOT_L3:
+        put_linear(&layer->l3, spec, dtype, data);
+        break;
+    }
+}
+
+/* Copies a tensor to the backend, vectors widened to f32 on the way. */
+static enum ltn_status send(struct ltn_backend *be, void *dst, const struct ltn_tensor_spec *spec,
+                            const struct ltn_st_tensor *t, const uint8_t *src, float *stage,
+                            struct ltn_error *err)
+{
+    enum ltn_dtype dtype = dtype_of(t);
+
+    if (spec->is_matrix) {
+        for (uint64_t done = 0; done < t->bytes; done += STAGE_BYTES) {
+            uint64_t n = t->bytes - done < STAGE_BYTES ? t->bytes - done : STAGE_BYTES;
+            LTN_TRY(be->ops->upload(be, (uint8_t *)dst + done, src + done, n, err));
+        }
+        return LTN_OK;
+    }
+    size_t n = count_of(spec);
+    for (size_t i = 0; i < n; i++) {
+        /* A small tensor may lie unaligned in the file. */
+        uint32_t word = 0;
+        memcpy(&word, src + i * ltn_dtype_size(dtype), ltn_dtype_size(dtype));
+        stage[i] = ltn_load(&word, dtype, 0);
+    }
+    return be->ops->upload(be, dst, stage, n * sizeof(float), err);
+}
+
+static enum ltn_status load(struct ltn_model *model, const struct ltn_checkpoint *ck,
+                            void (*progress)(void *ctx, uint64_t done, uint64_t total), void *ctx,
+                            float *stage, struct ltn_error *err)
+{
+    const struct ltn_config *config = &model->config;
+    struct ltn_backend *be = model->be;
+    size_t slopes_bytes = align_up((size_t)config->n_heads * sizeof(float));
+    size_t arena = (size_t)config->n_layers * slopes_bytes;
+    uint64_t done = 0, total = 0;
+
+    for (size_t i = 0; i < ck->n_specs; i++) {
+        arena += arena_bytes(be, &ck->specs[i], ck->tensors[i]);
+        total += ck->tensors[i]->bytes;
+    }
+    LTN_TRY(be->ops->alloc(be, &model->arena, arena, err));
+
+    uint8_t *next = model->arena;
+    for (int32_t l = 0; l < config->n_layers; l++) {
+        struct ltn_attention *a = &model->layers[l].attention;
+        ltn_slopes(stage, config->n_heads, l, config->n_layers);
+        LTN_TRY(be->ops->upload(be, next, stage, (size_t)config->n_heads * sizeof(float), err));
+        a->n_heads = config->n_heads;
+        a->head_dim = config->head_dim;
+        a->slopes = (const float *)next;
+        a->state_offset = ltn_state_offset(config, l);
+        next += slopes_bytes;
+    }
+    for (size_t i = 0; i < ck->n_specs; i++) {
+        const struct ltn_tensor_spec *spec = &ck->specs[i];
+        const struct ltn_st_tensor *t = ck->tensors[i];
+        const uint8_t *src = ck->file.map + t->offset;
+        if (usable_in_place(be, spec, t)) {
+            put(model, spec, dtype_of(t), src);
+        } else {
+            LTN_TRY(send(be, next, spec, t, src, stage, err));
+            put(model, spec, dtype_of(t), next);
+            next += arena_bytes(be, spec, t);
+        }
+        done += t->bytes;
+        if (progress)
+            progress(ctx, done, total);
+    }
+    if (config->tied)
+        model->head = model->embed;
+    return be->ops->sync(be, err);
+}
+
+enum ltn_status ltn_model_load(struct ltn_model *model, const struct ltn_checkpoint *checkpoint,
+                               struct ltn_backend *be,
+                               void (*progress)(void *ctx, uint64_t done, uint64_t total), void *ctx,
+                               struct ltn_error *err)
+{
+    size_t widest = LTN_MAX_DIM; /* floats in the largest vector: a norm or bias is at most 4H long */
+    for (size_t i = 0; i < checkpoint->n_specs; i++)
+        if (!checkpoint->specs[i].is_matrix && count_of(&checkpoint->specs[i]) > widest)
+            widest = count_of(&checkpoint->specs[i]);
+    float *stage = malloc(widest * sizeof *stage);
+
+    *model = (struct ltn_model){.config = checkpoint->config, .be = be};
+    model->layers = calloc((size_t)model->config.n_layers, sizeof *model->layers);
+    enum ltn_status status = stage && model->layers
+                                 ? load(model, checkpoint, progress, ctx, stage, err)
+                                 : ltn_fail(err, LTN_ERR_MEMORY, "no memory for the model's layer table");
+    free(stage);
+    if (status != LTN_OK)
+        ltn_model_free(model);
+    return status;
+}
+
+void ltn_model_free(struct ltn_model *model)
+{
+    if (model->be)
+        model->be->ops->free(model->be, model->arena);
+    free(model->layers);
+    *model = (struct ltn_model){0};
+}
