@@ -19,10 +19,10 @@ static const struct {
     const char *name;
     size_t size;
 } dtypes[] = {
-    [LTN_ST_BOOL] = {"BOOL", 1}, [LTN_ST_U8] = {"U8", 1},   [LTN_ST_I8] = {"I8", 1},
+    [LTN_ST_BOOL] = {"BOOL", 1},       [LTN_ST_U8] = {"U8", 1},   [LTN_ST_I8] = {"I8", 1},
     [LTN_ST_F8_E4M3] = {"F8_E4M3", 1}, [LTN_ST_I16] = {"I16", 2}, [LTN_ST_F16] = {"F16", 2},
-    [LTN_ST_BF16] = {"BF16", 2}, [LTN_ST_I32] = {"I32", 4}, [LTN_ST_F32] = {"F32", 4},
-    [LTN_ST_I64] = {"I64", 8},   [LTN_ST_F64] = {"F64", 8},
+    [LTN_ST_BF16] = {"BF16", 2},       [LTN_ST_I32] = {"I32", 4}, [LTN_ST_F32] = {"F32", 4},
+    [LTN_ST_I64] = {"I64", 8},         [LTN_ST_F64] = {"F64", 8},
 };
 enum { N_DTYPES = sizeof dtypes / sizeof *dtypes };
 
@@ -36,7 +36,7 @@ const char *ltn_st_dtype_name(enum ltn_st_dtype dtype)
     return dtypes[dtype].name;
 }
 
-/* ---- the header ------------------------------------------------------------------------------------------*/
+/* ---- the header ---- */
 
 /* Bytes of a tensor of this dtype and shape; false where they do not fit into 63 bits. */
 static bool tensor_bytes(uint64_t *bytes, enum ltn_st_dtype dtype, const int64_t *shape, int32_t rank)
@@ -93,8 +93,9 @@ static enum ltn_status read_tensor(struct ltn_st_tensor *t, const cJSON *item, u
     t->bytes = (uint64_t)(ends[1] - ends[0]);
     uint64_t expected;
     if (!tensor_bytes(&expected, t->dtype, t->shape, t->rank) || expected != t->bytes)
-        return ltn_fail(err, LTN_ERR_INPUT, "%s: dtype and shape ask for another size than its %" PRIu64 " bytes",
-                        what, t->bytes);
+        return ltn_fail(err, LTN_ERR_INPUT,
+                        "%s: dtype and shape ask for another size than its %" PRIu64 " bytes", what,
+                        t->bytes);
     t->name = strdup(item->string);
     return t->name ? LTN_OK : ltn_fail(err, LTN_ERR_MEMORY, "%s: no memory for its name", what);
 }
@@ -124,7 +125,8 @@ static enum ltn_status read_tree(struct ltn_st_file *file, const cJSON *tree, ui
 
     for (const cJSON *c = metadata ? metadata->child : NULL; c; c = c->next) {
         if (!cJSON_IsString(c))
-            return ltn_fail(err, LTN_ERR_INPUT, "%s: metadata \"%.100s\" is not a string", file->path, c->string);
+            return ltn_fail(err, LTN_ERR_INPUT, "%s: metadata \"%.100s\" is not a string", file->path,
+                            c->string);
         char **pair = &file->metadata[2 * file->n_metadata++];
         pair[0] = strdup(c->string);
         pair[1] = strdup(c->valuestring);
@@ -141,7 +143,8 @@ static enum ltn_status read_tree(struct ltn_st_file *file, const cJSON *tree, ui
         struct ltn_st_tensor *t = &file->tensors[i];
         if (t->offset != end)
             return ltn_fail(err, LTN_ERR_INPUT,
-                            "%s: tensor \"%.100s\" begins at data byte %" PRIu64 ", but the one before it ends at %" PRIu64,
+                            "%s: tensor \"%.100s\" begins at data byte %" PRIu64
+                            ", but the one before it ends at %" PRIu64,
                             file->path, t->name, t->offset, end);
         end += t->bytes; /* <= data_bytes */
         t->offset += file->data_start;
@@ -168,7 +171,7 @@ static enum ltn_status read_header(struct ltn_st_file *file, const char *json, s
     return status;
 }
 
-/* ---- reading ---------------------------------------------------------------------------------------------*/
+/* ---- reading ---- */
 
 static enum ltn_status open_file(struct ltn_st_file *file, const char *path, struct ltn_error *err)
 {
@@ -183,8 +186,8 @@ static enum ltn_status open_file(struct ltn_st_file *file, const char *path, str
         return ltn_fail(err, LTN_ERR_INPUT, "%s: not a regular file", path);
     file->size = (uint64_t)st.st_size;
     if (file->size < 8)
-        return ltn_fail(err, LTN_ERR_INPUT,
-                        "%s: %" PRIu64 " bytes, a safetensors file has at least 8", path, file->size);
+        return ltn_fail(err, LTN_ERR_INPUT, "%s: %" PRIu64 " bytes, a safetensors file has at least 8", path,
+                        file->size);
     void *map = mmap(NULL, file->size, PROT_READ, MAP_SHARED, file->fd, 0);
     if (map == MAP_FAILED)
         return ltn_fail(err, LTN_ERR_IO, "%s: cannot map %" PRIu64 " bytes: %s", path, file->size,
@@ -244,7 +247,7 @@ const char *ltn_st_metadata(const struct ltn_st_file *file, const char *key)
     return NULL;
 }
 
-/* ---- writing ---------------------------------------------------------------------------------------------*/
+/* ---- writing ---- */
 
 #define NO_CHECKSUM "00000000000000000000000000000000"
 #define CHECKSUM_FIELD "\"checksum\":\"" NO_CHECKSUM "\""
@@ -257,7 +260,8 @@ struct ltn_st_writer {
     XXH3_state_t *hash;
 };
 
-static enum ltn_status write_all(struct ltn_st_writer *w, const void *data, size_t bytes, struct ltn_error *err)
+static enum ltn_status write_all(struct ltn_st_writer *w, const void *data, size_t bytes,
+                                 struct ltn_error *err)
 {
     const char *p = data;
     while (bytes > 0) {
@@ -291,7 +295,8 @@ static char *print_header(const struct ltn_st_tensor *tensors, size_t n_tensors,
         for (int32_t d = 0; d < t->rank && shape && good; d++)
             good = cJSON_AddItemToArray(shape, cJSON_CreateNumber((double)t->shape[d]));
         const double ends[2] = {(double)offset, (double)(offset + t->bytes)};
-        good = good && shape && cJSON_AddItemToObject(entry, "data_offsets", cJSON_CreateDoubleArray(ends, 2));
+        good =
+            good && shape && cJSON_AddItemToObject(entry, "data_offsets", cJSON_CreateDoubleArray(ends, 2));
         offset += t->bytes;
     }
     char *text = good ? cJSON_PrintUnformatted(tree) : NULL;
@@ -305,8 +310,8 @@ static enum ltn_status check_header(const char *path, const char *json, size_t b
                                     struct ltn_error *err)
 {
     if (bytes > MAX_HEADER)
-        return ltn_fail(err, LTN_ERR_INPUT, "%s: the header would take %zu bytes, at most %d are allowed", path,
-                        bytes, MAX_HEADER);
+        return ltn_fail(err, LTN_ERR_INPUT, "%s: the header would take %zu bytes, at most %d are allowed",
+                        path, bytes, MAX_HEADER);
     struct ltn_st_file file = {.fd = -1, .path = strdup(path)};
     if (!file.path)
         return ltn_fail(err, LTN_ERR_MEMORY, "%s: no memory for its name", path);
@@ -432,14 +437,15 @@ static enum ltn_status sync_directory(const char *path, struct ltn_error *err)
     int failed = fsync(fd) != 0 && errno != EINVAL;
     int error = errno;
     close(fd);
-    return failed ? ltn_fail(err, LTN_ERR_IO, "%s: cannot sync its directory: %s", path, strerror(error)) : LTN_OK;
+    return failed ? ltn_fail(err, LTN_ERR_IO, "%s: cannot sync its directory: %s", path, strerror(error))
+                  : LTN_OK;
 }
 
 static enum ltn_status complete(struct ltn_st_writer *w, struct ltn_error *err)
 {
     if (w->written != w->data_bytes)
-        return ltn_fail(err, LTN_ERR_INPUT, "%s: %" PRIu64 " bytes of data came, the header says %" PRIu64, w->path,
-                        w->written, w->data_bytes);
+        return ltn_fail(err, LTN_ERR_INPUT, "%s: %" PRIu64 " bytes of data came, the header says %" PRIu64,
+                        w->path, w->written, w->data_bytes);
     if (w->checksum_at) {
         char text[33];
         XXH128_hash_t hash = XXH3_128bits_digest(w->hash);
