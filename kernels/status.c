@@ -11,6 +11,9 @@ enum ltn_status ltn_fail(struct ltn_error *err, enum ltn_status status, const ch
         err->status = status;
         vsnprintf(err->text, sizeof err->text, format, args);
         va_end(args);
+        for (char *c = err->text; *c; c++) /* names come from files: one line, and no terminal sequences */
+            if ((unsigned char)*c < 0x20 || *c == 0x7f)
+                *c = '?';
     }
     return status;
 }

@@ -8,10 +8,10 @@
  *   checksum    XXH3-128 of the data bytes, 32 hexadecimal digits, lower case; also the model's identity
  *   tokenizer   JSON text, see tokenizer/tokenizer.h; "" when the file has no tokenizer
  *   provenance  free text: where the weights came from
- * Tensors: exactly the set of ltn_config_tensors, under the same names and shapes, one dtype per tensor out
- * of F32, BF16, F16; plus "tokenizer" (U8 [n]) when the metadata has one. Order: those whose size is a
- * multiple of 64 bytes in the order of the forward pass, then the rest, the tokenizer last; so everything but
- * small odd tensors is aligned.
+ * Tensors: exactly the set of ltn_config_tensors, under the same names and shapes; every matrix in the dtype
+ * of the metadata, every other tensor in F32, BF16 or F16 (it is widened at load anyway); plus "tokenizer"
+ * (U8 [n], n > 0) when the metadata has one. Order: those whose size is a multiple of 64 bytes in the order
+ * of the forward pass, then the rest, the tokenizer last; so everything but small odd tensors is aligned.
  */
 #ifndef LTN_CHECKPOINT_H
 #define LTN_CHECKPOINT_H
@@ -39,7 +39,20 @@ enum ltn_status ltn_checkpoint_open(struct ltn_checkpoint *checkpoint, const cha
 void ltn_checkpoint_close(struct ltn_checkpoint *checkpoint); /* a zeroed one is allowed */
 
 /* Reads all of it: the checksum must match and every weight must be finite; the error names the first that is
- * not. */
+ * not by its tensor and its index in the flat tensor. */
 enum ltn_status ltn_checkpoint_verify(const struct ltn_checkpoint *checkpoint, struct ltn_error *err);
+
+/* ---- the rules above, for whoever writes such a file ---- */
+
+/* order[k] is which of n tensors, given in forward order with their sizes, comes k-th in the file. */
+void ltn_checkpoint_order(size_t *order, const uint64_t *bytes, size_t n);
+/* The metadata's word for a dtype: "f32", "bf16", "f16". */
+const char *ltn_checkpoint_dtype_key(enum ltn_dtype dtype);
+/* The weight dtype that a stored one is; false where it is none of the three. */
+bool ltn_checkpoint_dtype(enum ltn_dtype *out, enum ltn_st_dtype dtype);
+/* Index of the first infinity or NaN of data, [n] elements aligned to their size; n: all are finite. */
+size_t ltn_first_not_finite(const void *data, enum ltn_dtype dtype, size_t n);
+/* "[2, 3]"; cut where it does not fit. */
+void ltn_shape_print(char *text, size_t size, const int64_t *shape, int32_t rank);
 
 #endif

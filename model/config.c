@@ -249,7 +249,7 @@ static void add(struct spec_list *list, enum ltn_slot slot, const char *name, bo
     if (list->layer < 0)
         snprintf(spec->name, sizeof spec->name, "%s", name);
     else
-        snprintf(spec->name, sizeof spec->name, "model.layers.%d.%s", list->layer, name);
+        snprintf(spec->name, sizeof spec->name, "model.layers.%d.%.39s", list->layer, name);
 }
 
 static void add_linear(struct spec_list *list, enum ltn_slot slot, const char *name, int64_t outputs,

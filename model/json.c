@@ -5,8 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- the scan: one recursive descent over the grammar of RFC 8259
- * ----------------------------------------*/
+/* ---- the scan: one recursive descent over the grammar of RFC 8259 ---- */
 
 struct scan {
     const unsigned char *text;
@@ -238,8 +237,7 @@ static enum ltn_status scan_value(struct scan *s)
     }
 }
 
-/* ---- duplicate keys: on the tree, where \u0061 and a are the same
- * ----------------------------------------*/
+/* ---- duplicate keys: on the tree, where \u0061 and a are the same ---- */
 
 static int compare_keys(const void *a, const void *b)
 {
@@ -298,8 +296,7 @@ enum ltn_status ltn_json_parse(cJSON **out, const char *text, size_t bytes, cons
     return LTN_OK;
 }
 
-/* ---- typed access
- * ----------------------------------------------------------------------------------------*/
+/* ---- typed access ---- */
 
 const cJSON *ltn_json_find(const cJSON *object, const char *key)
 {

@@ -1,9 +1,11 @@
 /* Reading and writing safetensors files. Reading is hostile-input code: nothing in the file is believed.
  *
  * Layout: 8 bytes little-endian header length, a JSON object {name: {dtype, shape, data_offsets}}, then the
- * data. Accepted: header at most 1 MiB; JSON depth at most 8; plain decimal integers only; no duplicate
- * names; rank at most 8; tensors that lie inside the file, do not overlap and leave no gap; their data ends
- * at the end of the file.
+ * data. Accepted: a regular file; header at most 1 MiB, beginning with '{'; JSON depth at most 8; plain
+ * decimal integers only; no duplicate names; the dtypes below; rank at most 8; exactly the bytes that dtype
+ * and shape ask for; tensors that lie inside the file, do not overlap and leave no gap; their data ends at
+ * the end of the file. As the format says, a tensor without elements (a 0 in its shape) is one of 0 bytes,
+ * and a shape of [] is one element.
  */
 #ifndef LTN_SAFETENSORS_H
 #define LTN_SAFETENSORS_H
@@ -61,8 +63,7 @@ void ltn_st_close(struct ltn_st_file *file); /* a zeroed file is allowed */
 const struct ltn_st_tensor *ltn_st_find(const struct ltn_st_file *file, const char *name); /* NULL: none */
 const char *ltn_st_metadata(const struct ltn_st_file *file, const char *key);              /* NULL: none */
 
-/* ---- writing: names, shapes and metadata first, then the data in the same order, streamed
- * ------------------------ */
+/* ---- writing: names, shapes and metadata first, then the data in the same order, streamed ---- */
 
 struct ltn_st_writer;
 
@@ -80,6 +81,8 @@ enum ltn_status ltn_st_write(struct ltn_st_writer *writer, const void *data, siz
 /* Checks that all data came, patches the checksum, syncs, renames. The writer is gone afterwards, also on
  * failure. */
 enum ltn_status ltn_st_finish(struct ltn_st_writer *writer, struct ltn_error *err);
+/* XXH3-128 as the header's text has it: 32 hexadecimal digits, the high half first. */
+void ltn_st_checksum_text(char text[33], uint64_t high, uint64_t low);
 /* Removes the temporary file; for the path on which something else failed. NULL is allowed. */
 void ltn_st_abandon(struct ltn_st_writer *writer);
 
