@@ -51,7 +51,7 @@ struct ltn_flag {
     enum ltn_flag_kind kind;
     void *target;
     const char *help;    /* one sentence, lower case, without a full stop; \n where a line must break */
-    double min, max;     /* of numbers; max 0 with min 0: no limits */
+    double min, max;     /* of numbers; max INFINITY: no upper limit */
     const char *choices; /* of LTN_FLAG_CHOICE: "table|csv|json" */
 };
 
@@ -70,16 +70,13 @@ struct ltn_program {
  * or an error to stderr. The standard descriptors are open afterwards, SIGPIPE is ignored. */
 int ltn_cli_parse(const struct ltn_program *program, int argc, char **argv, int *first_operand);
 
-/* Prints the usage line and a pointer to --help on stderr; returns LTN_EXIT_USAGE. */
-int ltn_cli_usage(const struct ltn_program *program);
-
 /* "PROGRAM: text" on stderr. _usage returns LTN_EXIT_USAGE, _fail LTN_EXIT_FAILURE. */
 __attribute__((format(printf, 1, 2))) void ltn_cli_note(const char *format, ...);
 __attribute__((format(printf, 1, 2))) int ltn_cli_fail(const char *format, ...);
 __attribute__((format(printf, 1, 2))) int ltn_cli_bad_usage(const char *format, ...);
 
-/* The exit code that an error of the library ends a program with, after printing it: quiet where stdout's
- * reader has gone, 130 where a signal stopped the work. */
+/* The exit code that an error ends a program with, after printing it: quiet and 0 where stdout's reader has
+ * gone; quiet and 130 (SIGTERM: 143) where a signal stopped the work. */
 int ltn_cli_error(const struct ltn_error *err);
 
 /* ---- signals ------------------------------------------------------------------------------------------- */
@@ -117,14 +114,19 @@ enum ltn_status ltn_cli_model(char *path, size_t size, const char *flag, struct 
 
 /* ---- output -------------------------------------------------------------------------------------------- */
 
-/* Writes all of it to stdout at once. LTN_ERR_STOPPED where the reader has gone (a quiet end). */
+/* Writes all of it to stdout at once; no bytes: asks whether stdout can be written. LTN_ERR_STOPPED where the
+ * reader has gone (a quiet end). */
 enum ltn_status ltn_cli_write(const char *text, size_t bytes, struct ltn_error *err);
 /* The same with a format; up to 4,096 bytes a call. */
 __attribute__((format(printf, 2, 3))) enum ltn_status ltn_cli_printf(struct ltn_error *err,
                                                                      const char *format, ...);
 
-/* A progress bar on stderr, where stderr is a terminal; a ltn_engine_options.progress. ctx: const char *,
- * what is being done. */
+/* A progress line on stderr, where stderr is a terminal; erased at the end. A ltn_engine_options.progress;
+ * ctx: struct ltn_progress. */
+struct ltn_progress {
+    const char *what; /* "loading model" */
+    int percent;      /* shown last; begins as -1 */
+};
 void ltn_cli_progress(void *ctx, uint64_t done, uint64_t total);
 
 #endif

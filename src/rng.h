@@ -1,6 +1,6 @@
 /* Philox4x32-10, the counter-based random number generator of Salmon, Moraes, Dror and Shaw, "Parallel random
- * numbers: as easy as 1, 2, 3" (SC 2011). A draw is a pure function of (seed, number), so there is no state to
- * save, and any machine that resumes or forks a text draws the same. */
+ * numbers: as easy as 1, 2, 3" (SC 2011). A draw is a pure function of (seed, number), so there is no state
+ * to save, and any machine that resumes or forks a text draws the same. */
 #ifndef LTN_RNG_H
 #define LTN_RNG_H
 

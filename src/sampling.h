@@ -17,10 +17,11 @@ void ltn_sampler_free(struct ltn_sampler *sampler); /* a zeroed one is allowed *
 /* Refuses what means nothing: a negative or non-finite temperature, negative top_k, shares outside 0 to 1. */
 enum ltn_status ltn_sampling_check(const struct ltn_sampling *sampling, struct ltn_error *err);
 
-/* Picks *id from logits [n]. The kept tokens are a prefix of the order "larger logit first, of equals the lower
- * id first": top_k counts tokens, top_p sums shares of what top_k kept, min_p compares with the likeliest. The
- * draw u in [0, 1) then picks the first kept token, walking up the ids, at which the running share passes u.
- * A NaN or +infinity among the logits, or nothing but -infinity, is an error that names the token. */
+/* Picks *id from logits [n]. The kept tokens are a prefix of the order "larger logit first, of equals the
+ * lower id first": top_k counts tokens, top_p sums shares of what top_k kept, min_p compares with the
+ * likeliest. The draw u in [0, 1) then picks the first kept token, walking up the ids, at which the running
+ * share passes u. A NaN or +infinity among the logits, or nothing but -infinity, is an error that names the
+ * token. */
 enum ltn_status ltn_sample(struct ltn_sampler *sampler, const float *logits,
                            const struct ltn_sampling *sampling, double u, int32_t *id, struct ltn_error *err);
 
