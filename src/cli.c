@@ -168,6 +168,7 @@ static void print_default(FILE *out, const struct ltn_flag *f)
         fprintf(out, " (default: %g)", *(double *)f->target);
         break;
     case LTN_FLAG_CHOICE:
+    case LTN_FLAG_DEVICE:
         fprintf(out, " (default: %s)", *(const char **)f->target);
         break;
     case LTN_FLAG_INTS: {
@@ -270,6 +271,8 @@ static void describe(const struct ltn_flag *f, char *text, size_t size)
         snprintf(text, size, "a whole number from 0 to %llu", ULLONG_MAX);
     else if (f->kind == LTN_FLAG_CHOICE)
         snprintf(text, size, "one of %s", f->choices);
+    else if (f->kind == LTN_FLAG_DEVICE)
+        snprintf(text, size, "auto, cpu, cuda or cuda:N");
     else if (f->kind == LTN_FLAG_STRING || f->kind == LTN_FLAG_STRINGS)
         snprintf(text, size, "%s", f->argument);
     else if (isinf(f->max))
@@ -365,6 +368,9 @@ static bool set(const struct ltn_flag *f, const char *text)
         return append(f->target, text);
     case LTN_FLAG_CHOICE:
         return parse_choice(text, f->choices, f->target);
+    case LTN_FLAG_DEVICE:
+        *(const char **)f->target = text;
+        return ltn_device_check(text, NULL) == LTN_OK;
     case LTN_FLAG_INT:
         return parse_integer(text, strlen(text), f->min, f->max, f->target);
     case LTN_FLAG_SEED:

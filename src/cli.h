@@ -22,6 +22,7 @@ enum ltn_flag_kind {
     LTN_FLAG_STRING,  /* const char *: points into argv */
     LTN_FLAG_STRINGS, /* struct ltn_strings: may be repeated */
     LTN_FLAG_CHOICE,  /* const char *: one of `choices` */
+    LTN_FLAG_DEVICE,  /* const char *: see ltn_device_check */
     LTN_FLAG_INT,     /* int64_t in [min, max] */
     LTN_FLAG_SEED,    /* struct ltn_seed: 0 to 2^64 - 1 */
     LTN_FLAG_REAL,    /* double in [min, max] */

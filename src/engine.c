@@ -82,16 +82,24 @@ static bool parse_cuda(const char *text, int *device)
     return *end == 0 && n < 1024;
 }
 
+enum ltn_status ltn_device_check(const char *device, struct ltn_error *err)
+{
+    int index;
+    if (strcmp(device, "auto") == 0 || strcmp(device, "cpu") == 0 || parse_cuda(device, &index))
+        return LTN_OK;
+    return ltn_fail(err, LTN_ERR_INPUT, "device: expected auto, cpu, cuda or cuda:N, found '%s'", device);
+}
+
 static enum ltn_status open_backend(struct ltn_engine *engine, const char *device, int n_threads,
                                     struct ltn_error *err)
 {
-    int index = 0;
     bool is_auto = strcmp(device, "auto") == 0, present;
+    int index = 0;
 
     if (n_threads < 0)
         return ltn_fail(err, LTN_ERR_INPUT, "threads: expected 0 or more, found %d", n_threads);
-    if (!is_auto && strcmp(device, "cpu") != 0 && !parse_cuda(device, &index))
-        return ltn_fail(err, LTN_ERR_INPUT, "device: expected auto, cpu, cuda or cuda:N, found '%s'", device);
+    LTN_TRY(ltn_device_check(device, err));
+    parse_cuda(device, &index);
     if (strcmp(device, "cpu") != 0) {
         struct ltn_error why = {0};
         if (open_cuda(&engine->be, index, engine->checkpoint.dtype, &present, &why) == LTN_OK)

@@ -69,6 +69,9 @@ struct ltn_engine_info {
     const char *notice;   /* one line that a program should show, e.g. why "auto" passed over CUDA; or NULL */
 };
 
+/* Refuses a text that names no device. */
+enum ltn_status ltn_device_check(const char *device, struct ltn_error *err);
+
 /* Opens a .ltn file (model/checkpoint.h) and puts its weights on the device. options may be NULL. The CUDA
  * backend, libltn_cuda.so, is looked for beside the running executable, in ../lib and ../lib/ltn from there,
  * then wherever the system's loader looks. */

@@ -34,8 +34,8 @@ enum ltn_status ltn_sampling_check(const struct ltn_sampling *s, struct ltn_erro
         return ltn_fail(err, LTN_ERR_INPUT, "temperature: expected 0 or more, found %g", s->temperature);
     if (s->top_k < 0)
         return ltn_fail(err, LTN_ERR_INPUT, "top_k: expected 0 or more, found %d", s->top_k);
-    if (!(s->top_p > 0 && s->top_p <= 1))
-        return ltn_fail(err, LTN_ERR_INPUT, "top_p: expected above 0, up to 1, found %g", s->top_p);
+    if (!(s->top_p >= 0 && s->top_p <= 1))
+        return ltn_fail(err, LTN_ERR_INPUT, "top_p: expected 0 to 1, found %g", s->top_p);
     if (!(s->min_p >= 0 && s->min_p <= 1))
         return ltn_fail(err, LTN_ERR_INPUT, "min_p: expected 0 to 1, found %g", s->min_p);
     return LTN_OK;
