@@ -20,8 +20,10 @@ static double now(void)
 /* ---- the host ------------------------------------------------------------------------------------------ */
 
 struct gang {
-    uint64_t *memory; /* [threads * words] */
-    size_t words;     /* of each thread */
+    uint64_t *memory;     /* [threads * words] */
+    size_t words;         /* of each thread */
+    pthread_mutex_t gate; /* held until all have started, or one could not */
+    bool called_off;
     pthread_barrier_t barrier;
     double read_seconds, copy_seconds; /* of the best pass */
 };
@@ -66,7 +68,13 @@ static void *work(void *member)
     uint64_t *words = gang->memory + (size_t)m->index * gang->words;
     double read_seconds = 0, copy_seconds = 0;
 
-    memset(words, m->index + 1, gang->words * sizeof *words); /* pages lie near the thread that touches them */
+    pthread_mutex_lock(&gang->gate);
+    bool called_off = gang->called_off;
+    pthread_mutex_unlock(&gang->gate);
+    if (called_off)
+        return NULL;
+    memset(words, m->index + 1,
+           gang->words * sizeof *words); /* pages lie near the thread that touches them */
     for (int i = 0; i < PASSES; i++)
         read_seconds = timed(m, false, words, read_seconds);
     for (int i = 0; i < PASSES; i++)
@@ -101,29 +109,29 @@ static enum ltn_status measure_host(int n_threads, struct ltn_bandwidth *out, st
     madvise(memory, bytes, MADV_HUGEPAGE);
     gang.memory = memory;
     pthread_barrier_init(&gang.barrier, NULL, (unsigned)n_threads);
+    pthread_mutex_init(&gang.gate, NULL);
+    pthread_mutex_lock(&gang.gate);
     int started = 1; /* this thread is member 0 */
     for (int i = 0; i < n_threads; i++)
         members[i] = (struct member){.gang = &gang, .index = i};
     while (started < n_threads &&
            pthread_create(&members[started].thread, NULL, work, &members[started]) == 0)
         started++;
-    enum ltn_status status = LTN_OK;
-    if (started < n_threads) { /* those that did start wait at the barrier for ever: let them go with us */
-        for (int i = 1; i < started; i++)
-            pthread_cancel(members[i].thread);
-        status = ltn_fail(err, LTN_ERR_MEMORY, "bandwidth: expected %d threads, could start %d", n_threads,
-                          started);
-    } else {
-        work(&members[0]);
-        out->read_gbps = 1e-9 * (double)bytes / gang.read_seconds;
-        out->copy_gbps = 1e-9 * (double)bytes / gang.copy_seconds;
-    }
+    gang.called_off = started < n_threads;
+    pthread_mutex_unlock(&gang.gate);
+    work(&members[0]);
     for (int i = 1; i < started; i++)
         pthread_join(members[i].thread, NULL);
+    pthread_mutex_destroy(&gang.gate);
     pthread_barrier_destroy(&gang.barrier);
     munmap(memory, bytes);
     free(members);
-    return status;
+    if (gang.called_off)
+        return ltn_fail(err, LTN_ERR_MEMORY, "bandwidth: expected %d threads, could start %d", n_threads,
+                        started);
+    out->read_gbps = 1e-9 * (double)bytes / gang.read_seconds;
+    out->copy_gbps = 1e-9 * (double)bytes / gang.copy_seconds;
+    return LTN_OK;
 }
 
 /* ---- a device ------------------------------------------------------------------------------------------ */
