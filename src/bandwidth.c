@@ -1,0 +1,181 @@
+#include "src/bandwidth.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { PASSES = 4, LINE = 64 };
+static const size_t least_bytes = (size_t)256 << 20, most_bytes = (size_t)2 << 30;
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* ---- the host ------------------------------------------------------------------------------------------ */
+
+struct gang {
+    uint64_t *memory;     /* [threads * words] */
+    size_t words;         /* of each thread */
+    pthread_mutex_t gate; /* held until all have started, or one could not */
+    bool called_off;
+    pthread_barrier_t barrier;
+    double read_seconds, copy_seconds; /* of the best pass */
+};
+
+struct member {
+    struct gang *gang;
+    int index;
+    pthread_t thread;
+    uint64_t sum; /* keeps the reads from being optimised away */
+};
+
+static uint64_t read_words(const uint64_t *w, size_t n)
+{
+    uint64_t sum[16] = {0};
+    for (size_t i = 0; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++)
+            sum[j] += w[i + (size_t)j];
+    for (int j = 1; j < 16; j++)
+        sum[0] ^= sum[j];
+    return sum[0];
+}
+
+/* Every pass lies between two barriers; member 0 holds the clock. */
+static double timed(struct member *m, bool copy, uint64_t *words, double best)
+{
+    struct gang *gang = m->gang;
+    pthread_barrier_wait(&gang->barrier);
+    double begin = now();
+    if (copy)
+        memcpy(words, words + gang->words / 2, gang->words / 2 * sizeof *words);
+    else
+        m->sum += read_words(words, gang->words);
+    pthread_barrier_wait(&gang->barrier);
+    double seconds = now() - begin;
+    return best == 0 || seconds < best ? seconds : best;
+}
+
+static void *work(void *member)
+{
+    struct member *m = member;
+    struct gang *gang = m->gang;
+    uint64_t *words = gang->memory + (size_t)m->index * gang->words;
+    double read_seconds = 0, copy_seconds = 0;
+
+    pthread_mutex_lock(&gang->gate);
+    bool called_off = gang->called_off;
+    pthread_mutex_unlock(&gang->gate);
+    if (called_off)
+        return NULL;
+    memset(words, m->index + 1,
+           gang->words * sizeof *words); /* pages lie near the thread that touches them */
+    for (int i = 0; i < PASSES; i++)
+        read_seconds = timed(m, false, words, read_seconds);
+    for (int i = 0; i < PASSES; i++)
+        copy_seconds = timed(m, true, words, copy_seconds);
+    if (m->index == 0) {
+        gang->read_seconds = read_seconds;
+        gang->copy_seconds = copy_seconds;
+    }
+    return NULL;
+}
+
+static size_t buffer_bytes(void)
+{
+    long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    size_t bytes = cache > 0 ? 4 * (size_t)cache : 0;
+    return bytes < least_bytes ? least_bytes : bytes > most_bytes ? most_bytes : bytes;
+}
+
+static enum ltn_status measure_host(int n_threads, struct ltn_bandwidth *out, struct ltn_error *err)
+{
+    struct gang gang = {.words = buffer_bytes() / sizeof(uint64_t) / (size_t)n_threads / LINE * LINE};
+    size_t bytes = (size_t)n_threads * gang.words * sizeof(uint64_t);
+    struct member *members = calloc((size_t)n_threads, sizeof *members);
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (!members || memory == MAP_FAILED) {
+        free(members);
+        if (memory != MAP_FAILED)
+            munmap(memory, bytes);
+        return ltn_fail(err, LTN_ERR_MEMORY, "bandwidth: no memory for a buffer of %zu bytes", bytes);
+    }
+    madvise(memory, bytes, MADV_HUGEPAGE);
+    gang.memory = memory;
+    pthread_barrier_init(&gang.barrier, NULL, (unsigned)n_threads);
+    pthread_mutex_init(&gang.gate, NULL);
+    pthread_mutex_lock(&gang.gate);
+    int started = 1; /* this thread is member 0 */
+    for (int i = 0; i < n_threads; i++)
+        members[i] = (struct member){.gang = &gang, .index = i};
+    while (started < n_threads &&
+           pthread_create(&members[started].thread, NULL, work, &members[started]) == 0)
+        started++;
+    gang.called_off = started < n_threads;
+    pthread_mutex_unlock(&gang.gate);
+    work(&members[0]);
+    for (int i = 1; i < started; i++)
+        pthread_join(members[i].thread, NULL);
+    pthread_mutex_destroy(&gang.gate);
+    pthread_barrier_destroy(&gang.barrier);
+    munmap(memory, bytes);
+    free(members);
+    if (gang.called_off)
+        return ltn_fail(err, LTN_ERR_MEMORY, "bandwidth: expected %d threads, could start %d", n_threads,
+                        started);
+    out->read_gbps = 1e-9 * (double)bytes / gang.read_seconds;
+    out->copy_gbps = 1e-9 * (double)bytes / gang.copy_seconds;
+    return LTN_OK;
+}
+
+/* ---- a device ------------------------------------------------------------------------------------------ */
+
+static enum ltn_status time_copies(struct ltn_backend *be, void *dst, void *src, size_t bytes, double *best,
+                                   struct ltn_error *err)
+{
+    LTN_TRY(be->ops->zero(be, src, bytes, err));
+    for (int i = 0; i <= PASSES; i++) {
+        LTN_TRY(be->ops->sync(be, err));
+        double begin = now();
+        LTN_TRY(be->ops->copy(be, dst, src, bytes, err));
+        LTN_TRY(be->ops->sync(be, err));
+        double seconds = now() - begin;
+        if (i == 1 || (i > 1 && seconds < *best)) /* the first one warms up */
+            *best = seconds;
+    }
+    return LTN_OK;
+}
+
+static enum ltn_status measure_device(struct ltn_backend *be, struct ltn_bandwidth *out,
+                                      struct ltn_error *err)
+{
+    const size_t bytes = 2 * least_bytes;
+    void *src = NULL, *dst = NULL;
+    double seconds = 0;
+
+    enum ltn_status status = be->ops->alloc(be, &src, bytes, err);
+    if (status == LTN_OK)
+        status = be->ops->alloc(be, &dst, bytes, err);
+    if (status == LTN_OK)
+        status = time_copies(be, dst, src, bytes, &seconds, err);
+    be->ops->free(be, src);
+    be->ops->free(be, dst);
+    if (status == LTN_OK)
+        out->copy_gbps = 2e-9 * (double)bytes / seconds;
+    return status;
+}
+
+enum ltn_status ltn_measure_bandwidth(const struct ltn_engine *engine, struct ltn_bandwidth *out,
+                                      struct ltn_error *err)
+{
+    *out = (struct ltn_bandwidth){0};
+    if (engine->be->host_memory)
+        return measure_host(engine->info.n_threads, out, err);
+    return measure_device(engine->be, out, err);
+}

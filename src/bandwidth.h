@@ -1,0 +1,17 @@
+/* How fast this very device moves memory: what the speed of decoding is held against. */
+#ifndef LTN_BANDWIDTH_H
+#define LTN_BANDWIDTH_H
+
+#include "src/engine.h"
+
+struct ltn_bandwidth {
+    double read_gbps; /* 1e9 bytes read a second; 0: not measured on this kind of device */
+    double copy_gbps; /* 1e9 bytes a second, read and written bytes both counted */
+};
+
+/* Takes a few tenths of a second and some hundred MB, well past the caches. Host memory is read and copied by
+ * as many threads as the engine's backend has; a device's memory is copied by its backend. */
+enum ltn_status ltn_measure_bandwidth(const struct ltn_engine *engine, struct ltn_bandwidth *out,
+                                      struct ltn_error *err);
+
+#endif

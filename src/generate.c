@@ -1,0 +1,139 @@
+#include "src/session.h"
+#include "src/stop.h"
+
+#include <string.h>
+
+/* One generation on its way out: model -> detokenizer -> stop strings -> piece. */
+struct generation {
+    struct ltn_session *session;
+    const struct ltn_generate_options *options;
+    struct ltn_stopper stopper;
+    struct ltn_generated result;
+    bool ended;
+};
+
+/* The detokenizer of a session stands where its timeline stands. After other feeds it is made anew from the
+ * last ids: the text before them has gone out, and no piece's bytes depend on more than a few. */
+static enum ltn_status ready_detokenizer(struct ltn_session *s, struct ltn_error *err)
+{
+    if (!s->engine->tokenizer || s->detokenizer_current)
+        return LTN_OK;
+    ltn_detokenizer_free(s->detokenizer);
+    s->detokenizer = NULL;
+    LTN_TRY(ltn_detokenizer_create(&s->detokenizer, s->engine->tokenizer, err));
+    int64_t end = ltn_session_position(s), begin = end > LTN_RECENT_IDS ? end - LTN_RECENT_IDS : 0;
+    for (int64_t i = begin; i < end; i++) {
+        const char *text;
+        size_t bytes;
+        int32_t id = s->recent[i % LTN_RECENT_IDS];
+        if (id < ltn_tokenizer_size(s->engine->tokenizer))
+            LTN_TRY(ltn_detokenizer_push(s->detokenizer, id, &text, &bytes, err));
+    }
+    s->detokenizer_current = true;
+    return LTN_OK;
+}
+
+static void end(struct generation *g, enum ltn_end why)
+{
+    g->ended = true;
+    g->result.end = why;
+}
+
+/* Hands a piece to the caller; its wish to stop is an end, not a failure. */
+static enum ltn_status give(struct generation *g, int32_t id, const char *text, size_t bytes,
+                            struct ltn_error *err)
+{
+    if (!g->options->piece || (id < 0 && bytes == 0))
+        return LTN_OK;
+    enum ltn_status status = g->options->piece(g->options->ctx, id, text, bytes, err);
+    if (status == LTN_ERR_STOPPED && id >= 0) {
+        end(g, LTN_END_STOPPED);
+        return LTN_OK;
+    }
+    return status == LTN_ERR_STOPPED ? LTN_OK : status;
+}
+
+/* A token's way from id to text. */
+static enum ltn_status emit(struct generation *g, int32_t id, struct ltn_error *err)
+{
+    struct ltn_session *s = g->session;
+    const char *text = "";
+    size_t bytes = 0;
+
+    /* a vocabulary padded beyond its tokenizer has ids without text */
+    if (s->engine->tokenizer && id < ltn_tokenizer_size(s->engine->tokenizer))
+        LTN_TRY(ltn_detokenizer_push(s->detokenizer, id, &text, &bytes, err));
+    if (g->stopper.n) {
+        bool found;
+        LTN_TRY(ltn_stopper_push(&g->stopper, text, bytes, &text, &bytes, &found, err));
+        if (found)
+            end(g, LTN_END_STRING);
+    }
+    return give(g, id, text, bytes, err);
+}
+
+/* At the end: what the stop strings held back, then what the detokenizer did. */
+static enum ltn_status flush(struct generation *g, struct ltn_error *err)
+{
+    struct ltn_session *s = g->session;
+    const char *text;
+    size_t bytes;
+
+    if (g->result.end == LTN_END_STRING)
+        return LTN_OK;
+    if (g->stopper.n) {
+        ltn_stopper_finish(&g->stopper, &text, &bytes);
+        LTN_TRY(give(g, -1, text, bytes, err));
+    }
+    if (!s->engine->tokenizer || g->options->keep_open)
+        return LTN_OK;
+    s->detokenizer_current = false;
+    LTN_TRY(ltn_detokenizer_finish(s->detokenizer, &text, &bytes, err));
+    return give(g, -1, text, bytes, err);
+}
+
+static enum ltn_status loop(struct generation *g, struct ltn_error *err)
+{
+    const struct ltn_generate_options *o = g->options;
+    const struct ltn_sampling *sampling = o->sampling ? o->sampling : &ltn_sampling_default;
+    struct ltn_session *s = g->session;
+
+    while (!g->ended) {
+        if (g->result.n_tokens == o->max_tokens) {
+            end(g, LTN_END_LENGTH);
+            break;
+        }
+        int32_t id;
+        LTN_TRY(ltn_session_sample(s, sampling, &id, err));
+        if (id == s->engine->info.eos_id && !o->ignore_eos) {
+            end(g, LTN_END_EOS);
+            break;
+        }
+        bool current = s->detokenizer_current; /* feeding does not put it out of step here: emit follows */
+        LTN_TRY(ltn_session_feed(s, &id, 1, err));
+        s->detokenizer_current = current;
+        g->result.n_tokens++;
+        LTN_TRY(emit(g, id, err));
+    }
+    return flush(g, err);
+}
+
+enum ltn_status ltn_generate(struct ltn_session *session, const struct ltn_generate_options *options,
+                             struct ltn_generated *result, struct ltn_error *err)
+{
+    struct generation g = {.session = session, .options = options};
+
+    if (options->max_tokens < -1)
+        return ltn_fail(err, LTN_ERR_INPUT, "max_tokens: expected -1 or more, found %lld",
+                        (long long)options->max_tokens);
+    if (options->n_stop && !session->engine->tokenizer)
+        return ltn_fail(err, LTN_ERR_UNSUPPORTED, "stop strings need a tokenizer, and the model has none");
+    LTN_TRY(ltn_session_ready(session, err));
+    LTN_TRY(ready_detokenizer(session, err));
+    LTN_TRY(ltn_stopper_create(&g.stopper, options->stop, options->n_stop, err));
+    enum ltn_status status = loop(&g, err);
+    ltn_stopper_free(&g.stopper);
+    if (result)
+        *result = g.result;
+    return status;
+}

@@ -1,0 +1,204 @@
+/* ltn: inference for TransNormerLLM. This header is the whole public C interface.
+ *
+ *   struct ltn_engine *engine;
+ *   struct ltn_session *session;
+ *   struct ltn_error err;
+ *   if (ltn_engine_open(&engine, "demo.ltn", NULL, &err) || ltn_session_create(&session, engine, NULL, &err))
+ *       fail(err.text);
+ *   ltn_session_feed_text(session, "Once upon a time", 16, &err);
+ *   ltn_session_end_text(session, &err);
+ *   ltn_generate(session, &(struct ltn_generate_options){.max_tokens = 100, .piece = print}, NULL, &err);
+ *
+ * An engine is a loaded model: immutable, shared by any number of threads. A session is one timeline through
+ * it: the recurrent state, of the same size however long the past is, the position in it, the logits of the
+ * last token, the random draws. Everything that differs between two texts lives in the session. A session
+ * belongs to one thread at a time; several sessions of one engine may run on several threads at once.
+ *
+ * Errors: a call that can fail returns an enum ltn_status and writes one line to *err (which may be NULL).
+ * The library never prints, exits or installs signal handlers.
+ *
+ * Memory: what is created is freed by the matching close or free, which accept NULL. Engines outlive their
+ * sessions. Feeding, sampling and generating allocate nothing once a session has warmed up.
+ */
+#ifndef LTN_H
+#define LTN_H
+
+#include "kernels/status.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct ltn_engine;
+struct ltn_session;
+struct ltn_tokenizer; /* tokenizer/tokenizer.h */
+
+const char *ltn_version(void); /* of the library, "0.1.0" */
+
+/* ---- engine: a loaded model ---------------------------------------------------------------------------- */
+
+struct ltn_engine_options {
+    const char *device; /* "auto" (also NULL): CUDA where it works, else the CPU; "cpu"; "cuda"; "cuda:N" */
+    int n_threads;      /* of the CPU backend; 0: one per available core */
+    void (*progress)(void *ctx, uint64_t done, uint64_t total); /* bytes of weights loaded; may be NULL */
+    void *progress_ctx;
+};
+
+struct ltn_engine_info {
+    int32_t vocab_size;
+    int32_t embed_dim;
+    int32_t n_layers;
+    int32_t n_heads;
+    int32_t head_dim;
+    int32_t bos_id, eos_id; /* -1: none */
+    uint64_t n_parameters;
+    uint64_t weights_bytes; /* all weights, in the types in which the file stores them */
+    uint64_t state_bytes;   /* recurrent state of one session */
+    uint64_t decode_bytes;  /* memory traffic of one decoded token: weights read, state read and written */
+    uint64_t session_bytes; /* of ltn_session_export */
+    int32_t chunk_rows;     /* tokens that one prefill step takes at once */
+    int n_threads;          /* of the CPU backend; 0 on another */
+    bool has_tokenizer;
+    const char *dtype;    /* of the matrices: "F32", "BF16", "F16" */
+    const char *backend;  /* for people: "CPU, 8 threads, AVX-512" */
+    const char *checksum; /* the model's identity, 32 hexadecimal digits */
+    const char *notice;   /* one line that a program should show, e.g. why "auto" passed over CUDA; or NULL */
+};
+
+/* Refuses a text that names no device. */
+enum ltn_status ltn_device_check(const char *device, struct ltn_error *err);
+
+/* Opens a .ltn file (model/checkpoint.h) and puts its weights on the device. options may be NULL. The CUDA
+ * backend, libltn_cuda.so, is looked for beside the running executable, in ../lib and ../lib/ltn from there,
+ * then wherever the system's loader looks. */
+enum ltn_status ltn_engine_open(struct ltn_engine **out, const char *path,
+                                const struct ltn_engine_options *options, struct ltn_error *err);
+void ltn_engine_close(struct ltn_engine *engine);
+
+const struct ltn_engine_info *ltn_engine_info(const struct ltn_engine *engine); /* lives as the engine does */
+const struct ltn_tokenizer *ltn_engine_tokenizer(const struct ltn_engine *engine); /* NULL: model has none */
+
+/* Text to ids and back, the whole at once. *ids and *text are malloc'd, the caller frees them; *text is
+ * [*bytes] and a 0 byte. LTN_ERR_UNSUPPORTED where the model has no tokenizer. */
+enum ltn_status ltn_engine_tokenize(const struct ltn_engine *engine, const char *text, size_t bytes,
+                                    int32_t **ids, size_t *n, struct ltn_error *err);
+enum ltn_status ltn_engine_detokenize(const struct ltn_engine *engine, const int32_t *ids, size_t n,
+                                      char **text, size_t *bytes, struct ltn_error *err);
+
+/* ---- session: one timeline ----------------------------------------------------------------------------- */
+
+struct ltn_session_options {
+    int32_t chunk_rows; /* tokens per prefill step, 1 or more; 0: what suits the backend (info.chunk_rows) */
+    int32_t score_rows; /* logits rows that ltn_session_score has room for; 0: the session will not score */
+};
+
+/* A new session stands at position 0 with a zero state and seed 0. options may be NULL. */
+enum ltn_status ltn_session_create(struct ltn_session **out, const struct ltn_engine *engine,
+                                   const struct ltn_session_options *options, struct ltn_error *err);
+void ltn_session_free(struct ltn_session *session);
+
+/* Back to position 0 with a zero state; the seed stays, its draws start over. */
+enum ltn_status ltn_session_reset(struct ltn_session *session, struct ltn_error *err);
+
+/* Makes dst what src is, both of one engine: a fork. Neither sees what the other does from then on. Refused
+ * while src is amid a text (before ltn_session_end_text). */
+enum ltn_status ltn_session_copy(struct ltn_session *dst, struct ltn_session *src, struct ltn_error *err);
+
+int64_t ltn_session_position(const struct ltn_session *session); /* tokens fed since the start */
+
+/* Feeds tokens. Any split of a sequence into feeds gives the same result: ids wait in the session until a
+ * step's worth is there or something is asked of them (logits, a sample, an export), so many small feeds cost
+ * what one large one does. An id outside the vocabulary is refused, and then none of this call's is taken.
+ * After a failure of the device the session refuses everything but reset, copy into and import. */
+enum ltn_status ltn_session_feed(struct ltn_session *session, const int32_t *ids, size_t n,
+                                 struct ltn_error *err);
+
+/* Feeds text, in pieces of any size, in constant memory; ltn_session_end_text says that it is complete. The
+ * ids are those of the whole text. Nothing else may be fed between. */
+enum ltn_status ltn_session_feed_text(struct ltn_session *session, const char *text, size_t bytes,
+                                      struct ltn_error *err);
+enum ltn_status ltn_session_end_text(struct ltn_session *session, struct ltn_error *err);
+
+/* *logits: [vocab_size] of the last token fed, in host memory, valid until the session is used again. An
+ * error where nothing was fed yet. */
+enum ltn_status ltn_session_logits(struct ltn_session *session, const float **logits, struct ltn_error *err);
+
+/* Receives logits [rows, vocab_size] (host, valid during the call) of the tokens at position, position + 1,
+ * ...; anything but LTN_OK stops ltn_session_score, which returns it. */
+typedef enum ltn_status ltn_logits_fn(void *ctx, const float *logits, int64_t position, int32_t rows,
+                                      struct ltn_error *err);
+
+/* As ltn_session_feed, at once, giving the logits of every token. Needs options.score_rows. */
+enum ltn_status ltn_session_score(struct ltn_session *session, const int32_t *ids, size_t n,
+                                  ltn_logits_fn *each, void *ctx, struct ltn_error *err);
+
+/* The whole session as info.session_bytes bytes: a later import, into any session of the same model, goes on
+ * exactly where it stood. For this machine and version of the library: native byte order, no checksum. */
+enum ltn_status ltn_session_export(struct ltn_session *session, void *buffer, size_t bytes,
+                                   struct ltn_error *err);
+enum ltn_status ltn_session_import(struct ltn_session *session, const void *buffer, size_t bytes,
+                                   struct ltn_error *err);
+
+/* ---- sampling and generation --------------------------------------------------------------------------- */
+
+/* The order is temperature, top_k, top_p, min_p. */
+struct ltn_sampling {
+    double temperature; /* 0: always the likeliest token, of equals the one with the lowest id */
+    int32_t top_k;      /* keep the k likeliest; 0: all */
+    double top_p;       /* keep the fewest likeliest that together reach this share; 1: all */
+    double min_p;       /* keep those at least this share of the likeliest; 0: all */
+};
+
+extern const struct ltn_sampling ltn_sampling_default; /* temperature 0.8, top_p 0.95 */
+
+/* Draw number i is a function of seed and i alone (Philox4x32-10). Sets the seed and starts at draw 0. */
+void ltn_session_seed(struct ltn_session *session, uint64_t seed);
+
+/* Draws the next token from the logits of the last. It is not fed. */
+enum ltn_status ltn_session_sample(struct ltn_session *session, const struct ltn_sampling *sampling,
+                                   int32_t *id, struct ltn_error *err);
+
+/* Receives each generated token with the text that it makes certain: whole UTF-8 characters, perhaps none.
+ * The last call of a generation may have id -1 and brings text that was held back. text is [bytes], without
+ * a closing 0, and "" where the model has no tokenizer. LTN_ERR_STOPPED ends the generation in good order,
+ * any other failure at once. */
+typedef enum ltn_status ltn_piece_fn(void *ctx, int32_t id, const char *text, size_t bytes,
+                                     struct ltn_error *err);
+
+struct ltn_generate_options {
+    const struct ltn_sampling *sampling; /* NULL: ltn_sampling_default */
+    int64_t max_tokens;                  /* -1: until something else ends it */
+    bool ignore_eos;                     /* treat the end token as any other */
+    bool keep_open;          /* an unfinished character stays in the session instead of becoming U+FFFD */
+    const char *const *stop; /* [n_stop] the text ends before the first of these strings; none is empty */
+    size_t n_stop;
+    ltn_piece_fn *piece; /* may be NULL */
+    void *ctx;
+};
+
+enum ltn_end {
+    LTN_END_LENGTH,  /* max_tokens */
+    LTN_END_EOS,     /* the end token came; it is neither given out nor fed */
+    LTN_END_STRING,  /* a stop string came; it is not given out */
+    LTN_END_STOPPED, /* piece asked for it */
+};
+
+struct ltn_generated {
+    int64_t n_tokens; /* given to piece */
+    enum ltn_end end;
+};
+
+/* Continues the session's text. Text that may be the beginning of a stop string is held back until it is
+ * known not to be. Together the pieces are decode(all tokens) less decode(those fed before). Calling it again
+ * goes on with the same text. result may be NULL. */
+enum ltn_status ltn_generate(struct ltn_session *session, const struct ltn_generate_options *options,
+                             struct ltn_generated *result, struct ltn_error *err);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

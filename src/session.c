@@ -1,0 +1,374 @@
+#include "src/session.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "src/rng.h"
+
+/* ---- life ---------------------------------------------------------------------------------------------- */
+
+static enum ltn_status allocate(struct ltn_session *s, struct ltn_error *err)
+{
+    const struct ltn_engine *engine = s->engine;
+    struct ltn_backend *be = engine->be;
+    const size_t V = (size_t)engine->info.vocab_size;
+    void *state = NULL;
+
+    LTN_TRY(
+        ltn_workspace_create(&s->ws, &engine->model, s->chunk_rows, s->score_rows ? s->score_rows : 1, err));
+    LTN_TRY(be->ops->alloc(be, &state, engine->info.state_bytes, err));
+    s->state = state;
+    LTN_TRY(ltn_sampler_create(&s->sampler, engine->info.vocab_size, err));
+    s->pending = malloc((size_t)s->chunk_rows * sizeof *s->pending);
+    s->logits = malloc(V * sizeof *s->logits);
+    if (s->score_rows && !be->host_memory)
+        s->scores = malloc((size_t)s->score_rows * V * sizeof *s->scores);
+    if (!s->pending || !s->logits || (s->score_rows && !be->host_memory && !s->scores))
+        return ltn_fail(err, LTN_ERR_MEMORY, "session: no memory for %d rows of %zu logits", s->score_rows,
+                        V);
+    return ltn_session_reset(s, err);
+}
+
+enum ltn_status ltn_session_create(struct ltn_session **out, const struct ltn_engine *engine,
+                                   const struct ltn_session_options *options, struct ltn_error *err)
+{
+    int32_t chunk_rows = options && options->chunk_rows ? options->chunk_rows : engine->info.chunk_rows;
+    int32_t score_rows = options ? options->score_rows : 0;
+
+    *out = NULL;
+    if (chunk_rows < 1 || score_rows < 0)
+        return ltn_fail(err, LTN_ERR_INPUT,
+                        "session: expected chunk_rows of 1 or more and score_rows of 0 or more, found %d, %d",
+                        chunk_rows, score_rows);
+    struct ltn_session *s = calloc(1, sizeof *s);
+    if (!s)
+        return ltn_fail(err, LTN_ERR_MEMORY, "session: no memory");
+    s->engine = engine;
+    s->chunk_rows = chunk_rows;
+    s->score_rows = score_rows < chunk_rows ? score_rows : chunk_rows;
+    enum ltn_status status = allocate(s, err);
+    if (status != LTN_OK) {
+        ltn_session_free(s);
+        return status;
+    }
+    *out = s;
+    return LTN_OK;
+}
+
+void ltn_session_free(struct ltn_session *s)
+{
+    if (!s)
+        return;
+    ltn_encoder_free(s->encoder);
+    ltn_detokenizer_free(s->detokenizer);
+    ltn_sampler_free(&s->sampler);
+    s->engine->be->ops->free(s->engine->be, s->state);
+    ltn_workspace_free(&s->ws);
+    free(s->pending);
+    free(s->logits);
+    free(s->scores);
+    free(s);
+}
+
+/* Drops what belongs to the timeline so far, but for the recurrent state. */
+static void forget(struct ltn_session *s)
+{
+    ltn_encoder_free(s->encoder);
+    s->encoder = NULL;
+    s->detokenizer_current = false;
+    s->n_pending = 0;
+    s->logits_where = LTN_NOWHERE;
+    s->failed = true; /* until the state is whole again */
+}
+
+enum ltn_status ltn_session_reset(struct ltn_session *s, struct ltn_error *err)
+{
+    struct ltn_backend *be = s->engine->be;
+    forget(s);
+    LTN_TRY(be->ops->zero(be, s->state, s->engine->info.state_bytes, err));
+    s->failed = false;
+    s->pos = 0;
+    s->draw = 0;
+    return LTN_OK;
+}
+
+int64_t ltn_session_position(const struct ltn_session *s)
+{
+    return s->pos + s->n_pending;
+}
+
+void ltn_session_seed(struct ltn_session *s, uint64_t seed)
+{
+    s->seed = seed;
+    s->draw = 0;
+}
+
+enum ltn_status ltn_session_ready(const struct ltn_session *s, struct ltn_error *err)
+{
+    if (s->failed)
+        return ltn_fail(err, LTN_ERR_DEVICE,
+                        "session: an earlier failure left no valid state: reset or import first");
+    if (s->encoder)
+        return ltn_fail(err, LTN_ERR_INPUT, "session: a text is being fed: end it first");
+    return LTN_OK;
+}
+
+/* ---- feeding ------------------------------------------------------------------------------------------- */
+
+/* Runs rows ids through the model; logits are left in the workspace. */
+static enum ltn_status run(struct ltn_session *s, const int32_t *ids, int32_t rows, enum ltn_want want,
+                           struct ltn_error *err)
+{
+    const struct ltn_seq seq = {s->state, s->pos, 0, rows};
+    enum ltn_status status = ltn_forward(&s->engine->model, &s->ws, ids, rows, &seq, 1, want, NULL, err);
+    if (status != LTN_OK) {
+        s->failed = true;
+        return status;
+    }
+    s->pos += rows;
+    return LTN_OK;
+}
+
+static enum ltn_status run_pending(struct ltn_session *s, enum ltn_want want, struct ltn_error *err)
+{
+    if (s->n_pending == 0)
+        return LTN_OK;
+    int32_t rows = s->n_pending;
+    s->n_pending = 0;
+    LTN_TRY(run(s, s->pending, rows, want, err));
+    s->logits_where = want == LTN_WANT_LAST ? LTN_ON_BACKEND : LTN_NOWHERE;
+    return LTN_OK;
+}
+
+static enum ltn_status check_ids(const struct ltn_session *s, const int32_t *ids, size_t n,
+                                 struct ltn_error *err)
+{
+    const int32_t V = s->engine->info.vocab_size;
+    for (size_t i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= V)
+            return ltn_fail(err, LTN_ERR_INPUT, "token %" PRId64 ": expected an id from 0 to %d, found %d",
+                            ltn_session_position(s) + (int64_t)i, V - 1, ids[i]);
+    return LTN_OK;
+}
+
+/* The last full step waits as well, so that its logits can still be asked for. */
+static enum ltn_status take(struct ltn_session *s, const int32_t *ids, size_t n, struct ltn_error *err)
+{
+    LTN_TRY(check_ids(s, ids, n, err));
+    for (size_t i = 0; i < n; i++) {
+        if (s->n_pending == s->chunk_rows)
+            LTN_TRY(run_pending(s, LTN_WANT_NONE, err));
+        s->recent[ltn_session_position(s) % LTN_RECENT_IDS] = ids[i];
+        s->pending[s->n_pending++] = ids[i];
+    }
+    return LTN_OK;
+}
+
+enum ltn_status ltn_session_feed(struct ltn_session *s, const int32_t *ids, size_t n, struct ltn_error *err)
+{
+    LTN_TRY(ltn_session_ready(s, err));
+    s->detokenizer_current = false;
+    return take(s, ids, n, err);
+}
+
+static enum ltn_status take_encoded(void *session, const int32_t *ids, size_t n, struct ltn_error *err)
+{
+    return take(session, ids, n, err);
+}
+
+enum ltn_status ltn_session_feed_text(struct ltn_session *s, const char *text, size_t bytes,
+                                      struct ltn_error *err)
+{
+    if (!s->encoder || s->failed) {
+        LTN_TRY(ltn_session_ready(s, err));
+        if (!s->engine->tokenizer)
+            return ltn_fail(err, LTN_ERR_UNSUPPORTED, "%s: the model has no tokenizer, only token ids work",
+                            s->engine->checkpoint.file.path);
+        LTN_TRY(ltn_encoder_create(&s->encoder, s->engine->tokenizer, take_encoded, s, err));
+    }
+    s->detokenizer_current = false;
+    return ltn_encoder_feed(s->encoder, text, bytes, err);
+}
+
+enum ltn_status ltn_session_end_text(struct ltn_session *s, struct ltn_error *err)
+{
+    if (!s->encoder)
+        return ltn_session_ready(s, err); /* a text of no pieces */
+    enum ltn_status status = ltn_encoder_finish(s->encoder, err);
+    ltn_encoder_free(s->encoder);
+    s->encoder = NULL;
+    return status;
+}
+
+/* ---- results ------------------------------------------------------------------------------------------- */
+
+enum ltn_status ltn_session_logits(struct ltn_session *s, const float **logits, struct ltn_error *err)
+{
+    struct ltn_backend *be = s->engine->be;
+
+    LTN_TRY(ltn_session_ready(s, err));
+    LTN_TRY(run_pending(s, LTN_WANT_LAST, err));
+    if (s->logits_where == LTN_NOWHERE)
+        return ltn_fail(err, LTN_ERR_INPUT, "session: no logits before the first token");
+    if (s->logits_where == LTN_ON_BACKEND) {
+        size_t bytes = (size_t)s->engine->info.vocab_size * sizeof *s->logits;
+        enum ltn_status status = be->ops->download(be, s->logits, s->ws.logits, bytes, err);
+        if (status != LTN_OK) {
+            s->failed = true;
+            return status;
+        }
+        s->logits_where = LTN_ON_HOST;
+    }
+    *logits = s->logits;
+    return LTN_OK;
+}
+
+enum ltn_status ltn_session_score(struct ltn_session *s, const int32_t *ids, size_t n, ltn_logits_fn *each,
+                                  void *ctx, struct ltn_error *err)
+{
+    struct ltn_backend *be = s->engine->be;
+    const size_t row_bytes = (size_t)s->engine->info.vocab_size * sizeof(float);
+
+    LTN_TRY(ltn_session_ready(s, err));
+    if (s->score_rows == 0)
+        return ltn_fail(err, LTN_ERR_INPUT, "session: created without score_rows, it cannot score");
+    LTN_TRY(check_ids(s, ids, n, err));
+    LTN_TRY(run_pending(s, LTN_WANT_NONE, err));
+    s->detokenizer_current = false;
+    for (size_t done = 0; done < n;) {
+        int32_t rows = n - done < (size_t)s->score_rows ? (int32_t)(n - done) : s->score_rows;
+        int64_t position = s->pos;
+        for (int32_t i = 0; i < rows; i++)
+            s->recent[(position + i) % LTN_RECENT_IDS] = ids[done + (size_t)i];
+        LTN_TRY(run(s, ids + done, rows, LTN_WANT_ALL, err));
+        const float *logits = s->ws.logits;
+        if (!be->host_memory) {
+            LTN_TRY(be->ops->download(be, s->scores, s->ws.logits, (size_t)rows * row_bytes, err));
+            logits = s->scores;
+        }
+        memcpy(s->logits, logits + (size_t)(rows - 1) * (size_t)s->engine->info.vocab_size, row_bytes);
+        s->logits_where = LTN_ON_HOST;
+        LTN_TRY(each(ctx, logits, position, rows, err));
+        done += (size_t)rows;
+    }
+    return LTN_OK;
+}
+
+enum ltn_status ltn_session_sample(struct ltn_session *s, const struct ltn_sampling *sampling, int32_t *id,
+                                   struct ltn_error *err)
+{
+    const float *logits;
+    LTN_TRY(ltn_session_logits(s, &logits, err));
+    LTN_TRY(ltn_sample(&s->sampler, logits, sampling, ltn_uniform(s->seed, s->draw), id, err));
+    s->draw++;
+    return LTN_OK;
+}
+
+/* ---- copies -------------------------------------------------------------------------------------------- */
+
+/* An exported session: this, then the logits, then the state. */
+struct exported {
+    char magic[8];
+    char model[32]; /* its checksum */
+    int64_t position;
+    uint64_t seed, draw;
+    int32_t has_logits;
+    int32_t recent[LTN_RECENT_IDS];
+};
+
+static const char exported_magic[8] = "ltn-ses1";
+
+uint64_t ltn_session_bytes(const struct ltn_engine_info *info)
+{
+    return sizeof(struct exported) + (uint64_t)info->vocab_size * sizeof(float) + info->state_bytes;
+}
+
+/* Brings everything up to date and the logits, where there are any, to the host. */
+static enum ltn_status settle(struct ltn_session *s, struct ltn_error *err)
+{
+    const float *logits;
+    LTN_TRY(ltn_session_ready(s, err));
+    if (ltn_session_position(s) > 0)
+        LTN_TRY(ltn_session_logits(s, &logits, err));
+    return LTN_OK;
+}
+
+enum ltn_status ltn_session_copy(struct ltn_session *dst, struct ltn_session *src, struct ltn_error *err)
+{
+    struct ltn_backend *be = src->engine->be;
+
+    if (dst->engine != src->engine)
+        return ltn_fail(err, LTN_ERR_INPUT, "session: a copy needs two sessions of one engine");
+    LTN_TRY(settle(src, err));
+    if (dst == src)
+        return LTN_OK;
+    forget(dst);
+    LTN_TRY(be->ops->copy(be, dst->state, src->state, src->engine->info.state_bytes, err));
+    memcpy(dst->logits, src->logits, (size_t)src->engine->info.vocab_size * sizeof *src->logits);
+    memcpy(dst->recent, src->recent, sizeof src->recent);
+    dst->logits_where = src->logits_where;
+    dst->pos = src->pos;
+    dst->seed = src->seed;
+    dst->draw = src->draw;
+    dst->failed = false;
+    return LTN_OK;
+}
+
+static enum ltn_status check_size(const struct ltn_session *s, size_t bytes, struct ltn_error *err)
+{
+    if (bytes == s->engine->info.session_bytes)
+        return LTN_OK;
+    return ltn_fail(err, LTN_ERR_INPUT, "session: expected a buffer of %" PRIu64 " bytes, found %zu",
+                    s->engine->info.session_bytes, bytes);
+}
+
+enum ltn_status ltn_session_export(struct ltn_session *s, void *buffer, size_t bytes, struct ltn_error *err)
+{
+    const struct ltn_engine_info *info = &s->engine->info;
+    struct ltn_backend *be = s->engine->be;
+    const size_t logits_bytes = (size_t)info->vocab_size * sizeof *s->logits;
+    uint8_t *at = buffer;
+
+    LTN_TRY(check_size(s, bytes, err));
+    LTN_TRY(settle(s, err));
+    struct exported head = {.position = s->pos, .seed = s->seed, .draw = s->draw};
+    memcpy(head.magic, exported_magic, sizeof head.magic);
+    memcpy(head.model, info->checksum, sizeof head.model);
+    memcpy(head.recent, s->recent, sizeof head.recent);
+    head.has_logits = s->logits_where == LTN_ON_HOST;
+    memcpy(at, &head, sizeof head);
+    if (head.has_logits)
+        memcpy(at + sizeof head, s->logits, logits_bytes);
+    else
+        memset(at + sizeof head, 0, logits_bytes);
+    return be->ops->download(be, at + sizeof head + logits_bytes, s->state, info->state_bytes, err);
+}
+
+enum ltn_status ltn_session_import(struct ltn_session *s, const void *buffer, size_t bytes,
+                                   struct ltn_error *err)
+{
+    const struct ltn_engine_info *info = &s->engine->info;
+    struct ltn_backend *be = s->engine->be;
+    const size_t logits_bytes = (size_t)info->vocab_size * sizeof *s->logits;
+    const uint8_t *at = buffer;
+    struct exported head;
+
+    LTN_TRY(check_size(s, bytes, err));
+    memcpy(&head, at, sizeof head);
+    if (memcmp(head.magic, exported_magic, sizeof head.magic) != 0 || head.position < 0)
+        return ltn_fail(err, LTN_ERR_INPUT, "session: the buffer holds no exported session");
+    if (memcmp(head.model, info->checksum, sizeof head.model) != 0)
+        return ltn_fail(err, LTN_ERR_INPUT, "session: expected one of model %s, found one of %.32s",
+                        info->checksum, head.model);
+    forget(s);
+    LTN_TRY(be->ops->upload(be, s->state, at + sizeof head + logits_bytes, info->state_bytes, err));
+    memcpy(s->logits, at + sizeof head, logits_bytes);
+    memcpy(s->recent, head.recent, sizeof s->recent);
+    s->logits_where = head.has_logits ? LTN_ON_HOST : LTN_NOWHERE;
+    s->pos = head.position;
+    s->seed = head.seed;
+    s->draw = head.draw;
+    s->failed = false;
+    return LTN_OK;
+}

@@ -1,0 +1,39 @@
+/* What a session is made of, for the library's own files. */
+#ifndef LTN_SESSION_H
+#define LTN_SESSION_H
+
+#include "src/engine.h"
+#include "src/sampling.h"
+
+/* The last ids of the timeline are kept: from them a fresh detokenizer finds its way back into the text. */
+enum { LTN_RECENT_IDS = 64 };
+
+enum ltn_where { LTN_NOWHERE, LTN_ON_BACKEND, LTN_ON_HOST };
+
+struct ltn_session {
+    const struct ltn_engine *engine;
+    struct ltn_workspace ws;
+    float *state; /* backend memory, info.state_bytes */
+    int64_t pos;  /* tokens that the state has seen */
+
+    int32_t *pending; /* [chunk_rows] fed, but not yet run through the model */
+    int32_t n_pending, chunk_rows, score_rows;
+
+    float *logits;               /* host, [vocab_size] of the last token */
+    enum ltn_where logits_where; /* are they there yet; only while nothing is pending */
+    float *scores; /* host, [score_rows, vocab_size]; NULL where the backend's memory is host's */
+
+    struct ltn_sampler sampler;
+    uint64_t seed, draw;
+
+    int32_t recent[LTN_RECENT_IDS]; /* id number i of the timeline at i % LTN_RECENT_IDS */
+    struct ltn_encoder *encoder;    /* set amid a text */
+    struct ltn_detokenizer *detokenizer;
+    bool detokenizer_current; /* it has seen the timeline up to here */
+    bool failed;              /* the device failed: the state is undefined */
+};
+
+/* Refuses where the session cannot go on: after a failure, or amid a text. */
+enum ltn_status ltn_session_ready(const struct ltn_session *session, struct ltn_error *err);
+
+#endif
