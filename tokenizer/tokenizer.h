@@ -31,7 +31,7 @@ struct ltn_detokenizer; /* one stream of tokens being decoded */
 /* Limits on what is opened; a model beyond them is refused. */
 enum {
     LTN_TOKENIZER_MAX_MODEL = 64 << 20, /* bytes of a SentencePiece model */
-    LTN_TOKENIZER_MAX_IDS = 1 << 24,    /* ids, special ones included */
+    LTN_TOKENIZER_MAX_IDS = 1 << 20,    /* ids, special ones included */
     LTN_TOKENIZER_MAX_PIECE = 1024,     /* bytes of one piece or special text */
     LTN_TOKENIZER_MAX_SPECIAL = 65536,  /* special tokens */
     LTN_TOKENIZER_MAX_JSON = 8 << 20,   /* bytes of the JSON */
@@ -76,12 +76,12 @@ typedef enum ltn_status ltn_ids_fn(void *ctx, const int32_t *ids, size_t n, stru
 /* An encoder gives, for any split of the text into feeds, the same ids, in time linear in the text and memory
  * that does not grow with it. They are the ids of SentencePiece on the whole run:
  * - The run is normalised as it comes (Normalizer::Normalize of SentencePiece, as a stream) and handed over
- * in segments. A segment ends where at least 16 KiB are gathered and no piece of the model holds the two
+ * in segments. A segment ends where enough is gathered and no piece of the model holds the two
  *   characters around the cut side by side: no token can cross there, and the ids do not change.
  * - Where no such place comes within 256 KiB of normalised text (such a stretch of one repeated letter), the
  * cut is forced at the next character: the ids there may differ from those of one call.
  * - A unigram model's scores are sums in float32 that SentencePiece starts at the beginning of a call; in a
- * run of more than 16 KiB its choice between near-equal segmentations may differ by this rounding. Text that
+ * run of more than 64 KiB its choice between near-equal segmentations may differ by this rounding. Text that
  * is not UTF-8 is defined: each byte that does not begin or continue a whole character counts as U+FFFD. NUL
  * is a character like any other. After a failure only ltn_encoder_free may be called. */
 enum ltn_status ltn_encoder_create(struct ltn_encoder **out, const struct ltn_tokenizer *tokenizer,
