@@ -24,7 +24,7 @@ CXXFLAGS += -std=c++17 $(COMMON)
 
 # Everything in these folders but the programs' main files is the library.
 MAINS    := src/run.c src/bench.c src/score.c src/info.c
-LIB_SRC  := $(filter-out $(MAINS),$(wildcard kernels/*.c kernels/cpu/*.c model/*.c tokenizer/*.cc src/*.c))
+LIB_SRC  := $(filter-out $(MAINS),$(wildcard kernels/*.c kernels/cpu/*.c model/*.c tokenizer/*.c tokenizer/*.cc src/*.c))
 LIB_OBJ  := $(LIB_SRC:%=$(B)/%.o)
 TOOL_OBJ := $(patsubst %,$(B)/%.o,$(filter-out tools/convert.c,$(wildcard tools/*.c)))
 TEST_SRC := $(wildcard tests/test_*.c)

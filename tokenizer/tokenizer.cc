@@ -1,0 +1,852 @@
+#include "tokenizer/tokenizer.h"
+
+#include "tokenizer/sp_model.h"
+#include "tokenizer/utf8.h"
+
+#include <algorithm>
+#include <cjson/cJSON.h>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <new>
+#include <sentencepiece_processor.h>
+#include <set>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+namespace
+{
+
+constexpr size_t kWindow = 256 << 10;                     /* bytes; a segment ends here at the latest */
+constexpr size_t kSlice = 64 << 10;                       /* of a feed, so that no buffer grows with it */
+constexpr std::string_view kSpace = "\xE2\x96\x81";       /* U+2581, what SentencePiece writes for a space */
+constexpr std::string_view kReplacement = "\xEF\xBF\xBD"; /* U+FFFD */
+
+/* Runs f and turns what C++ throws into a status: nothing passes the C boundary. */
+template <class F> enum ltn_status guarded(struct ltn_error *err, F f)
+{
+    try {
+        return f();
+    } catch (const std::bad_alloc &) {
+        return ltn_fail(err, LTN_ERR_MEMORY, "tokenizer: out of memory");
+    } catch (const std::exception &e) {
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer: SentencePiece failed: %s", e.what());
+    } catch (...) {
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer: SentencePiece failed");
+    }
+}
+
+std::string_view view(const struct ltn_sp_string &s)
+{
+    return {s.data, s.bytes};
+}
+
+/* A set of strings in which the longest that begins a text is found in time that does not depend on the text.
+ */
+class Literals
+{
+  public:
+    struct Item {
+        std::string_view text; /* owned by others; no two alike */
+        int32_t id;
+    };
+
+    void assign(std::vector<Item> items)
+    {
+        items_ = std::move(items);
+        std::sort(items_.begin(), items_.end(), [](const Item &a, const Item &b) { return a.text < b.text; });
+        for (const Item &item : items_) {
+            first_[(unsigned char)item.text[0]] = true;
+            longest_ = std::max(longest_, item.text.size());
+        }
+    }
+    bool may_begin(char c) const
+    {
+        return first_[(unsigned char)c];
+    }
+    size_t longest() const
+    {
+        return longest_;
+    }
+    /* NULL: none. *more: all of the text begins an item that is longer. */
+    const Item *match(const char *text, size_t bytes, bool *more) const
+    {
+        const Item *lo = items_.data(), *hi = lo + items_.size(), *best = nullptr;
+
+        *more = false;
+        for (size_t depth = 0; lo < hi; depth++) { /* [lo, hi) begin with text[0, depth) */
+            if (lo->text.size() == depth)
+                best = lo++;
+            if (depth == bytes) {
+                *more = lo < hi;
+                break;
+            }
+            const unsigned char c = text[depth];
+            lo =
+                std::partition_point(lo, hi, [=](const Item &i) { return (unsigned char)i.text[depth] < c; });
+            hi = std::partition_point(lo, hi,
+                                      [=](const Item &i) { return (unsigned char)i.text[depth] == c; });
+        }
+        return best;
+    }
+    const Item *find(std::string_view text) const
+    {
+        const auto at = std::lower_bound(items_.begin(), items_.end(), text,
+                                         [](const Item &item, std::string_view t) { return item.text < t; });
+        return at != items_.end() && at->text == text ? &*at : nullptr;
+    }
+
+  private:
+    std::vector<Item> items_; /* sorted by bytes: an item stands right before those that it begins */
+    size_t longest_ = 0;
+    bool first_[256] = {};
+};
+
+/* Between which characters a text may be cut without any token noticing. */
+class Cuts
+{
+  public:
+    void learn(const struct ltn_sp_model &model)
+    {
+        merges_unknown_ = !model.byte_fallback;
+        for (size_t i = 0; i < model.n_pieces; i++) {
+            const struct ltn_sp_piece &piece = model.pieces[i];
+            if (piece.type != LTN_SP_NORMAL && piece.type != LTN_SP_USER_DEFINED)
+                continue;
+            uint32_t c, before = 0;
+            for (size_t at = 0; at < piece.text.bytes; before = c) {
+                const size_t n = ltn_utf8_decode(piece.text.data + at, piece.text.bytes - at, &c);
+                if (n == piece.text.bytes)
+                    alone_.push_back(c);
+                if (at > 0)
+                    pairs_.push_back((uint64_t)before << 32 | c);
+                at += n;
+            }
+        }
+        sort_unique(pairs_);
+        sort_unique(alone_);
+    }
+
+    /* A token that spans a and b would hold them side by side. Without byte fallback SentencePiece also joins
+     * neighbouring unknown characters to one token: then one of the two must be a piece by itself. */
+    bool safe(uint32_t a, uint32_t b) const
+    {
+        return !std::binary_search(pairs_.begin(), pairs_.end(), (uint64_t)a << 32 | b) &&
+               (!merges_unknown_ || std::binary_search(alone_.begin(), alone_.end(), a) ||
+                std::binary_search(alone_.begin(), alone_.end(), b));
+    }
+
+  private:
+    template <class T> static void sort_unique(std::vector<T> &v)
+    {
+        std::sort(v.begin(), v.end());
+        v.erase(std::unique(v.begin(), v.end()), v.end());
+        v.shrink_to_fit();
+    }
+
+    std::vector<uint64_t> pairs_; /* neighbours inside a piece, first character << 32 | second; sorted */
+    std::vector<uint32_t> alone_; /* characters that are a piece; sorted */
+    bool merges_unknown_ = false;
+};
+
+/* ---- JSON ---- */
+
+using Json = std::unique_ptr<cJSON, void (*)(cJSON *)>;
+
+/* The members of an object, which must be exactly names [n], in any order. */
+enum ltn_status members(const cJSON *object, const char *where, const char *const *names,
+                        const cJSON **values, size_t n, struct ltn_error *err)
+{
+    if (!cJSON_IsObject(object))
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: %s is not an object", where);
+    std::fill(values, values + n, nullptr);
+    for (const cJSON *m = object->child; m != nullptr; m = m->next) {
+        size_t i = 0;
+        while (i < n && strcmp(m->string, names[i]) != 0)
+            i++;
+        if (i == n || values[i] != nullptr)
+            return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: %s has %s key \"%.64s\"", where,
+                            i == n ? "the unknown" : "twice the", m->string);
+        values[i] = m;
+    }
+    for (size_t i = 0; i < n; i++)
+        if (values[i] == nullptr)
+            return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: %s has no \"%s\"", where, names[i]);
+    return LTN_OK;
+}
+
+enum ltn_status check_special(int32_t id, const char *text, struct ltn_error *err)
+{
+    const size_t bytes = strlen(text);
+
+    if (id < 0 || id >= LTN_TOKENIZER_MAX_IDS)
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer: special token id %d, expected 0 to %d", id,
+                        LTN_TOKENIZER_MAX_IDS - 1);
+    if (bytes == 0 || bytes > LTN_TOKENIZER_MAX_PIECE)
+        return ltn_fail(err, LTN_ERR_INPUT,
+                        "tokenizer: special token %d has %zu bytes of text, expected 1 to %d", id, bytes,
+                        LTN_TOKENIZER_MAX_PIECE);
+    if (ltn_utf8_check(text, bytes) != bytes)
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer: the text of special token %d is not UTF-8", id);
+    return LTN_OK;
+}
+
+} /* namespace */
+
+struct ltn_tokenizer {
+    std::string bytes; /* the model; `model` points into it */
+    struct ltn_sp_model model = {};
+    sentencepiece::SentencePieceProcessor sp;
+    std::unordered_map<int32_t, std::string> special; /* id -> text */
+    std::unordered_map<int32_t, int32_t> twins; /* id -> id of the reserved piece of the same text, which
+                                                   SentencePiece decodes in its place */
+    Literals literals;                          /* the special tokens */
+    Literals user_defined;                      /* these the normaliser leaves as they are */
+    Cuts cuts;
+    size_t segment = 0; /* bytes; from here on a segment ends at the first place that is safe. Small ones stay
+                           in the cache; a unigram model's are as long as its sums stay exact enough */
+    size_t longest_unit = 4; /* bytes; the most that the normaliser looks at to take one step */
+    int32_t size = 0, bos = -1, eos = -1;
+    bool add_bos = false, add_eos = false;
+
+    ~ltn_tokenizer()
+    {
+        ltn_sp_model_free(&model);
+    }
+    enum ltn_status open_model(const void *data, size_t n, struct ltn_error *err);
+    enum ltn_status open_json(const char *json, struct ltn_error *err);
+    enum ltn_status add_special(const cJSON *list, struct ltn_error *err);
+    int32_t piece_id(std::string_view text) const;
+};
+
+/* -1: not a piece. */
+int32_t ltn_tokenizer::piece_id(std::string_view text) const
+{
+    if (text.empty())
+        return -1;
+    const int id = sp.PieceToId(text); /* the unknown piece where there is none */
+    return view(model.pieces[id].text) == text ? id : -1;
+}
+
+enum ltn_status ltn_tokenizer::open_model(const void *data, size_t n, struct ltn_error *err)
+{
+    if (n > LTN_TOKENIZER_MAX_MODEL)
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer model: it has %zu bytes, at most %d are allowed", n,
+                        LTN_TOKENIZER_MAX_MODEL);
+    bytes.assign((const char *)data, n);
+    LTN_TRY(ltn_sp_model_read(&model, bytes.data(), n, err));
+    struct ltn_sp_string checked;
+    LTN_TRY(ltn_sp_model_rewrite(&model, &checked, err));
+    const std::unique_ptr<char, void (*)(void *)> owner(const_cast<char *>(checked.data), free);
+    const auto status = sp.LoadFromSerializedProto(view(checked));
+    if (!status.ok())
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer model: SentencePiece says: %.300s",
+                        status.ToString().c_str());
+    if (sp.GetPieceSize() != (int)model.n_pieces)
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer model: SentencePiece read %d pieces of %zu",
+                        sp.GetPieceSize(), model.n_pieces);
+
+    std::vector<Literals::Item> items;
+    for (size_t i = 0; i < model.n_pieces; i++) {
+        const int32_t id = (int32_t)i;
+        const std::string_view text = view(model.pieces[i].text);
+        const int32_t found = piece_id(text);
+        if (found != id && found >= 0)
+            twins[id] = found;
+        if (model.pieces[i].type == LTN_SP_USER_DEFINED)
+            items.push_back({text, id});
+        if (model.pieces[i].type == LTN_SP_CONTROL && text == view(model.bos_piece))
+            bos = id;
+        if (model.pieces[i].type == LTN_SP_CONTROL && text == view(model.eos_piece))
+            eos = id;
+    }
+    user_defined.assign(std::move(items));
+    cuts.learn(model);
+    longest_unit = std::max({longest_unit, user_defined.longest(), model.charsmap.max_key});
+    segment = model.type == LTN_SP_BPE ? 4 << 10 : 64 << 10;
+    size = (int32_t)model.n_pieces;
+    return LTN_OK;
+}
+
+enum ltn_status ltn_tokenizer::add_special(const cJSON *list, struct ltn_error *err)
+{
+    static const char *const names[] = {"id", "text"};
+    std::vector<Literals::Item> items;
+    std::set<std::string_view> texts;
+    const cJSON *value[2];
+
+    if (!cJSON_IsArray(list))
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: \"special\" is not an array");
+    for (const cJSON *entry = list->child; entry != nullptr; entry = entry->next) {
+        LTN_TRY(members(entry, "an entry of \"special\"", names, value, 2, err));
+        if (!cJSON_IsNumber(value[0]) || value[0]->valuedouble != value[0]->valueint)
+            return ltn_fail(err, LTN_ERR_INPUT,
+                            "tokenizer JSON: the id of a special token is not an integer");
+        if (!cJSON_IsString(value[1]))
+            return ltn_fail(err, LTN_ERR_INPUT,
+                            "tokenizer JSON: the text of a special token is not a string");
+        const int32_t id = value[0]->valueint;
+        LTN_TRY(check_special(id, value[1]->valuestring, err));
+        const auto added = special.emplace(id, value[1]->valuestring);
+        if (!added.second || !texts.insert(added.first->second).second)
+            return ltn_fail(err, LTN_ERR_INPUT,
+                            "tokenizer JSON: special token %d \"%.64s\" stands there twice", id,
+                            value[1]->valuestring);
+        if (special.size() > LTN_TOKENIZER_MAX_SPECIAL)
+            return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: more than %d special tokens",
+                            LTN_TOKENIZER_MAX_SPECIAL);
+        items.push_back({added.first->second, id});
+        size = std::max(size, id + 1);
+    }
+    literals.assign(std::move(items));
+    return LTN_OK;
+}
+
+enum ltn_status ltn_tokenizer::open_json(const char *json, struct ltn_error *err)
+{
+    static const char *const names[] = {"type", "add_bos", "add_eos", "special"};
+    const cJSON *value[4];
+    const size_t bytes = strnlen(json, LTN_TOKENIZER_MAX_JSON + 1);
+
+    if (bytes > LTN_TOKENIZER_MAX_JSON)
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: more than %d bytes", LTN_TOKENIZER_MAX_JSON);
+    if (strstr(json, "\\u0000") != nullptr) /* cJSON ends a string there */
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: \\u0000 is not allowed");
+    const char *end = json;
+    const Json root(cJSON_ParseWithLengthOpts(json, bytes + 1, &end, 1), cJSON_Delete);
+    if (!root)
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: not valid from byte %zu on",
+                        (size_t)(end - json));
+    LTN_TRY(members(root.get(), "it", names, value, 4, err));
+    if (!cJSON_IsString(value[0]) || strcmp(value[0]->valuestring, "sentencepiece") != 0)
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: \"type\" is not \"sentencepiece\"");
+    for (int i = 1; i <= 2; i++)
+        if (!cJSON_IsBool(value[i]))
+            return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: \"%s\" is neither true nor false", names[i]);
+    add_bos = cJSON_IsTrue(value[1]);
+    add_eos = cJSON_IsTrue(value[2]);
+    if ((add_bos && bos < 0) || (add_eos && eos < 0))
+        return ltn_fail(err, LTN_ERR_INPUT,
+                        "tokenizer JSON: \"add_%s\" is true, but the model has no such piece",
+                        add_bos && bos < 0 ? "bos" : "eos");
+    return add_special(value[3], err);
+}
+
+enum ltn_status ltn_tokenizer_open(struct ltn_tokenizer **out, const void *model, size_t bytes,
+                                   const char *json, struct ltn_error *err)
+{
+    *out = nullptr;
+    return guarded(err, [&] {
+        auto tokenizer = std::make_unique<ltn_tokenizer>();
+        LTN_TRY(tokenizer->open_model(model, bytes, err));
+        LTN_TRY(tokenizer->open_json(json, err));
+        *out = tokenizer.release();
+        return LTN_OK;
+    });
+}
+
+void ltn_tokenizer_close(struct ltn_tokenizer *tokenizer)
+{
+    delete tokenizer;
+}
+
+int32_t ltn_tokenizer_size(const struct ltn_tokenizer *tokenizer)
+{
+    return tokenizer->size;
+}
+
+int32_t ltn_tokenizer_bos(const struct ltn_tokenizer *tokenizer)
+{
+    return tokenizer->bos;
+}
+
+int32_t ltn_tokenizer_eos(const struct ltn_tokenizer *tokenizer)
+{
+    return tokenizer->eos;
+}
+
+const char *ltn_tokenizer_piece(const struct ltn_tokenizer *tokenizer, int32_t id, size_t *bytes)
+{
+    const auto special = tokenizer->special.find(id);
+
+    if (special != tokenizer->special.end()) {
+        *bytes = special->second.size();
+        return special->second.data();
+    }
+    if (id < 0 || (size_t)id >= tokenizer->model.n_pieces)
+        return nullptr;
+    *bytes = tokenizer->model.pieces[id].text.bytes;
+    return tokenizer->model.pieces[id].text.data;
+}
+
+int32_t ltn_tokenizer_find(const struct ltn_tokenizer *tokenizer, const char *piece, size_t bytes)
+{
+    const Literals::Item *item = tokenizer->literals.find({piece, bytes});
+
+    return item != nullptr ? item->id : tokenizer->piece_id({piece, bytes});
+}
+
+enum ltn_status ltn_tokenizer_describe(const void *model, size_t bytes, bool add_bos, bool add_eos,
+                                       const struct ltn_special *extra, size_t n_extra, char **json,
+                                       struct ltn_error *err)
+{
+    *json = nullptr;
+    return guarded(err, [&] {
+        ltn_tokenizer tokenizer;
+        LTN_TRY(tokenizer.open_model(model, bytes, err));
+        std::vector<std::string> texts(tokenizer.model.n_pieces); /* [id]; empty: not special */
+        for (size_t i = 0; i < tokenizer.model.n_pieces; i++) {
+            const struct ltn_sp_piece &piece = tokenizer.model.pieces[i];
+            if (piece.type == LTN_SP_UNKNOWN || piece.type == LTN_SP_CONTROL)
+                texts[i] = view(piece.text);
+        }
+        for (size_t i = 0; i < n_extra; i++) {
+            LTN_TRY(check_special(extra[i].id, extra[i].text, err));
+            if ((size_t)extra[i].id >= texts.size())
+                texts.resize((size_t)extra[i].id + 1);
+            texts[extra[i].id] = extra[i].text;
+        }
+
+        const Json root(cJSON_CreateObject(), cJSON_Delete);
+        cJSON *list = nullptr;
+        bool ok = root != nullptr &&
+                  cJSON_AddStringToObject(root.get(), "type", "sentencepiece") != nullptr &&
+                  cJSON_AddBoolToObject(root.get(), "add_bos", add_bos) != nullptr &&
+                  cJSON_AddBoolToObject(root.get(), "add_eos", add_eos) != nullptr &&
+                  (list = cJSON_AddArrayToObject(root.get(), "special")) != nullptr;
+        for (size_t id = 0; ok && id < texts.size(); id++) {
+            if (texts[id].empty())
+                continue;
+            cJSON *entry = cJSON_CreateObject();
+            ok = entry != nullptr && cJSON_AddItemToArray(list, entry) &&
+                 cJSON_AddNumberToObject(entry, "id", (double)id) != nullptr &&
+                 cJSON_AddStringToObject(entry, "text", texts[id].c_str()) != nullptr;
+        }
+        char *text = ok ? cJSON_PrintUnformatted(root.get()) : nullptr;
+        if (text == nullptr)
+            return ltn_fail(err, LTN_ERR_MEMORY, "tokenizer: out of memory for the JSON");
+        const enum ltn_status status = tokenizer.open_json(text, err); /* bos, eos, texts given twice */
+        if (status == LTN_OK)
+            *json = text;
+        else
+            free(text);
+        return status;
+    });
+}
+
+/* ---- text to ids: special tokens are split off, what lies between is normalised, and cut into segments ----
+ */
+
+struct ltn_encoder {
+    const struct ltn_tokenizer *t;
+    ltn_ids_fn *emit;
+    void *ctx;
+
+    bool begun = false; /* bos is out */
+    std::string text;   /* not yet searched for special tokens: less than the longest of them */
+    /* The run: what lies between two special tokens. */
+    std::string run;          /* not yet normalised: less than the longest unit */
+    bool run_begun = false;   /* something of it counts: the dummy prefix is out */
+    bool after_space = false; /* further spaces are dropped (remove_extra_whitespaces) */
+    size_t held_spaces = 0;   /* to be dropped should the run end here (remove_extra_whitespaces) */
+    std::string segment;      /* normalised, not yet given to SentencePiece */
+    std::vector<int> ids;
+
+    enum ltn_status split(bool last, struct ltn_error *err);
+    enum ltn_status normalize(bool last, struct ltn_error *err);
+    enum ltn_status put_unit(std::string_view unit, struct ltn_error *err);
+    enum ltn_status put_char(std::string_view c, struct ltn_error *err);
+    enum ltn_status append(std::string_view c, struct ltn_error *err);
+    enum ltn_status end_run(struct ltn_error *err);
+    enum ltn_status flush(struct ltn_error *err);
+    enum ltn_status emit_one(int32_t id, struct ltn_error *err)
+    {
+        return emit(ctx, &id, 1, err);
+    }
+    enum ltn_status begin(struct ltn_error *err)
+    {
+        const bool due = !begun && t->add_bos;
+        begun = true;
+        return due ? emit_one(t->bos, err) : LTN_OK;
+    }
+};
+
+/* Takes special tokens out of `text`. Where its end might begin one, the rest waits, unless it is the last.
+ */
+enum ltn_status ltn_encoder::split(bool last, struct ltn_error *err)
+{
+    size_t at = 0;
+
+    while (at < text.size()) {
+        const size_t from = at;
+        const Literals::Item *item = nullptr;
+        for (bool more; at < text.size(); at++) {
+            if (!t->literals.may_begin(text[at]))
+                continue;
+            item = t->literals.match(text.data() + at, text.size() - at, &more);
+            if (item != nullptr || (more && !last)) {
+                if (more && !last) { /* may yet become a longer one */
+                    run.append(text, from, at - from);
+                    text.erase(0, at);
+                    return normalize(false, err);
+                }
+                break;
+            }
+        }
+        run.append(text, from, at - from);
+        if (item != nullptr) {
+            LTN_TRY(end_run(err));
+            LTN_TRY(emit_one(item->id, err));
+            at += item->text.size();
+        }
+    }
+    text.clear();
+    return normalize(false, err);
+}
+
+/* Normalizer::NormalizePrefix of SentencePiece, unit by unit: a user-defined piece stays as it is, else the
+ * longest rule applies, else one character is copied, or a byte that begins none replaced. A unit is taken
+ * once all bytes that could belong to it are there. */
+enum ltn_status ltn_encoder::normalize(bool last, struct ltn_error *err)
+{
+    size_t at = 0;
+
+    while (at < run.size() && (last || run.size() - at >= t->longest_unit)) {
+        const char *p = run.data() + at;
+        const size_t left = run.size() - at;
+        const Literals::Item *item = nullptr;
+        const char *rule = nullptr;
+        std::string_view unit;
+        uint32_t c;
+        bool more;
+        size_t used;
+
+        if (t->user_defined.may_begin(*p))
+            item = t->user_defined.match(p, left, &more);
+        if (item != nullptr) {
+            unit = item->text;
+            used = unit.size();
+        } else if ((used = ltn_sp_charsmap_match(&t->model.charsmap, p, left, &rule)) > 0) {
+            unit = rule;
+        } else if ((used = ltn_utf8_decode(p, left, &c)) > 0) {
+            unit = {p, used};
+        } else {
+            unit = kReplacement;
+            used = 1;
+        }
+        at += used;
+        LTN_TRY(put_unit(unit, err));
+    }
+    run.erase(0, at);
+    return LTN_OK;
+}
+
+/* Normalizer::Normalize: dummy prefix, spaces that collapse, spaces at both ends that fall away. */
+enum ltn_status ltn_encoder::put_unit(std::string_view unit, struct ltn_error *err)
+{
+    const struct ltn_sp_model &m = t->model;
+    const std::string_view space = m.escape_whitespaces ? kSpace : " ";
+
+    if (!run_begun) {
+        if (m.remove_extra_whitespaces && unit == " ")
+            return LTN_OK;
+        run_begun = true;
+        after_space = m.remove_extra_whitespaces;
+        if (m.add_dummy_prefix && !m.whitespace_as_suffix)
+            LTN_TRY(put_char(space, err));
+    }
+    while (after_space && !unit.empty() && unit[0] == ' ')
+        unit.remove_prefix(1);
+    if (unit.empty())
+        return LTN_OK;
+    after_space = m.remove_extra_whitespaces && unit.back() == ' ';
+    for (size_t at = 0, n; at < unit.size(); at += n) {
+        n = ltn_utf8_length((unsigned char)unit[at]);
+        LTN_TRY(put_char(unit[at] == ' ' ? space : unit.substr(at, n), err));
+    }
+    return LTN_OK;
+}
+
+/* Holds spaces back where the end of the run would take them away. */
+enum ltn_status ltn_encoder::put_char(std::string_view c, struct ltn_error *err)
+{
+    const std::string_view space = t->model.escape_whitespaces ? kSpace : " ";
+
+    if (t->model.remove_extra_whitespaces) {
+        if (c == space) {
+            held_spaces++;
+            return LTN_OK;
+        }
+        for (; held_spaces > 0; held_spaces--)
+            LTN_TRY(append(space, err));
+    }
+    return append(c, err);
+}
+
+/* Where a segment ends depends on the run alone, not on how it was fed. */
+enum ltn_status ltn_encoder::append(std::string_view c, struct ltn_error *err)
+{
+    if (segment.size() >= t->segment) {
+        size_t last = segment.size() - 1;
+        uint32_t before = 0, after = 0;
+        while (last > 0 && ltn_utf8_is_trail((unsigned char)segment[last]))
+            last--;
+        ltn_utf8_decode(segment.data() + last, segment.size() - last, &before);
+        ltn_utf8_decode(c.data(), c.size(), &after);
+        if (segment.size() >= kWindow || t->cuts.safe(before, after))
+            LTN_TRY(flush(err));
+    }
+    segment.append(c);
+    return LTN_OK;
+}
+
+enum ltn_status ltn_encoder::end_run(struct ltn_error *err)
+{
+    const struct ltn_sp_model &m = t->model;
+
+    LTN_TRY(normalize(true, err));
+    if (run_begun && m.add_dummy_prefix && m.whitespace_as_suffix)
+        LTN_TRY(append(m.escape_whitespaces ? kSpace : " ", err));
+    run_begun = false;
+    held_spaces = 0;
+    return flush(err);
+}
+
+enum ltn_status ltn_encoder::flush(struct ltn_error *err)
+{
+    if (segment.empty())
+        return LTN_OK;
+    const auto status = t->sp.Encode(segment, &ids);
+    if (!status.ok())
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer: SentencePiece says: %.300s",
+                        status.ToString().c_str());
+    segment.clear();
+    return ids.empty() ? LTN_OK : emit(ctx, ids.data(), ids.size(), err);
+}
+
+enum ltn_status ltn_encoder_create(struct ltn_encoder **out, const struct ltn_tokenizer *tokenizer,
+                                   ltn_ids_fn *emit, void *ctx, struct ltn_error *err)
+{
+    *out = nullptr;
+    return guarded(err, [&] {
+        auto encoder = std::make_unique<ltn_encoder>();
+        encoder->t = tokenizer;
+        encoder->emit = emit;
+        encoder->ctx = ctx;
+        *out = encoder.release();
+        return LTN_OK;
+    });
+}
+
+enum ltn_status ltn_encoder_feed(struct ltn_encoder *encoder, const char *text, size_t bytes,
+                                 struct ltn_error *err)
+{
+    return guarded(err, [&] {
+        LTN_TRY(encoder->begin(err));
+        for (size_t at = 0; at < bytes; at += kSlice) {
+            encoder->text.append(text + at, std::min(kSlice, bytes - at));
+            LTN_TRY(encoder->split(false, err));
+        }
+        return LTN_OK;
+    });
+}
+
+enum ltn_status ltn_encoder_finish(struct ltn_encoder *encoder, struct ltn_error *err)
+{
+    return guarded(err, [&] {
+        LTN_TRY(encoder->begin(err));
+        LTN_TRY(encoder->split(true, err));
+        LTN_TRY(encoder->end_run(err));
+        encoder->begun = false;
+        return encoder->t->add_eos ? encoder->emit_one(encoder->t->eos, err) : LTN_OK;
+    });
+}
+
+void ltn_encoder_free(struct ltn_encoder *encoder)
+{
+    delete encoder;
+}
+
+static enum ltn_status collect(void *ctx, const int32_t *ids, size_t n, struct ltn_error *)
+{
+    auto *all = static_cast<std::vector<int32_t> *>(ctx);
+
+    all->insert(all->end(), ids, ids + n);
+    return LTN_OK;
+}
+
+enum ltn_status ltn_tokenize(const struct ltn_tokenizer *tokenizer, const char *text, size_t bytes,
+                             int32_t **ids, size_t *n, struct ltn_error *err)
+{
+    *ids = nullptr;
+    *n = 0;
+    return guarded(err, [&] {
+        std::vector<int32_t> all;
+        ltn_encoder encoder;
+        encoder.t = tokenizer;
+        encoder.emit = collect;
+        encoder.ctx = &all;
+        LTN_TRY(ltn_encoder_feed(&encoder, text, bytes, err));
+        LTN_TRY(ltn_encoder_finish(&encoder, err));
+        if (all.empty())
+            return LTN_OK;
+        *ids = static_cast<int32_t *>(malloc(all.size() * sizeof **ids));
+        if (*ids == nullptr)
+            throw std::bad_alloc();
+        memcpy(*ids, all.data(), all.size() * sizeof **ids);
+        *n = all.size();
+        return LTN_OK;
+    });
+}
+
+/* ---- ids to text: SentencePieceProcessor::Decode, id by id ---- */
+
+struct ltn_detokenizer {
+    const struct ltn_tokenizer *t;
+    std::string out;   /* what this call completes */
+    std::string held;  /* bytes of a character that is not whole: at most 3 between calls */
+    bool first = true; /* no id has come */
+    bool after_special = false;
+    bool run_has_text = false;   /* since the last special token */
+    bool prefix_dropped = false; /* the run's last piece gave the dummy prefix's space away */
+    bool prefix_due = true;      /* a space at the front of the run's next piece is the dummy prefix's */
+
+    void bytes(bool last);
+    void piece(const struct ltn_sp_piece &piece);
+    void special(const std::string &text);
+    void put(std::string_view text)
+    {
+        out.append(text);
+        run_has_text |= !text.empty();
+    }
+    void begin_run()
+    {
+        run_has_text = prefix_dropped = false;
+        prefix_due = true;
+    }
+};
+
+/* Turns held bytes into characters; unless it is the last, the beginning of one may wait. */
+void ltn_detokenizer::bytes(bool last)
+{
+    size_t at = 0;
+
+    while (at < held.size()) {
+        const size_t left = held.size() - at;
+        size_t whole = 1;
+        uint32_t c;
+        while (whole < left && ltn_utf8_is_trail((unsigned char)held[at + whole]))
+            whole++;
+        if (!last && whole == left && left < ltn_utf8_length((unsigned char)held[at]))
+            break;
+        const size_t n = ltn_utf8_decode(held.data() + at, left, &c);
+        put(n > 0 ? std::string_view(held).substr(at, n) : kReplacement);
+        at += n > 0 ? n : 1;
+    }
+    held.erase(0, at);
+}
+
+void ltn_detokenizer::piece(const struct ltn_sp_piece &piece)
+{
+    const struct ltn_sp_model &m = t->model;
+    std::string_view text = view(piece.text);
+
+    if (piece.type == LTN_SP_BYTE) { /* "<0x41>" */
+        const auto digit = [&](size_t i) { return text[i] <= '9' ? text[i] - '0' : text[i] - 'A' + 10; };
+        held.push_back((char)(digit(3) << 4 | digit(4)));
+        bytes(false);
+        return;
+    }
+    bytes(true);
+    if (prefix_dropped || run_has_text)
+        prefix_due = false;
+    prefix_dropped = false;
+    if (piece.type == LTN_SP_CONTROL)
+        return;
+    if (piece.type == LTN_SP_UNKNOWN) {
+        text = view(m.unk_surface);
+        put(text.substr(0, text.find('\0'))); /* SentencePiece takes it for a C string */
+        return;
+    }
+    if (prefix_due && (m.add_dummy_prefix || m.remove_extra_whitespaces) &&
+        text.substr(0, kSpace.size()) == kSpace) {
+        text.remove_prefix(kSpace.size());
+        prefix_dropped = !m.remove_extra_whitespaces; /* where extra spaces are removed, so is the next */
+    }
+    for (size_t space; (space = text.find(kSpace)) != text.npos; text.remove_prefix(space + kSpace.size())) {
+        put(text.substr(0, space));
+        put(" ");
+    }
+    put(text);
+}
+
+void ltn_detokenizer::special(const std::string &text)
+{
+    bytes(true);
+    if (!first && !after_special)
+        out.append(" ");
+    out.append(text);
+    begin_run();
+}
+
+enum ltn_status ltn_detokenizer_create(struct ltn_detokenizer **out, const struct ltn_tokenizer *tokenizer,
+                                       struct ltn_error *err)
+{
+    *out = nullptr;
+    return guarded(err, [&] {
+        auto detokenizer = std::make_unique<ltn_detokenizer>();
+        detokenizer->t = tokenizer;
+        *out = detokenizer.release();
+        return LTN_OK;
+    });
+}
+
+enum ltn_status ltn_detokenizer_push(struct ltn_detokenizer *detokenizer, int32_t id, const char **text,
+                                     size_t *bytes, struct ltn_error *err)
+{
+    return guarded(err, [&] {
+        ltn_detokenizer &d = *detokenizer;
+        const struct ltn_tokenizer &t = *d.t;
+        const auto special = t.special.find(id);
+        const auto twin = t.twins.find(id);
+        const bool is_special = special != t.special.end();
+
+        if (!is_special && (id < 0 || (size_t)id >= t.model.n_pieces))
+            return ltn_fail(err, LTN_ERR_INPUT, "tokenizer: id %d names no token; there are %d", id, t.size);
+        d.out.clear();
+        if (is_special)
+            d.special(special->second);
+        else
+            d.piece(t.model.pieces[twin != t.twins.end() ? twin->second : id]);
+        d.first = false;
+        d.after_special = is_special;
+        *text = d.out.data();
+        *bytes = d.out.size();
+        return LTN_OK;
+    });
+}
+
+enum ltn_status ltn_detokenizer_finish(struct ltn_detokenizer *detokenizer, const char **text, size_t *bytes,
+                                       struct ltn_error *err)
+{
+    return guarded(err, [&] {
+        ltn_detokenizer &d = *detokenizer;
+
+        d.out.clear();
+        d.bytes(true);
+        d.begin_run();
+        d.first = true;
+        d.after_special = false;
+        *text = d.out.data();
+        *bytes = d.out.size();
+        return LTN_OK;
+    });
+}
+
+void ltn_detokenizer_free(struct ltn_detokenizer *detokenizer)
+{
+    delete detokenizer;
+}
