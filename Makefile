@@ -35,6 +35,9 @@ PROGRAMS := $(patsubst src/%.c,$(BIN)/ltn-%,$(MAINS)) $(BIN)/tools/convert
 CUDA_LIB := $(if $(NVCC),$(BIN)/libltn_cuda.so)
 DEMO     := model/demo/demo.ltn
 
+# V=1 prints whole command lines.
+say = $(if $(V),,@echo "  $(1) $@";)
+
 .PHONY: help setup all programs demo test test-cuda check install uninstall clean format
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -67,37 +70,37 @@ tests: $(TEST_BIN)
 
 $(B)/libltn.a: $(LIB_OBJ)
 	@rm -f $@
-	ar rcs $@ $^
+	$(call say,AR)ar rcs $@ $^
 
 $(B)/libltn.so: $(LIB_OBJ)
-	$(CC) -shared -Wl,-soname,libltn.so.0 $(LDFLAGS) -o $@ $^ $(LDLIBS)
+	$(call say,LD)$(CC) -shared -Wl,-soname,libltn.so.0 $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
 $(BIN)/ltn-%: $(B)/src/%.c.o $(B)/libltn.a
-	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+	$(call say,LD)$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
 $(BIN)/tools/convert: $(B)/tools/convert.c.o $(TOOL_OBJ) $(B)/libltn.a
 	@mkdir -p $(@D)
-	$(CC) $(LDFLAGS) -o $@ $^ -lzip $(LDLIBS)
+	$(call say,LD)$(CC) $(LDFLAGS) -o $@ $^ -lzip $(LDLIBS)
 
 $(B)/tests/%: $(B)/tests/%.c.o $(TEST_OBJ) $(TOOL_OBJ) $(B)/libltn.a
-	$(CC) $(LDFLAGS) -o $@ $^ -lcmocka -lzip $(LDLIBS)
+	$(call say,LD)$(CC) $(LDFLAGS) -o $@ $^ -lcmocka -lzip $(LDLIBS)
 
 $(B)/%.c.o: %.c
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
+	$(call say,CC)$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
 
 $(B)/%.cc.o: %.cc
 	@mkdir -p $(@D)
-	$(CXX) $(CXXFLAGS) -MMD -MP -c -o $@ $<
+	$(call say,CXX)$(CXX) $(CXXFLAGS) -MMD -MP -c -o $@ $<
 
 CUDA_ARCH ?= -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a \
              -gencode=arch=compute_90,code=compute_90
 $(B)/%.cu.o: %.cu
 	@mkdir -p $(@D)
-	$(NVCC) -std=c++17 -O3 -I. -Xcompiler -fPIC,-Wall,-Wextra $(CUDA_ARCH) -MMD -MP -c -o $@ $<
+	$(call say,NVCC)$(NVCC) -std=c++17 -O3 -I. -Xcompiler -fPIC,-Wall,-Wextra $(CUDA_ARCH) -MMD -MP -c -o $@ $<
 
 $(BIN)/libltn_cuda.so: $(CUDA_OBJ) $(B)/kernels/status.c.o
-	$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt
+	$(call say,NVCC)$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt
 
 # ---- installation ----------------------------------------------------------------------------------------------------
 
