@@ -389,9 +389,9 @@ static void activate(float *x, enum ltn_act act, float shift, size_t n)
         CASE(LTN_ACT_ELU_ADD1);
         CASE(LTN_ACT_ELU_ADD2);
 #undef CASE
-    case LTN_ACT_GELU: /* rare in this family: the C library's word by word */
+    case LTN_ACT_GELU: /* rare in this family: left to the C library */
         for (size_t i = 0; i < n; i++)
-            x[i] *= 0.5f * erfcf(-0.70710678f * x[i]);
+            x[i] = (float)(0.5 * x[i] * erfc(-0.7071067811865476 * x[i]));
         break;
     case LTN_ACT_ELU:
         for (size_t i = 0; i < n; i++)
