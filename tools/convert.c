@@ -44,7 +44,7 @@ int main(int argc, char **argv)
     if (code >= 0)
         return code;
 
-    struct ltn_progress bar = {.what = "converting"};
+    struct ltn_progress bar = {.what = "converting", .percent = -1};
     struct ltn_convert_options options = {.progress = progress, .note = note, .ctx = &bar};
     if (dtype) {
         options.has_dtype = true;
