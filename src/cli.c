@@ -169,7 +169,8 @@ static void print_default(FILE *out, const struct ltn_flag *f)
         break;
     case LTN_FLAG_CHOICE:
     case LTN_FLAG_DEVICE:
-        fprintf(out, " (default: %s)", *(const char **)f->target);
+        if (*(const char **)f->target)
+            fprintf(out, " (default: %s)", *(const char **)f->target);
         break;
     case LTN_FLAG_INTS: {
         const struct ltn_ints *ints = f->target;

@@ -1,0 +1,203 @@
+#include "tools/hf_tokenizer.h"
+
+#include "model/json.h"
+#include "tokenizer/tokenizer.h"
+#include "tools/source.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_JSON = 64 << 20, MAX_DEPTH = 64 };
+
+struct build {
+    const struct ltn_tokenizer *plain; /* the model with its own special pieces only */
+    const char *path;                  /* of the file being read */
+    int32_t vocab_size, beyond;
+    struct ltn_special *special; /* [n]; texts belong to the trees */
+    size_t n, room;
+    struct ltn_error *err;
+};
+
+static enum ltn_status add(struct build *b, int64_t id, const char *text)
+{
+    if (id >= b->vocab_size) {
+        b->beyond++;
+        return LTN_OK;
+    }
+    for (size_t i = 0; i < b->n; i++) {
+        bool same_id = b->special[i].id == id, same_text = strcmp(b->special[i].text, text) == 0;
+        if (same_id && same_text)
+            return LTN_OK;
+        if (same_id || same_text)
+            return ltn_fail(b->err, LTN_ERR_INPUT,
+                            "%s: special token %d is \"%.60s\", but %d was \"%.60s\" before", b->path,
+                            (int)id, text, b->special[i].id, b->special[i].text);
+    }
+    if (b->n == b->room) {
+        size_t room = 2 * b->room + 16;
+        struct ltn_special *more = realloc(b->special, room * sizeof *more);
+        if (!more)
+            return ltn_fail(b->err, LTN_ERR_MEMORY, "%s: no memory for special tokens", b->path);
+        b->special = more;
+        b->room = room;
+    }
+    b->special[b->n++] = (struct ltn_special){.id = (int32_t)id, .text = text};
+    return LTN_OK;
+}
+
+/* A token by name: text, or an object with its text as "content". One that the model does not have is none.
+ */
+static enum ltn_status add_named(struct build *b, const cJSON *item)
+{
+    const cJSON *text = cJSON_IsObject(item) ? ltn_json_find(item, "content") : item;
+    if (!cJSON_IsString(text))
+        return LTN_OK; /* null: the checkpoint has no such token */
+    int32_t id = ltn_tokenizer_find(b->plain, text->valuestring, strlen(text->valuestring));
+    return id < 0 ? LTN_OK : add(b, id, text->valuestring);
+}
+
+static enum ltn_status add_names(struct build *b, const cJSON *tree)
+{
+    static const char *const keys[] = {"unk_token", "bos_token", "eos_token", "pad_token",
+                                       "sep_token", "cls_token", "mask_token"};
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        LTN_TRY(add_named(b, ltn_json_find(tree, keys[i])));
+    const cJSON *more = ltn_json_find(tree, "additional_special_tokens");
+    for (const cJSON *c = cJSON_IsArray(more) ? more->child : NULL; c; c = c->next)
+        LTN_TRY(add_named(b, c));
+    return LTN_OK;
+}
+
+/* added_tokens_decoder: {"0": {"content": "<unk>", ...}, ...} */
+static enum ltn_status add_decoder(struct build *b, const cJSON *tree)
+{
+    const cJSON *map = ltn_json_find(tree, "added_tokens_decoder");
+    for (const cJSON *c = cJSON_IsObject(map) ? map->child : NULL; c; c = c->next) {
+        size_t digits = strspn(c->string, "0123456789");
+        const char *text = NULL;
+        if (digits == 0 || digits > 9 || c->string[digits])
+            return ltn_fail(b->err, LTN_ERR_INPUT, "%s: added_tokens_decoder: \"%.40s\" is no token id",
+                            b->path, c->string);
+        LTN_TRY(ltn_json_string(&text, c, "content", b->path, b->err));
+        LTN_TRY(add(b, atoi(c->string), text));
+    }
+    return LTN_OK;
+}
+
+/* added_tokens.json: {"<pad>": 64000, ...} */
+static enum ltn_status add_added(struct build *b, const cJSON *tree)
+{
+    for (const cJSON *c = cJSON_IsObject(tree) ? tree->child : NULL; c; c = c->next) {
+        int64_t id = 0;
+        LTN_TRY(ltn_json_int_item(&id, c, 0, INT32_MAX, c->string, b->path, b->err));
+        LTN_TRY(add(b, id, c->string));
+    }
+    return LTN_OK;
+}
+
+/* DIR/NAME as JSON; *tree stays NULL where there is no such file. */
+static enum ltn_status read_json(cJSON **tree, char path[], size_t size, const char *dir, const char *name,
+                                 struct ltn_error *err)
+{
+    char *text = NULL;
+    size_t bytes = 0;
+    bool found = false;
+    snprintf(path, size, "%s/%s", dir, name);
+    enum ltn_status status = ltn_read_file(&text, &bytes, path, MAX_JSON, &found, err);
+    if (!found)
+        return LTN_OK;
+    if (status == LTN_OK)
+        status = ltn_json_parse(tree, text, bytes, path, MAX_DEPTH, false, err);
+    free(text);
+    return status;
+}
+
+static enum ltn_status get_flag(bool *out, const cJSON *tree, const char *key, const char *path,
+                                struct ltn_error *err)
+{
+    const cJSON *item = ltn_json_find(tree, key);
+    return item && !cJSON_IsNull(item) ? ltn_json_bool(out, tree, key, path, err) : LTN_OK;
+}
+
+/* The JSON that goes with out->model. */
+static enum ltn_status describe(struct ltn_hf_tokenizer *out, const char *dir, struct build *b,
+                                cJSON *trees[3])
+{
+    static const char *const names[] = {"tokenizer_config.json", "special_tokens_map.json",
+                                        "added_tokens.json"};
+    char path[4096];
+    b->path = path;
+    bool add_bos = false, add_eos = false;
+    for (int i = 0; i < 3; i++) {
+        LTN_TRY(read_json(&trees[i], path, sizeof path, dir, names[i], b->err));
+        if (i == 0 && trees[i]) {
+            add_bos = true;
+            LTN_TRY(get_flag(&add_bos, trees[i], "add_bos_token", path, b->err));
+            LTN_TRY(get_flag(&add_eos, trees[i], "add_eos_token", path, b->err));
+        }
+        if (i < 2)
+            LTN_TRY(add_decoder(b, trees[i]));
+        else
+            LTN_TRY(add_added(b, trees[i]));
+        if (i < 2)
+            LTN_TRY(add_names(b, trees[i]));
+    }
+    return ltn_tokenizer_describe(out->model, out->bytes, add_bos, add_eos, b->special, b->n, &out->json,
+                                  b->err);
+}
+
+static enum ltn_status read_all(struct ltn_hf_tokenizer *out, const char *dir, int32_t vocab_size,
+                                struct ltn_error *err)
+{
+    char path[4096];
+    char *json = NULL;
+    bool found = false;
+    struct ltn_tokenizer *plain = NULL;
+    snprintf(path, sizeof path, "%s/tokenizer.model", dir);
+    enum ltn_status status =
+        ltn_read_file(&out->model, &out->bytes, path, LTN_TOKENIZER_MAX_MODEL, &found, err);
+    if (!found)
+        return LTN_OK;
+    struct ltn_error inner = {0};
+    if (status == LTN_OK) {
+        status = ltn_tokenizer_describe(out->model, out->bytes, false, false, NULL, 0, &json, &inner);
+        if (status == LTN_OK)
+            status = ltn_tokenizer_open(&plain, out->model, out->bytes, json, &inner);
+        if (status != LTN_OK)
+            ltn_fail(err, status, "%s: %s", path, inner.text);
+    }
+    if (status == LTN_OK && ltn_tokenizer_size(plain) > vocab_size)
+        status = ltn_fail(err, LTN_ERR_INPUT, "%s: %d pieces, but the model's vocab_size is %d", path,
+                          ltn_tokenizer_size(plain), vocab_size);
+    if (status == LTN_OK) {
+        struct build b = {.plain = plain, .vocab_size = vocab_size, .err = err};
+        cJSON *trees[3] = {NULL, NULL, NULL};
+        status = describe(out, dir, &b, trees);
+        for (int i = 0; i < 3; i++)
+            cJSON_Delete(trees[i]);
+        free(b.special);
+        out->beyond = b.beyond;
+    }
+    ltn_tokenizer_close(plain);
+    free(json);
+    return status;
+}
+
+enum ltn_status ltn_hf_tokenizer_read(struct ltn_hf_tokenizer *out, const char *dir, int32_t vocab_size,
+                                      struct ltn_error *err)
+{
+    *out = (struct ltn_hf_tokenizer){0};
+    enum ltn_status status = read_all(out, dir, vocab_size, err);
+    if (status != LTN_OK)
+        ltn_hf_tokenizer_free(out);
+    return status;
+}
+
+void ltn_hf_tokenizer_free(struct ltn_hf_tokenizer *t)
+{
+    free(t->model);
+    free(t->json);
+    *t = (struct ltn_hf_tokenizer){0};
+}
