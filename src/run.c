@@ -253,7 +253,6 @@ int main(int argc, char **argv)
                         .temperature = ltn_sampling_default.temperature,
                         .top_p = ltn_sampling_default.top_p,
                         .device = "auto"};
-    // clang-format off: one option after another, like a table
     // clang-format off
     const struct ltn_flag flags[] = {
         {.letter = 'm', .argument = "MODEL", .kind = LTN_FLAG_STRING, .target = &o.model,
