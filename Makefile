@@ -27,7 +27,7 @@ MAINS    := src/run.c src/bench.c src/score.c src/info.c
 LIB_SRC  := $(filter-out $(MAINS),$(wildcard kernels/*.c kernels/cpu/*.c model/*.c tokenizer/*.c tokenizer/*.cc src/*.c))
 LIB_OBJ  := $(LIB_SRC:%=$(B)/%.o)
 TOOL_OBJ := $(patsubst %,$(B)/%.o,$(filter-out tools/convert.c,$(wildcard tools/*.c)))
-TEST_SRC := $(wildcard tests/test_*.c)
+TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c
 TEST_BIN := $(TEST_SRC:tests/%.c=$(B)/tests/%)
 TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c)))
 CUDA_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/cuda/*.cu))

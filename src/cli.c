@@ -623,6 +623,23 @@ enum ltn_status ltn_id_parser_finish(struct ltn_id_parser *p, struct ltn_error *
     return p->want_number ? bad_id(p, "the end", err) : LTN_OK;
 }
 
+static enum ltn_status ignore_id(void *ctx, int32_t id, struct ltn_error *err)
+{
+    (void)ctx, (void)id, (void)err;
+    return LTN_OK;
+}
+
+int ltn_cli_check_ids(const char *flag, const char *text)
+{
+    struct ltn_id_parser parser = {.fn = ignore_id};
+    struct ltn_error err;
+
+    if (strcmp(text, "-") == 0 || (ltn_id_parser_feed(&parser, text, strlen(text), &err) == LTN_OK &&
+                                   ltn_id_parser_finish(&parser, &err) == LTN_OK))
+        return -1;
+    return ltn_cli_bad_usage("%s: %s", flag, err.text);
+}
+
 /* ---- the model ----------------------------------------------------------------------------------------- */
 
 enum ltn_status ltn_cli_model(char *path, size_t size, const char *flag, struct ltn_error *err)

@@ -109,6 +109,10 @@ enum ltn_status ltn_id_parser_feed(struct ltn_id_parser *parser, const char *tex
                                    struct ltn_error *err);
 enum ltn_status ltn_id_parser_finish(struct ltn_id_parser *parser, struct ltn_error *err);
 
+/* Checks the ids that a flag brought, before any work: -1, or the exit code after printing what is wrong. "-"
+ * (standard input) passes. */
+int ltn_cli_check_ids(const char *flag, const char *text);
+
 /* The model's path: `flag` (the value of -m), else $LTN_MODEL, else model/demo/demo.ltn beside the
  * executable, else ../share/ltn/demo.ltn from there. Refuses, naming where it looked, when there is none. */
 enum ltn_status ltn_cli_model(char *path, size_t size, const char *flag, struct ltn_error *err);

@@ -12,23 +12,29 @@ struct generation {
     bool ended;
 };
 
-/* The detokenizer of a session stands where its timeline stands. After other feeds it is made anew from the
- * last ids: the text before them has gone out, and no piece's bytes depend on more than a few. */
+/* A vocabulary padded beyond its tokenizer has ids without text. */
+static bool has_text(const struct ltn_session *s, int32_t id)
+{
+    size_t bytes;
+    return s->engine->tokenizer && ltn_tokenizer_piece(s->engine->tokenizer, id, &bytes) != NULL;
+}
+
+/* The detokenizer of a session stands where its timeline stands. After other feeds it starts over from the
+ * last ids: what they say has gone out before, and no piece's bytes depend on more than a few. */
 static enum ltn_status ready_detokenizer(struct ltn_session *s, struct ltn_error *err)
 {
+    const char *text;
+    size_t bytes;
+
     if (!s->engine->tokenizer || s->detokenizer_current)
         return LTN_OK;
-    ltn_detokenizer_free(s->detokenizer);
-    s->detokenizer = NULL;
-    LTN_TRY(ltn_detokenizer_create(&s->detokenizer, s->engine->tokenizer, err));
+    if (!s->detokenizer)
+        LTN_TRY(ltn_detokenizer_create(&s->detokenizer, s->engine->tokenizer, err));
+    LTN_TRY(ltn_detokenizer_finish(s->detokenizer, &text, &bytes, err)); /* a new text begins */
     int64_t end = ltn_session_position(s), begin = end > LTN_RECENT_IDS ? end - LTN_RECENT_IDS : 0;
-    for (int64_t i = begin; i < end; i++) {
-        const char *text;
-        size_t bytes;
-        int32_t id = s->recent[i % LTN_RECENT_IDS];
-        if (id < ltn_tokenizer_size(s->engine->tokenizer))
-            LTN_TRY(ltn_detokenizer_push(s->detokenizer, id, &text, &bytes, err));
-    }
+    for (int64_t i = begin; i < end; i++)
+        if (has_text(s, s->recent[i % LTN_RECENT_IDS]))
+            LTN_TRY(ltn_detokenizer_push(s->detokenizer, s->recent[i % LTN_RECENT_IDS], &text, &bytes, err));
     s->detokenizer_current = true;
     return LTN_OK;
 }
@@ -60,8 +66,7 @@ static enum ltn_status emit(struct generation *g, int32_t id, struct ltn_error *
     const char *text = "";
     size_t bytes = 0;
 
-    /* a vocabulary padded beyond its tokenizer has ids without text */
-    if (s->engine->tokenizer && id < ltn_tokenizer_size(s->engine->tokenizer))
+    if (has_text(s, id))
         LTN_TRY(ltn_detokenizer_push(s->detokenizer, id, &text, &bytes, err));
     if (g->stopper.n) {
         bool found;

@@ -231,17 +231,9 @@ static enum ltn_status run_all(struct run *run, struct ltn_error *err)
     return generate(run, err);
 }
 
-static enum ltn_status ignore_id(void *ctx, int32_t id, struct ltn_error *err)
-{
-    (void)ctx, (void)id, (void)err;
-    return LTN_OK;
-}
-
 /* What the table of options cannot see; -1 when all is well. */
 static int check(const struct options *o)
 {
-    struct ltn_error err;
-
     if ((o->prompt != NULL) + (o->file != NULL) + (o->tokens != NULL) > 1)
         return ltn_cli_bad_usage("expected at most one of -p, -f and --tokens");
     if (!o->prompt && !o->file && !o->tokens && isatty(STDIN_FILENO))
@@ -252,13 +244,7 @@ static int check(const struct options *o)
     for (size_t i = 0; i < o->stop.n; i++)
         if (!o->stop.v[i][0])
             return ltn_cli_bad_usage("--stop: expected some text, found ''");
-    if (o->tokens && strcmp(o->tokens, "-") != 0) {
-        struct ltn_id_parser parser = {.fn = ignore_id};
-        if (ltn_id_parser_feed(&parser, o->tokens, strlen(o->tokens), &err) != LTN_OK ||
-            ltn_id_parser_finish(&parser, &err) != LTN_OK)
-            return ltn_cli_bad_usage("--tokens: %s", err.text);
-    }
-    return -1;
+    return o->tokens ? ltn_cli_check_ids("--tokens", o->tokens) : -1;
 }
 
 int main(int argc, char **argv)
@@ -267,96 +253,41 @@ int main(int argc, char **argv)
                         .temperature = ltn_sampling_default.temperature,
                         .top_p = ltn_sampling_default.top_p,
                         .device = "auto"};
-    // clang-format off: one option after another, like a table
+    // clang-format off
     const struct ltn_flag flags[] = {
-        {.letter = 'm',
-         .argument = "MODEL",
-         .kind = LTN_FLAG_STRING,
-         .target = &o.model,
+        {.letter = 'm', .argument = "MODEL", .kind = LTN_FLAG_STRING, .target = &o.model,
          .help = "the model, a .ltn file; without it $LTN_MODEL, else the model that ships with ltn"},
-        {.letter = 'p',
-         .argument = "TEXT",
-         .kind = LTN_FLAG_STRING,
-         .target = &o.prompt,
-         .help = "the prompt"},
-        {.letter = 'f',
-         .argument = "FILE",
-         .kind = LTN_FLAG_STRING,
-         .target = &o.file,
+        {.letter = 'p', .argument = "TEXT", .kind = LTN_FLAG_STRING, .target = &o.prompt, .help = "the prompt"},
+        {.letter = 'f', .argument = "FILE", .kind = LTN_FLAG_STRING, .target = &o.file,
          .help = "read the prompt from a file; -: from standard input"},
-        {.letter = 'n',
-         .argument = "N",
-         .kind = LTN_FLAG_INT,
-         .target = &o.n,
-         .min = -1,
-         .max = INFINITY,
+        {.letter = 'n', .argument = "N", .kind = LTN_FLAG_INT, .target = &o.n, .min = -1, .max = INFINITY,
          .help = "generate at most N tokens; -1: until stopped"},
-        {.name = "temp",
-         .argument = "T",
-         .kind = LTN_FLAG_REAL,
-         .target = &o.temperature,
-         .max = INFINITY,
+        {.name = "temp", .argument = "T", .kind = LTN_FLAG_REAL, .target = &o.temperature, .max = INFINITY,
          .help = "temperature; 0: always the likeliest token"},
-        {.name = "top-k",
-         .argument = "K",
-         .kind = LTN_FLAG_INT,
-         .target = &o.top_k,
-         .max = INT32_MAX,
+        {.name = "top-k", .argument = "K", .kind = LTN_FLAG_INT, .target = &o.top_k, .max = INT32_MAX,
          .help = "draw from the K likeliest tokens; 0: from all"},
-        {.name = "top-p",
-         .argument = "P",
-         .kind = LTN_FLAG_REAL,
-         .target = &o.top_p,
-         .max = 1,
+        {.name = "top-p", .argument = "P", .kind = LTN_FLAG_REAL, .target = &o.top_p, .max = 1,
          .help = "draw from the likeliest tokens that together have probability P; 1: from all"},
-        {.name = "min-p",
-         .argument = "P",
-         .kind = LTN_FLAG_REAL,
-         .target = &o.min_p,
-         .max = 1,
+        {.name = "min-p", .argument = "P", .kind = LTN_FLAG_REAL, .target = &o.min_p, .max = 1,
          .help = "draw from tokens at least P times as likely as the likeliest; 0: from all"},
-        {.name = "seed",
-         .argument = "S",
-         .kind = LTN_FLAG_SEED,
-         .target = &o.seed,
-         .help =
-             "seed of the draws: the same seed, the same text; without it one is taken from the clock and "
-             "named on standard error"},
-        {.name = "stop",
-         .argument = "TEXT",
-         .kind = LTN_FLAG_STRINGS,
-         .target = &o.stop,
+        {.name = "seed", .argument = "S", .kind = LTN_FLAG_SEED, .target = &o.seed,
+         .help = "seed of the draws: the same seed, the same text; without it one is taken from the clock and "
+                 "named on standard error"},
+        {.name = "stop", .argument = "TEXT", .kind = LTN_FLAG_STRINGS, .target = &o.stop,
          .help = "end before this text; may be given more than once"},
-        {.name = "ignore-eos",
-         .kind = LTN_FLAG_SWITCH,
-         .target = &o.ignore_eos,
+        {.name = "ignore-eos", .kind = LTN_FLAG_SWITCH, .target = &o.ignore_eos,
          .help = "go on past the end token"},
         {.name = "echo", .kind = LTN_FLAG_SWITCH, .target = &o.echo, .help = "print the prompt too"},
-        {.name = "tokens",
-         .argument = "IDS",
-         .kind = LTN_FLAG_STRING,
-         .target = &o.tokens,
-         .help =
-             "the prompt as token ids, \"5,17,9\"; -: from standard input; prints the generated ids on one "
-             "line; needs no tokenizer"},
-        {.letter = 't',
-         .argument = "THREADS",
-         .kind = LTN_FLAG_INT,
-         .target = &o.threads,
-         .max = 1024,
+        {.name = "tokens", .argument = "IDS", .kind = LTN_FLAG_STRING, .target = &o.tokens,
+         .help = "the prompt as token ids, \"5,17,9\"; -: from standard input; prints the generated ids on one "
+                 "line; needs no tokenizer"},
+        {.letter = 't', .argument = "THREADS", .kind = LTN_FLAG_INT, .target = &o.threads, .max = 1024,
          .help = "CPU threads; 0: one per core"},
-        {.name = "device",
-         .argument = "DEVICE",
-         .kind = LTN_FLAG_DEVICE,
-         .target = &o.device,
+        {.name = "device", .argument = "DEVICE", .kind = LTN_FLAG_DEVICE, .target = &o.device,
          .help = "auto, cpu, cuda or cuda:N; auto: CUDA where it works, else the CPU"},
-        {.name = "stats",
-         .kind = LTN_FLAG_SWITCH,
-         .target = &o.stats,
+        {.name = "stats", .kind = LTN_FLAG_SWITCH, .target = &o.stats,
          .help = "print the speed on standard error, also as a share of the memory bandwidth measured here"},
-        {.letter = 'q',
-         .kind = LTN_FLAG_SWITCH,
-         .target = &o.quiet,
+        {.letter = 'q', .kind = LTN_FLAG_SWITCH, .target = &o.quiet,
          .help = "print nothing but the text and errors"},
     };
     // clang-format on

@@ -71,11 +71,20 @@ void ltn_session_free(struct ltn_session *s)
     free(s);
 }
 
+/* An encoder that was left amid a text, or failed, is of no more use. */
+static void drop_text(struct ltn_session *s)
+{
+    if (!s->in_text)
+        return;
+    ltn_encoder_free(s->encoder);
+    s->encoder = NULL;
+    s->in_text = false;
+}
+
 /* Drops what belongs to the timeline so far, but for the recurrent state. */
 static void forget(struct ltn_session *s)
 {
-    ltn_encoder_free(s->encoder);
-    s->encoder = NULL;
+    drop_text(s);
     s->detokenizer_current = false;
     s->n_pending = 0;
     s->logits_where = LTN_NOWHERE;
@@ -109,7 +118,7 @@ enum ltn_status ltn_session_ready(const struct ltn_session *s, struct ltn_error 
     if (s->failed)
         return ltn_fail(err, LTN_ERR_DEVICE,
                         "session: an earlier failure left no valid state: reset or import first");
-    if (s->encoder)
+    if (s->in_text)
         return ltn_fail(err, LTN_ERR_INPUT, "session: a text is being fed: end it first");
     return LTN_OK;
 }
@@ -180,12 +189,14 @@ static enum ltn_status take_encoded(void *session, const int32_t *ids, size_t n,
 enum ltn_status ltn_session_feed_text(struct ltn_session *s, const char *text, size_t bytes,
                                       struct ltn_error *err)
 {
-    if (!s->encoder || s->failed) {
+    if (!s->in_text || s->failed) {
         LTN_TRY(ltn_session_ready(s, err));
         if (!s->engine->tokenizer)
             return ltn_fail(err, LTN_ERR_UNSUPPORTED, "%s: the model has no tokenizer, only token ids work",
                             s->engine->checkpoint.file.path);
-        LTN_TRY(ltn_encoder_create(&s->encoder, s->engine->tokenizer, take_encoded, s, err));
+        if (!s->encoder)
+            LTN_TRY(ltn_encoder_create(&s->encoder, s->engine->tokenizer, take_encoded, s, err));
+        s->in_text = true;
     }
     s->detokenizer_current = false;
     return ltn_encoder_feed(s->encoder, text, bytes, err);
@@ -193,12 +204,11 @@ enum ltn_status ltn_session_feed_text(struct ltn_session *s, const char *text, s
 
 enum ltn_status ltn_session_end_text(struct ltn_session *s, struct ltn_error *err)
 {
-    if (!s->encoder)
+    if (!s->in_text || s->failed)
         return ltn_session_ready(s, err); /* a text of no pieces */
-    enum ltn_status status = ltn_encoder_finish(s->encoder, err);
-    ltn_encoder_free(s->encoder);
-    s->encoder = NULL;
-    return status;
+    LTN_TRY(ltn_encoder_finish(s->encoder, err));
+    s->in_text = false;
+    return LTN_OK;
 }
 
 /* ---- results ------------------------------------------------------------------------------------------- */

@@ -26,11 +26,12 @@ struct ltn_session {
     struct ltn_sampler sampler;
     uint64_t seed, draw;
 
-    int32_t recent[LTN_RECENT_IDS]; /* id number i of the timeline at i % LTN_RECENT_IDS */
-    struct ltn_encoder *encoder;    /* set amid a text */
-    struct ltn_detokenizer *detokenizer;
-    bool detokenizer_current; /* it has seen the timeline up to here */
-    bool failed;              /* the device failed: the state is undefined */
+    int32_t recent[LTN_RECENT_IDS];      /* id number i of the timeline at i % LTN_RECENT_IDS */
+    struct ltn_encoder *encoder;         /* NULL until the first text */
+    bool in_text;                        /* the encoder is amid a text */
+    struct ltn_detokenizer *detokenizer; /* NULL until the first generation */
+    bool detokenizer_current;            /* it has seen the timeline up to here */
+    bool failed;                         /* the device failed: the state is undefined */
 };
 
 /* Refuses where the session cannot go on: after a failure, or amid a text. */

@@ -5,7 +5,8 @@
 set -u
 bin=${1:?usage: tests/run.sh FOLDER}
 LTN_BIN=$(cd "${2:-.}" && pwd)
-export LTN_BIN CMOCKA_MESSAGE_OUTPUT=TAP
+LTN_TESTS=$(cd "$bin" && pwd) # where make_model is
+export LTN_BIN LTN_TESTS CMOCKA_MESSAGE_OUTPUT=TAP
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
 : >"$work/all"

@@ -89,6 +89,13 @@ static double weight(const struct ltn_config *c, const struct ltn_tensor_spec *s
 
 void test_write_model(struct ltn_config config, enum ltn_dtype dtype, uint64_t seed, const char *path)
 {
+    test_write_model_with(config, dtype, seed, NULL, 0, "", path);
+}
+
+void test_write_model_with(struct ltn_config config, enum ltn_dtype dtype, uint64_t seed,
+                           const void *tokenizer, size_t tokenizer_bytes, const char *tokenizer_json,
+                           const char *path)
+{
     static const char *const names[] = {"f32", "bf16", "f16"};
     static const enum ltn_st_dtype types[] = {LTN_ST_F32, LTN_ST_BF16, LTN_ST_F16};
     struct ltn_error err = {0};
@@ -104,9 +111,9 @@ void test_write_model(struct ltn_config config, enum ltn_dtype dtype, uint64_t s
                               "config",     json,
                               "dtype",      names[dtype],
                               "checksum",   "00000000000000000000000000000000",
-                              "tokenizer",  "",
+                              "tokenizer",  tokenizer_json,
                               "provenance", "random weights"};
-    struct ltn_st_tensor *tensors = calloc(n, sizeof *tensors);
+    struct ltn_st_tensor *tensors = calloc(n + 1, sizeof *tensors);
     size_t *order = calloc(n, sizeof *order);
     if (!json || !tensors || !order)
         die("out of memory");
@@ -123,8 +130,15 @@ void test_write_model(struct ltn_config config, enum ltn_dtype dtype, uint64_t s
                 tensors[placed++] = t;
             }
         }
+    if (tokenizer)
+        tensors[n] = (struct ltn_st_tensor){.name = "tokenizer",
+                                            .dtype = LTN_ST_U8,
+                                            .rank = 1,
+                                            .shape = {(int64_t)tokenizer_bytes},
+                                            .bytes = tokenizer_bytes};
     struct ltn_st_writer *writer = NULL;
-    if (ltn_st_create(&writer, path, tensors, n, metadata, sizeof metadata / sizeof *metadata / 2, &err))
+    if (ltn_st_create(&writer, path, tensors, n + (tokenizer != NULL), metadata,
+                      sizeof metadata / sizeof *metadata / 2, &err))
         die(err.text);
     for (size_t k = 0; k < n; k++) {
         size_t size = ltn_dtype_size(dtype), count = tensors[k].bytes / size;
@@ -137,6 +151,8 @@ void test_write_model(struct ltn_config config, enum ltn_dtype dtype, uint64_t s
             die(err.text);
         free(data);
     }
+    if (tokenizer && ltn_st_write(writer, tokenizer, tokenizer_bytes, &err))
+        die(err.text);
     if (ltn_st_finish(writer, &err))
         die(err.text);
     free(order);

@@ -20,6 +20,11 @@ const char *test_folder(void);
  * failure. */
 void test_write_model(struct ltn_config config, enum ltn_dtype dtype, uint64_t seed, const char *path);
 
+/* The same with a tokenizer inside: its model, [tokenizer_bytes], and its JSON; NULL and "": none. */
+void test_write_model_with(struct ltn_config config, enum ltn_dtype dtype, uint64_t seed,
+                           const void *tokenizer, size_t tokenizer_bytes, const char *tokenizer_json,
+                           const char *path);
+
 /* Runs `tools/convert source out.ltn` of this build ($LTN_BIN, else the current folder); 0 on success. */
 int test_convert(const char *source, const char *out);
 
