@@ -9,14 +9,10 @@
 
 #include "kernels/ops.h"
 
-enum {
-    MICRO_MAX_TILE = 8,   /* dot_rows never exceeds this */
-    MICRO_DOT_COLS = 1024 /* longer dot products are summed in pieces of so many columns */
-};
+enum { MICRO_DOT_COLS = 1024 }; /* longer dot products are summed in pieces of so many columns */
 
 struct micro {
     const char *name;
-    int dot_rows; /* rows of x that dots takes in one pass over w */
 
     /* y[r, o] = (add ? y[r, o] : 0) + sum_c x[r, c] w[o, c] + bias[o], by element type of w.
      * w: [outs, cols] contiguous; bias: [outs] or NULL; ldx, ldy: row strides of x and y in floats. */

@@ -3,7 +3,9 @@
 
 #include <immintrin.h>
 
-enum { VL = 8, DOT_ROWS = 3, OUTER_ROWS = 6 };
+#define VL 8
+#define DOT_ROWS 3
+#define OUTER_ROWS 6
 typedef __m256 vf;
 
 static inline vf fma_v(vf a, vf b, vf c)

@@ -3,7 +3,9 @@
 
 #include <immintrin.h>
 
-enum { VL = 16, DOT_ROWS = 6, OUTER_ROWS = 12 };
+#define VL 16
+#define DOT_ROWS 6
+#define OUTER_ROWS 12
 typedef __m512 vf;
 
 static inline vf fma_v(vf a, vf b, vf c)

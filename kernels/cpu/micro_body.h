@@ -53,10 +53,16 @@ INLINE vf load_weights(const void *w, enum ltn_dtype dtype, size_t i, int n)
 
 /* ---- products ---------------------------------------------------------------------------------------- */
 
-/* rows <= DOT_ROWS (a constant) by n_outs <= 4 dot products over at most MICRO_DOT_COLS columns. */
-INLINE void dot_tile(float *y, size_t ldy, const float *x, size_t ldx, const void *const w[4],
-                     enum ltn_dtype dtype, int rows, int n_outs, int cols, bool add, const float *bias)
+/* rows <= DOT_ROWS (a constant) by n_outs <= 4 dot products over at most MICRO_DOT_COLS columns from column
+ * `first` on. */
+INLINE void dot_tile(float *y, size_t ldy, const float *x, size_t ldx, const void *weights, size_t ldw,
+                     enum ltn_dtype dtype, int rows, int n_outs, int first, int cols, bool add,
+                     const float *bias)
 {
+    size_t size = dtype == LTN_F32 ? 4 : 2;
+    const char *w[4];
+    for (int o = 0; o < 4; o++) /* rows that are not there repeat the first */
+        w[o] = (const char *)weights + ((size_t)(o < n_outs ? o : 0) * ldw + (size_t)first) * size;
     vf sum[DOT_ROWS][4] = {0};
     int c = 0;
     for (; c + VL <= cols; c += VL) {
@@ -64,6 +70,11 @@ INLINE void dot_tile(float *y, size_t ldy, const float *x, size_t ldx, const voi
 #pragma GCC unroll 4
         for (int o = 0; o < 4; o++)
             b[o] = load_weights(w[o], dtype, (size_t)c, VL);
+        if (rows == 1 && dtype != LTN_F32) { /* short rows end before the hardware has seen a stream */
+#pragma GCC unroll 4
+            for (int o = 0; o < 4; o++)
+                __builtin_prefetch(w[o] + ((size_t)c + 8 * ldw) * size);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             vf a = load_f32(x + r * ldx + c);
@@ -103,33 +114,39 @@ INLINE void dot_tile(float *y, size_t ldy, const float *x, size_t ldx, const voi
 INLINE void dots(float *y, size_t ldy, const float *x, size_t ldx, const void *w, enum ltn_dtype dtype,
                  int rows, int outs, int cols, bool add, const float *bias)
 {
-    size_t size = dtype == LTN_F32 ? 4 : 2;
+    size_t ldw = (size_t)cols, size = dtype == LTN_F32 ? 4 : 2;
     for (int first = 0; first < cols; first += MICRO_DOT_COLS) {
         int n = cols - first < MICRO_DOT_COLS ? cols - first : MICRO_DOT_COLS;
-        const float *b = first == 0 ? bias : NULL;
         bool plus = add || first > 0;
         for (int r = 0; r < rows; r += DOT_ROWS) {
             for (int o = 0; o < outs; o += 4) {
                 int n_outs = outs - o < 4 ? outs - o : 4;
-                const void *w4[4];
-                for (int i = 0; i < 4; i++) {
-                    size_t row = (size_t)(i < n_outs ? o + i : o);
-                    w4[i] = (const char *)w + (row * (size_t)cols + (size_t)first) * size;
-                }
                 float *to = y + r * ldy + o;
-                const float *from = x + r * ldx + first, *b4 = b ? b + o : NULL;
-#define TILE(n_rows)                                                                                         \
-    case n_rows:                                                                                             \
-        dot_tile(to, ldy, from, ldx, w4, dtype, n_rows < DOT_ROWS ? n_rows : DOT_ROWS, n_outs, n, plus, b4); \
-        break
-                switch (rows - r) {
+                const float *from = x + r * ldx + first, *b = bias && first == 0 ? bias + o : NULL;
+                const void *at = (const char *)w + (size_t)o * ldw * size;
+#define TILE(m) dot_tile(to, ldy, from, ldx, at, ldw, dtype, m, n_outs, first, n, plus, b)
+                switch (rows - r < DOT_ROWS ? rows - r : DOT_ROWS) {
+                case 1:
                     TILE(1);
+                    break;
+#if DOT_ROWS > 2
+                case 2:
                     TILE(2);
+                    break;
+#endif
+#if DOT_ROWS > 3
+                case 3:
                     TILE(3);
+                    break;
+                case 4:
                     TILE(4);
+                    break;
+                case 5:
                     TILE(5);
+                    break;
+#endif
                 default:
-                    dot_tile(to, ldy, from, ldx, w4, dtype, DOT_ROWS, n_outs, n, plus, b4);
+                    TILE(DOT_ROWS);
                 }
 #undef TILE
             }
@@ -429,7 +446,6 @@ static void angles(float *cosine, float *sine, const float *theta, double pos, s
 
 const struct micro MICRO_TABLE = {
     .name = MICRO_NAME,
-    .dot_rows = DOT_ROWS,
     .dots = {[LTN_F32] = dots_f32, [LTN_BF16] = dots_bf16, [LTN_F16] = dots_f16},
     .outer = outer,
     .step = step,

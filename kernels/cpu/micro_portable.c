@@ -1,7 +1,9 @@
 /* Inner loops in portable C: four-lane vectors of the compiler, no instruction beyond the base machine's. */
 #include "kernels/cpu/micro.h"
 
-enum { VL = 4, DOT_ROWS = 2, OUTER_ROWS = 4 };
+#define VL 4
+#define DOT_ROWS 2
+#define OUTER_ROWS 4
 typedef float vf __attribute__((vector_size(16)));
 
 static inline vf fma_v(vf a, vf b, vf c)
