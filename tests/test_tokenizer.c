@@ -31,7 +31,8 @@ static void ids_add(struct ids *to, const int32_t *ids, size_t n)
         to->data = realloc(to->data, to->room * sizeof *to->data);
         assert_non_null(to->data);
     }
-    memcpy(to->data + to->n, ids, n * sizeof *ids);
+    if (n > 0)
+        memcpy(to->data + to->n, ids, n * sizeof *ids);
     to->n += n;
 }
 
@@ -383,7 +384,7 @@ static void test_split_invariance(void **state)
         struct ltn_tokenizer *t = open_json(models[m], m == 0 ? special_json : plain_json);
         struct random r = {m + 1};
         struct text text = {0};
-        while (text.n < 150000) {
+        while (text.n < 60000) {
             struct text part = random_text(&r, &texts);
             text_add(&text, part.data, part.n);
             free(part.data);
@@ -466,7 +467,7 @@ static void test_constant_memory(void **state)
     }
     text_add(&text, "<|endoftext|>", 13); /* each copy a run of its own: as many ids each time */
     assert_int_equal(ltn_encoder_create(&encoder, t, count_emit, &n, NULL), LTN_OK);
-    for (int i = 0; i < 40; i++) {
+    for (int i = 0; i < 20; i++) {
         assert_int_equal(ltn_encoder_feed(encoder, text.data, text.n, NULL), LTN_OK);
         if (i == 0)
             first = n - 1; /* less bos */

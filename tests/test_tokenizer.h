@@ -28,7 +28,8 @@ static inline void text_add(struct text *to, const void *bytes, size_t n)
         to->data = realloc(to->data, to->room);
         assert_non_null(to->data);
     }
-    memcpy(to->data + to->n, bytes, n);
+    if (n > 0)
+        memcpy(to->data + to->n, bytes, n);
     to->n += n;
 }
 

@@ -1,6 +1,7 @@
 #include "tokenizer/tokenizer.h"
 
 #include "tokenizer/sp_model.h"
+#include "tokenizer/tokens.h"
 #include "tokenizer/utf8.h"
 
 #include <algorithm>
@@ -389,6 +390,28 @@ int32_t ltn_tokenizer_find(const struct ltn_tokenizer *tokenizer, const char *pi
     return item != nullptr ? item->id : tokenizer->piece_id({piece, bytes});
 }
 
+bool ltn_tokenizer_token(const struct ltn_tokenizer *tokenizer, int32_t id, struct ltn_token *token)
+{
+    const auto special = tokenizer->special.find(id);
+
+    if (special != tokenizer->special.end()) {
+        *token = {{special->second.data(), special->second.size()}, true, LTN_SP_CONTROL};
+        return true;
+    }
+    if (id < 0 || (size_t)id >= tokenizer->model.n_pieces)
+        return false;
+    const auto twin = tokenizer->twins.find(id);
+    const struct ltn_sp_piece &piece =
+        tokenizer->model.pieces[twin != tokenizer->twins.end() ? twin->second : id];
+    *token = {piece.text, false, piece.type};
+    return true;
+}
+
+const struct ltn_sp_model *ltn_tokenizer_model(const struct ltn_tokenizer *tokenizer)
+{
+    return &tokenizer->model;
+}
+
 enum ltn_status ltn_tokenizer_describe(const void *model, size_t bytes, bool add_bos, bool add_eos,
                                        const struct ltn_special *extra, size_t n_extra, char **json,
                                        struct ltn_error *err)
@@ -700,153 +723,4 @@ enum ltn_status ltn_tokenize(const struct ltn_tokenizer *tokenizer, const char *
         *n = all.size();
         return LTN_OK;
     });
-}
-
-/* ---- ids to text: SentencePieceProcessor::Decode, id by id ---- */
-
-struct ltn_detokenizer {
-    const struct ltn_tokenizer *t;
-    std::string out;   /* what this call completes */
-    std::string held;  /* bytes of a character that is not whole: at most 3 between calls */
-    bool first = true; /* no id has come */
-    bool after_special = false;
-    bool run_has_text = false;   /* since the last special token */
-    bool prefix_dropped = false; /* the run's last piece gave the dummy prefix's space away */
-    bool prefix_due = true;      /* a space at the front of the run's next piece is the dummy prefix's */
-
-    void bytes(bool last);
-    void piece(const struct ltn_sp_piece &piece);
-    void special(const std::string &text);
-    void put(std::string_view text)
-    {
-        out.append(text);
-        run_has_text |= !text.empty();
-    }
-    void begin_run()
-    {
-        run_has_text = prefix_dropped = false;
-        prefix_due = true;
-    }
-};
-
-/* Turns held bytes into characters; unless it is the last, the beginning of one may wait. */
-void ltn_detokenizer::bytes(bool last)
-{
-    size_t at = 0;
-
-    while (at < held.size()) {
-        const size_t left = held.size() - at;
-        size_t whole = 1;
-        uint32_t c;
-        while (whole < left && ltn_utf8_is_trail((unsigned char)held[at + whole]))
-            whole++;
-        if (!last && whole == left && left < ltn_utf8_length((unsigned char)held[at]))
-            break;
-        const size_t n = ltn_utf8_decode(held.data() + at, left, &c);
-        put(n > 0 ? std::string_view(held).substr(at, n) : kReplacement);
-        at += n > 0 ? n : 1;
-    }
-    held.erase(0, at);
-}
-
-void ltn_detokenizer::piece(const struct ltn_sp_piece &piece)
-{
-    const struct ltn_sp_model &m = t->model;
-    std::string_view text = view(piece.text);
-
-    if (piece.type == LTN_SP_BYTE) { /* "<0x41>" */
-        const auto digit = [&](size_t i) { return text[i] <= '9' ? text[i] - '0' : text[i] - 'A' + 10; };
-        held.push_back((char)(digit(3) << 4 | digit(4)));
-        bytes(false);
-        return;
-    }
-    bytes(true);
-    if (prefix_dropped || run_has_text)
-        prefix_due = false;
-    prefix_dropped = false;
-    if (piece.type == LTN_SP_CONTROL)
-        return;
-    if (piece.type == LTN_SP_UNKNOWN) {
-        text = view(m.unk_surface);
-        put(text.substr(0, text.find('\0'))); /* SentencePiece takes it for a C string */
-        return;
-    }
-    if (prefix_due && (m.add_dummy_prefix || m.remove_extra_whitespaces) &&
-        text.substr(0, kSpace.size()) == kSpace) {
-        text.remove_prefix(kSpace.size());
-        prefix_dropped = !m.remove_extra_whitespaces; /* where extra spaces are removed, so is the next */
-    }
-    for (size_t space; (space = text.find(kSpace)) != text.npos; text.remove_prefix(space + kSpace.size())) {
-        put(text.substr(0, space));
-        put(" ");
-    }
-    put(text);
-}
-
-void ltn_detokenizer::special(const std::string &text)
-{
-    bytes(true);
-    if (!first && !after_special)
-        out.append(" ");
-    out.append(text);
-    begin_run();
-}
-
-enum ltn_status ltn_detokenizer_create(struct ltn_detokenizer **out, const struct ltn_tokenizer *tokenizer,
-                                       struct ltn_error *err)
-{
-    *out = nullptr;
-    return guarded(err, [&] {
-        auto detokenizer = std::make_unique<ltn_detokenizer>();
-        detokenizer->t = tokenizer;
-        *out = detokenizer.release();
-        return LTN_OK;
-    });
-}
-
-enum ltn_status ltn_detokenizer_push(struct ltn_detokenizer *detokenizer, int32_t id, const char **text,
-                                     size_t *bytes, struct ltn_error *err)
-{
-    return guarded(err, [&] {
-        ltn_detokenizer &d = *detokenizer;
-        const struct ltn_tokenizer &t = *d.t;
-        const auto special = t.special.find(id);
-        const auto twin = t.twins.find(id);
-        const bool is_special = special != t.special.end();
-
-        if (!is_special && (id < 0 || (size_t)id >= t.model.n_pieces))
-            return ltn_fail(err, LTN_ERR_INPUT, "tokenizer: id %d names no token; there are %d", id, t.size);
-        d.out.clear();
-        if (is_special)
-            d.special(special->second);
-        else
-            d.piece(t.model.pieces[twin != t.twins.end() ? twin->second : id]);
-        d.first = false;
-        d.after_special = is_special;
-        *text = d.out.data();
-        *bytes = d.out.size();
-        return LTN_OK;
-    });
-}
-
-enum ltn_status ltn_detokenizer_finish(struct ltn_detokenizer *detokenizer, const char **text, size_t *bytes,
-                                       struct ltn_error *err)
-{
-    return guarded(err, [&] {
-        ltn_detokenizer &d = *detokenizer;
-
-        d.out.clear();
-        d.bytes(true);
-        d.begin_run();
-        d.first = true;
-        d.after_special = false;
-        *text = d.out.data();
-        *bytes = d.out.size();
-        return LTN_OK;
-    });
-}
-
-void ltn_detokenizer_free(struct ltn_detokenizer *detokenizer)
-{
-    delete detokenizer;
 }
