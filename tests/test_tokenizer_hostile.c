@@ -257,6 +257,13 @@ static void test_pieces(void **state)
         put_piece(&m, "a\0a", 3, 0, LTN_SP_USER_DEFINED);
         expect(&m, LTN_ERR_INPUT, "NUL");
         m = begin_model(type);
+        put_piece(&m, "<s>\0", 4, 0, LTN_SP_CONTROL);
+        expect(&m, LTN_ERR_INPUT, "NUL");
+        m = begin_model(type);
+        put_piece(&m, "a\nb", 3, 0, LTN_SP_NORMAL);
+        put_piece(&m, "a\nb", 3, 0, LTN_SP_NORMAL);
+        expect(&m, LTN_ERR_INPUT, "a?b is already defined"); /* on one line */
+        m = begin_model(type);
         put_piece(&m, "\0", 1, 0, LTN_SP_NORMAL);
         expect(&m, type == LTN_SP_BPE ? LTN_OK : LTN_ERR_INPUT, type == LTN_SP_BPE ? "" : "NUL");
         for (int n = 64; n <= 65; n++) {
