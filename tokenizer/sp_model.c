@@ -395,9 +395,8 @@ static enum ltn_status check_model(const struct ltn_sp_model *model, struct ltn_
             return ltn_fail(
                 err, LTN_ERR_UNSUPPORTED,
                 "tokenizer model: piece %zu is marked unused; a restricted vocabulary is not supported", i);
-        /* The tries that SentencePiece builds from these take a NUL for the end of the text. */
-        if ((piece->type == LTN_SP_USER_DEFINED ||
-             (piece->type == LTN_SP_NORMAL && model->type == LTN_SP_UNIGRAM)) &&
+        /* SentencePiece takes a NUL for the end of most texts: in the tries that it builds, in names. */
+        if ((piece->type != LTN_SP_NORMAL || model->type == LTN_SP_UNIGRAM) &&
             memchr(piece->text.data, '\0', piece->text.bytes) != NULL)
             return ltn_fail(err, LTN_ERR_INPUT, "tokenizer model: piece %zu has a NUL inside", i);
     }

@@ -1,6 +1,8 @@
 #include "tokenizer/tokenizer.h"
 
+#include "tokenizer/lookup.h"
 #include "tokenizer/sp_model.h"
+#include "tokenizer/tokens.h"
 #include "tokenizer/utf8.h"
 
 #include <algorithm>
@@ -16,6 +18,11 @@
 #include <string_view>
 #include <unordered_map>
 #include <vector>
+
+using ltn::Cuts;
+using ltn::Literals;
+using ltn::view;
+using ltn::Words;
 
 namespace
 {
@@ -39,118 +46,13 @@ template <class F> enum ltn_status guarded(struct ltn_error *err, F f)
     }
 }
 
-std::string_view view(const struct ltn_sp_string &s)
+/* For an error text. */
+std::string one_line(std::string text)
 {
-    return {s.data, s.bytes};
+    std::replace_if(
+        text.begin(), text.end(), [](unsigned char c) { return c < ' ' || c == 0x7F; }, '?');
+    return text;
 }
-
-/* A set of strings in which the longest that begins a text is found in time that does not depend on the text.
- */
-class Literals
-{
-  public:
-    struct Item {
-        std::string_view text; /* owned by others; no two alike */
-        int32_t id;
-    };
-
-    void assign(std::vector<Item> items)
-    {
-        items_ = std::move(items);
-        std::sort(items_.begin(), items_.end(), [](const Item &a, const Item &b) { return a.text < b.text; });
-        for (const Item &item : items_) {
-            first_[(unsigned char)item.text[0]] = true;
-            longest_ = std::max(longest_, item.text.size());
-        }
-    }
-    bool may_begin(char c) const
-    {
-        return first_[(unsigned char)c];
-    }
-    size_t longest() const
-    {
-        return longest_;
-    }
-    /* NULL: none. *more: all of the text begins an item that is longer. */
-    const Item *match(const char *text, size_t bytes, bool *more) const
-    {
-        const Item *lo = items_.data(), *hi = lo + items_.size(), *best = nullptr;
-
-        *more = false;
-        for (size_t depth = 0; lo < hi; depth++) { /* [lo, hi) begin with text[0, depth) */
-            if (lo->text.size() == depth)
-                best = lo++;
-            if (depth == bytes) {
-                *more = lo < hi;
-                break;
-            }
-            const unsigned char c = text[depth];
-            lo =
-                std::partition_point(lo, hi, [=](const Item &i) { return (unsigned char)i.text[depth] < c; });
-            hi = std::partition_point(lo, hi,
-                                      [=](const Item &i) { return (unsigned char)i.text[depth] == c; });
-        }
-        return best;
-    }
-    const Item *find(std::string_view text) const
-    {
-        const auto at = std::lower_bound(items_.begin(), items_.end(), text,
-                                         [](const Item &item, std::string_view t) { return item.text < t; });
-        return at != items_.end() && at->text == text ? &*at : nullptr;
-    }
-
-  private:
-    std::vector<Item> items_; /* sorted by bytes: an item stands right before those that it begins */
-    size_t longest_ = 0;
-    bool first_[256] = {};
-};
-
-/* Between which characters a text may be cut without any token noticing. */
-class Cuts
-{
-  public:
-    void learn(const struct ltn_sp_model &model)
-    {
-        merges_unknown_ = !model.byte_fallback;
-        for (size_t i = 0; i < model.n_pieces; i++) {
-            const struct ltn_sp_piece &piece = model.pieces[i];
-            if (piece.type != LTN_SP_NORMAL && piece.type != LTN_SP_USER_DEFINED)
-                continue;
-            uint32_t c, before = 0;
-            for (size_t at = 0; at < piece.text.bytes; before = c) {
-                const size_t n = ltn_utf8_decode(piece.text.data + at, piece.text.bytes - at, &c);
-                if (n == piece.text.bytes)
-                    alone_.push_back(c);
-                if (at > 0)
-                    pairs_.push_back((uint64_t)before << 32 | c);
-                at += n;
-            }
-        }
-        sort_unique(pairs_);
-        sort_unique(alone_);
-    }
-
-    /* A token that spans a and b would hold them side by side. Without byte fallback SentencePiece also joins
-     * neighbouring unknown characters to one token: then one of the two must be a piece by itself. */
-    bool safe(uint32_t a, uint32_t b) const
-    {
-        return !std::binary_search(pairs_.begin(), pairs_.end(), (uint64_t)a << 32 | b) &&
-               (!merges_unknown_ || std::binary_search(alone_.begin(), alone_.end(), a) ||
-                std::binary_search(alone_.begin(), alone_.end(), b));
-    }
-
-  private:
-    template <class T> static void sort_unique(std::vector<T> &v)
-    {
-        std::sort(v.begin(), v.end());
-        v.erase(std::unique(v.begin(), v.end()), v.end());
-        v.shrink_to_fit();
-    }
-
-    std::vector<uint64_t> pairs_; /* neighbours inside a piece, first character << 32 | second; sorted */
-    std::vector<uint32_t> alone_; /* characters that are a piece; sorted */
-    bool merges_unknown_ = false;
-};
 
 /* ---- JSON ---- */
 
@@ -168,8 +70,8 @@ enum ltn_status members(const cJSON *object, const char *where, const char *cons
         while (i < n && strcmp(m->string, names[i]) != 0)
             i++;
         if (i == n || values[i] != nullptr)
-            return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: %s has %s key \"%.64s\"", where,
-                            i == n ? "the unknown" : "twice the", m->string);
+            return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: %s has %s key \"%s\"", where,
+                            i == n ? "the unknown" : "twice the", one_line(m->string).c_str());
         values[i] = m;
     }
     for (size_t i = 0; i < n; i++)
@@ -243,8 +145,8 @@ enum ltn_status ltn_tokenizer::open_model(const void *data, size_t n, struct ltn
     const std::unique_ptr<char, void (*)(void *)> owner(const_cast<char *>(checked.data), free);
     const auto status = sp.LoadFromSerializedProto(view(checked));
     if (!status.ok())
-        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer model: SentencePiece says: %.300s",
-                        status.ToString().c_str());
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer model: SentencePiece says: %s",
+                        one_line(status.ToString()).c_str());
     if (sp.GetPieceSize() != (int)model.n_pieces)
         return ltn_fail(err, LTN_ERR_INPUT, "tokenizer model: SentencePiece read %d pieces of %zu",
                         sp.GetPieceSize(), model.n_pieces);
@@ -265,7 +167,7 @@ enum ltn_status ltn_tokenizer::open_model(const void *data, size_t n, struct ltn
     }
     user_defined.assign(std::move(items));
     cuts.learn(model);
-    longest_unit = std::max({longest_unit, user_defined.longest(), model.charsmap.max_key});
+    longest_unit = std::max({longest_unit, user_defined.longest, model.charsmap.max_key});
     segment = model.type == LTN_SP_BPE ? 4 << 10 : 64 << 10;
     size = (int32_t)model.n_pieces;
     return LTN_OK;
@@ -293,8 +195,7 @@ enum ltn_status ltn_tokenizer::add_special(const cJSON *list, struct ltn_error *
         const auto added = special.emplace(id, value[1]->valuestring);
         if (!added.second || !texts.insert(added.first->second).second)
             return ltn_fail(err, LTN_ERR_INPUT,
-                            "tokenizer JSON: special token %d \"%.64s\" stands there twice", id,
-                            value[1]->valuestring);
+                            "tokenizer JSON: the id or the text of special token %d stands there twice", id);
         if (special.size() > LTN_TOKENIZER_MAX_SPECIAL)
             return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: more than %d special tokens",
                             LTN_TOKENIZER_MAX_SPECIAL);
@@ -370,16 +271,12 @@ int32_t ltn_tokenizer_eos(const struct ltn_tokenizer *tokenizer)
 
 const char *ltn_tokenizer_piece(const struct ltn_tokenizer *tokenizer, int32_t id, size_t *bytes)
 {
-    const auto special = tokenizer->special.find(id);
+    struct ltn_token token;
 
-    if (special != tokenizer->special.end()) {
-        *bytes = special->second.size();
-        return special->second.data();
-    }
-    if (id < 0 || (size_t)id >= tokenizer->model.n_pieces)
+    if (!ltn_tokenizer_token(tokenizer, id, &token))
         return nullptr;
-    *bytes = tokenizer->model.pieces[id].text.bytes;
-    return tokenizer->model.pieces[id].text.data;
+    *bytes = token.text.bytes; /* a twin has the same */
+    return token.text.data;
 }
 
 int32_t ltn_tokenizer_find(const struct ltn_tokenizer *tokenizer, const char *piece, size_t bytes)
@@ -387,6 +284,28 @@ int32_t ltn_tokenizer_find(const struct ltn_tokenizer *tokenizer, const char *pi
     const Literals::Item *item = tokenizer->literals.find({piece, bytes});
 
     return item != nullptr ? item->id : tokenizer->piece_id({piece, bytes});
+}
+
+bool ltn_tokenizer_token(const struct ltn_tokenizer *tokenizer, int32_t id, struct ltn_token *token)
+{
+    const auto special = tokenizer->special.find(id);
+
+    if (special != tokenizer->special.end()) {
+        *token = {{special->second.data(), special->second.size()}, true, LTN_SP_CONTROL};
+        return true;
+    }
+    if (id < 0 || (size_t)id >= tokenizer->model.n_pieces)
+        return false;
+    const auto twin = tokenizer->twins.find(id);
+    const struct ltn_sp_piece &piece =
+        tokenizer->model.pieces[twin != tokenizer->twins.end() ? twin->second : id];
+    *token = {piece.text, false, piece.type};
+    return true;
+}
+
+const struct ltn_sp_model *ltn_tokenizer_model(const struct ltn_tokenizer *tokenizer)
+{
+    return &tokenizer->model;
 }
 
 enum ltn_status ltn_tokenizer_describe(const void *model, size_t bytes, bool add_bos, bool add_eos,
@@ -453,7 +372,8 @@ struct ltn_encoder {
     bool after_space = false; /* further spaces are dropped (remove_extra_whitespaces) */
     size_t held_spaces = 0;   /* to be dropped should the run end here (remove_extra_whitespaces) */
     std::string segment;      /* normalised, not yet given to SentencePiece */
-    std::vector<int> ids;
+    std::vector<int> ids, word_ids;
+    Words words;
 
     enum ltn_status split(bool last, struct ltn_error *err);
     enum ltn_status normalize(bool last, struct ltn_error *err);
@@ -462,6 +382,7 @@ struct ltn_encoder {
     enum ltn_status append(std::string_view c, struct ltn_error *err);
     enum ltn_status end_run(struct ltn_error *err);
     enum ltn_status flush(struct ltn_error *err);
+    enum ltn_status encode(std::string_view word, struct ltn_error *err);
     enum ltn_status emit_one(int32_t id, struct ltn_error *err)
     {
         return emit(ctx, &id, 1, err);
@@ -484,7 +405,7 @@ enum ltn_status ltn_encoder::split(bool last, struct ltn_error *err)
         const size_t from = at;
         const Literals::Item *item = nullptr;
         for (bool more; at < text.size(); at++) {
-            if (!t->literals.may_begin(text[at]))
+            if (!t->literals.begins[(unsigned char)text[at]])
                 continue;
             item = t->literals.match(text.data() + at, text.size() - at, &more);
             if (item != nullptr || (more && !last)) {
@@ -524,7 +445,7 @@ enum ltn_status ltn_encoder::normalize(bool last, struct ltn_error *err)
         bool more;
         size_t used;
 
-        if (t->user_defined.may_begin(*p))
+        if (t->user_defined.begins[(unsigned char)*p])
             item = t->user_defined.match(p, left, &more);
         if (item != nullptr) {
             unit = item->text;
@@ -615,16 +536,47 @@ enum ltn_status ltn_encoder::end_run(struct ltn_error *err)
     return flush(err);
 }
 
+/* A BPE model's segment goes on word by word, a word being what lies between safe places: most are known. */
 enum ltn_status ltn_encoder::flush(struct ltn_error *err)
 {
-    if (segment.empty())
+    const std::string_view all = segment;
+    size_t from = 0;
+    uint32_t before = 0, c = 0;
+
+    if (all.empty())
         return LTN_OK;
-    const auto status = t->sp.Encode(segment, &ids);
-    if (!status.ok())
-        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer: SentencePiece says: %.300s",
-                        status.ToString().c_str());
+    ids.clear();
+    if (t->model.type == LTN_SP_BPE) {
+        for (size_t at = 0; at < all.size(); before = c) {
+            const size_t n = ltn_utf8_decode(all.data() + at, all.size() - at, &c);
+            if (at > from && t->cuts.safe(before, c)) {
+                LTN_TRY(encode(all.substr(from, at - from), err));
+                from = at;
+            }
+            at += n;
+        }
+    }
+    LTN_TRY(encode(all.substr(from), err));
     segment.clear();
     return ids.empty() ? LTN_OK : emit(ctx, ids.data(), ids.size(), err);
+}
+
+enum ltn_status ltn_encoder::encode(std::string_view word, struct ltn_error *err)
+{
+    Words::Slot *slot = words.slot(word);
+
+    if (slot != nullptr && Words::holds(*slot, word)) {
+        ids.insert(ids.end(), slot->ids, slot->ids + slot->n);
+        return LTN_OK;
+    }
+    const auto status = t->sp.Encode(word, &word_ids);
+    if (!status.ok())
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer: SentencePiece says: %s",
+                        one_line(status.ToString()).c_str());
+    ids.insert(ids.end(), word_ids.begin(), word_ids.end());
+    if (slot != nullptr)
+        Words::keep(*slot, word, word_ids);
+    return LTN_OK;
 }
 
 enum ltn_status ltn_encoder_create(struct ltn_encoder **out, const struct ltn_tokenizer *tokenizer,
@@ -700,153 +652,4 @@ enum ltn_status ltn_tokenize(const struct ltn_tokenizer *tokenizer, const char *
         *n = all.size();
         return LTN_OK;
     });
-}
-
-/* ---- ids to text: SentencePieceProcessor::Decode, id by id ---- */
-
-struct ltn_detokenizer {
-    const struct ltn_tokenizer *t;
-    std::string out;   /* what this call completes */
-    std::string held;  /* bytes of a character that is not whole: at most 3 between calls */
-    bool first = true; /* no id has come */
-    bool after_special = false;
-    bool run_has_text = false;   /* since the last special token */
-    bool prefix_dropped = false; /* the run's last piece gave the dummy prefix's space away */
-    bool prefix_due = true;      /* a space at the front of the run's next piece is the dummy prefix's */
-
-    void bytes(bool last);
-    void piece(const struct ltn_sp_piece &piece);
-    void special(const std::string &text);
-    void put(std::string_view text)
-    {
-        out.append(text);
-        run_has_text |= !text.empty();
-    }
-    void begin_run()
-    {
-        run_has_text = prefix_dropped = false;
-        prefix_due = true;
-    }
-};
-
-/* Turns held bytes into characters; unless it is the last, the beginning of one may wait. */
-void ltn_detokenizer::bytes(bool last)
-{
-    size_t at = 0;
-
-    while (at < held.size()) {
-        const size_t left = held.size() - at;
-        size_t whole = 1;
-        uint32_t c;
-        while (whole < left && ltn_utf8_is_trail((unsigned char)held[at + whole]))
-            whole++;
-        if (!last && whole == left && left < ltn_utf8_length((unsigned char)held[at]))
-            break;
-        const size_t n = ltn_utf8_decode(held.data() + at, left, &c);
-        put(n > 0 ? std::string_view(held).substr(at, n) : kReplacement);
-        at += n > 0 ? n : 1;
-    }
-    held.erase(0, at);
-}
-
-void ltn_detokenizer::piece(const struct ltn_sp_piece &piece)
-{
-    const struct ltn_sp_model &m = t->model;
-    std::string_view text = view(piece.text);
-
-    if (piece.type == LTN_SP_BYTE) { /* "<0x41>" */
-        const auto digit = [&](size_t i) { return text[i] <= '9' ? text[i] - '0' : text[i] - 'A' + 10; };
-        held.push_back((char)(digit(3) << 4 | digit(4)));
-        bytes(false);
-        return;
-    }
-    bytes(true);
-    if (prefix_dropped || run_has_text)
-        prefix_due = false;
-    prefix_dropped = false;
-    if (piece.type == LTN_SP_CONTROL)
-        return;
-    if (piece.type == LTN_SP_UNKNOWN) {
-        text = view(m.unk_surface);
-        put(text.substr(0, text.find('\0'))); /* SentencePiece takes it for a C string */
-        return;
-    }
-    if (prefix_due && (m.add_dummy_prefix || m.remove_extra_whitespaces) &&
-        text.substr(0, kSpace.size()) == kSpace) {
-        text.remove_prefix(kSpace.size());
-        prefix_dropped = !m.remove_extra_whitespaces; /* where extra spaces are removed, so is the next */
-    }
-    for (size_t space; (space = text.find(kSpace)) != text.npos; text.remove_prefix(space + kSpace.size())) {
-        put(text.substr(0, space));
-        put(" ");
-    }
-    put(text);
-}
-
-void ltn_detokenizer::special(const std::string &text)
-{
-    bytes(true);
-    if (!first && !after_special)
-        out.append(" ");
-    out.append(text);
-    begin_run();
-}
-
-enum ltn_status ltn_detokenizer_create(struct ltn_detokenizer **out, const struct ltn_tokenizer *tokenizer,
-                                       struct ltn_error *err)
-{
-    *out = nullptr;
-    return guarded(err, [&] {
-        auto detokenizer = std::make_unique<ltn_detokenizer>();
-        detokenizer->t = tokenizer;
-        *out = detokenizer.release();
-        return LTN_OK;
-    });
-}
-
-enum ltn_status ltn_detokenizer_push(struct ltn_detokenizer *detokenizer, int32_t id, const char **text,
-                                     size_t *bytes, struct ltn_error *err)
-{
-    return guarded(err, [&] {
-        ltn_detokenizer &d = *detokenizer;
-        const struct ltn_tokenizer &t = *d.t;
-        const auto special = t.special.find(id);
-        const auto twin = t.twins.find(id);
-        const bool is_special = special != t.special.end();
-
-        if (!is_special && (id < 0 || (size_t)id >= t.model.n_pieces))
-            return ltn_fail(err, LTN_ERR_INPUT, "tokenizer: id %d names no token; there are %d", id, t.size);
-        d.out.clear();
-        if (is_special)
-            d.special(special->second);
-        else
-            d.piece(t.model.pieces[twin != t.twins.end() ? twin->second : id]);
-        d.first = false;
-        d.after_special = is_special;
-        *text = d.out.data();
-        *bytes = d.out.size();
-        return LTN_OK;
-    });
-}
-
-enum ltn_status ltn_detokenizer_finish(struct ltn_detokenizer *detokenizer, const char **text, size_t *bytes,
-                                       struct ltn_error *err)
-{
-    return guarded(err, [&] {
-        ltn_detokenizer &d = *detokenizer;
-
-        d.out.clear();
-        d.bytes(true);
-        d.begin_run();
-        d.first = true;
-        d.after_special = false;
-        *text = d.out.data();
-        *bytes = d.out.size();
-        return LTN_OK;
-    });
-}
-
-void ltn_detokenizer_free(struct ltn_detokenizer *detokenizer)
-{
-    delete detokenizer;
 }

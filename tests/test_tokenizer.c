@@ -1,0 +1,800 @@
+/* The tokenizer against sentencepiece 0.2 (tests/data/tokenizer, made by tools/make_tokenizer_fixtures.py).
+ *
+ * $LTN_TEST_TOKENIZERS: a directory with the third-party models, NAME.model for each NAME.ids that has no
+ * model of its own here. $LTN_TEST_CORPUS: a directory with val.txt or val.txt.xz. Tests that need what is
+ * not set skip. */
+#include "tokenizer/tokenizer.h"
+
+#include "tests/test_tokenizer.h"
+
+#include <pthread.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#define DATA "tests/data/tokenizer/"
+
+static const char plain_json[] =
+    "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false,\"special\":[]}";
+
+/* ---- helpers ---- */
+
+struct ids {
+    int32_t *data; /* [n] */
+    size_t n, room;
+};
+
+static void ids_add(struct ids *to, const int32_t *ids, size_t n)
+{
+    if (to->n + n > to->room) {
+        to->room = 2 * (to->n + n);
+        to->data = realloc(to->data, to->room * sizeof *to->data);
+        assert_non_null(to->data);
+    }
+    if (n > 0)
+        memcpy(to->data + to->n, ids, n * sizeof *ids);
+    to->n += n;
+}
+
+static enum ltn_status ids_emit(void *ctx, const int32_t *ids, size_t n, struct ltn_error *err)
+{
+    (void)err;
+    ids_add(ctx, ids, n);
+    return LTN_OK;
+}
+
+static void assert_ids(const struct ids *a, const struct ids *b)
+{
+    assert_int_equal(a->n, b->n);
+    if (a->n > 0)
+        assert_memory_equal(a->data, b->data, a->n * sizeof *a->data);
+}
+
+static struct ids encode(const struct ltn_tokenizer *t, const char *text, size_t bytes)
+{
+    struct ids out = {0};
+    struct ltn_error err;
+
+    if (ltn_tokenize(t, text, bytes, &out.data, &out.n, &err) != LTN_OK)
+        fail_msg("%s", err.text);
+    return out;
+}
+
+/* Fed in pieces of 0 to most bytes. */
+static struct ids encode_split(const struct ltn_tokenizer *t, const char *text, size_t bytes, size_t most,
+                               struct random *r)
+{
+    struct ltn_encoder *encoder;
+    struct ids out = {0};
+
+    assert_int_equal(ltn_encoder_create(&encoder, t, ids_emit, &out, NULL), LTN_OK);
+    for (size_t at = 0, n; at < bytes; at += n) {
+        n = most == 1 ? 1 : random_below(r, (uint32_t)most + 1);
+        n = n < bytes - at ? n : bytes - at;
+        assert_int_equal(ltn_encoder_feed(encoder, text + at, n, NULL), LTN_OK);
+    }
+    assert_int_equal(ltn_encoder_finish(encoder, NULL), LTN_OK);
+    ltn_encoder_free(encoder);
+    return out;
+}
+
+/* Every push must return whole characters. */
+static struct text decode(const struct ltn_tokenizer *t, const int32_t *ids, size_t n)
+{
+    struct ltn_detokenizer *d;
+    struct text out = {0};
+    struct ltn_error err;
+    const char *part;
+    size_t bytes;
+
+    assert_int_equal(ltn_detokenizer_create(&d, t, &err), LTN_OK);
+    for (size_t i = 0; i <= n; i++) {
+        if (i < n)
+            assert_int_equal(ltn_detokenizer_push(d, ids[i], &part, &bytes, &err), LTN_OK);
+        else
+            assert_int_equal(ltn_detokenizer_finish(d, &part, &bytes, &err), LTN_OK);
+        assert_int_equal(ltn_utf8_check(part, bytes), bytes);
+        text_add(&out, part, bytes);
+    }
+    ltn_detokenizer_free(d);
+    return out;
+}
+
+static void assert_decodes(const struct ltn_tokenizer *t, const int32_t *ids, size_t n, const char *expected)
+{
+    struct text got = decode(t, ids, n);
+
+    text_add(&got, "", 1);
+    assert_string_equal(got.data, expected);
+    free(got.data);
+}
+
+static struct ltn_tokenizer *open_json(const char *model, const char *json)
+{
+    struct text bytes = read_file(DATA, model);
+    struct ltn_tokenizer *t;
+    struct ltn_error err;
+
+    if (ltn_tokenizer_open(&t, bytes.data, bytes.n, json, &err) != LTN_OK)
+        fail_msg("%s: %s", model, err.text);
+    free(bytes.data); /* it must have been copied */
+    return t;
+}
+
+/* ---- fixtures ---- */
+
+struct texts {
+    struct text *data; /* [n] */
+    size_t n;
+};
+
+static struct texts read_texts(void)
+{
+    struct text file = read_file(DATA, "texts.hex");
+    struct texts all = {0};
+
+    for (char *line = file.data, *end;
+         (end = memchr(line, '\n', (size_t)(file.data + file.n - line))) != NULL; line = end + 1) {
+        all.data = realloc(all.data, (all.n + 1) * sizeof *all.data);
+        assert_non_null(all.data);
+        all.data[all.n++] = from_hex(line, (size_t)(end - line));
+    }
+    free(file.data);
+    assert_true(all.n > 150);
+    return all;
+}
+
+static void free_texts(struct texts *texts)
+{
+    for (size_t i = 0; i < texts->n; i++)
+        free(texts->data[i].data);
+    free(texts->data);
+}
+
+static void hash_ids(struct hash *h, const struct ids *ids)
+{
+    hash_add(h, ids->data, ids->n * sizeof *ids->data, ids->n);
+    hash_add(h, &(int32_t){-1}, sizeof(int32_t), 0);
+}
+
+static void hash_encode(struct hash *h, const struct ltn_tokenizer *t, const char *text, size_t bytes)
+{
+    struct ids ids = encode(t, text, bytes);
+
+    hash_ids(h, &ids);
+    free(ids.data);
+}
+
+static struct text random_text(struct random *r, const struct texts *texts)
+{
+    struct text out = {0};
+
+    for (uint32_t n = random_below(r, 24); n > 0; n--) {
+        const struct text *part = &texts->data[random_below(r, (uint32_t)texts->n)];
+        text_add(&out, part->data, part->n);
+    }
+    return out;
+}
+
+static void check_text(const struct ltn_tokenizer *t, const struct text *text, char *line)
+{
+    struct random r = {3};
+    struct ids want = {0};
+
+    for (char *word = strtok(line, " "); word != NULL; word = strtok(NULL, " "))
+        ids_add(&want, &(int32_t){(int32_t)strtol(word, NULL, 10)}, 1);
+    struct ids got = encode(t, text->data, text->n);
+    assert_ids(&got, &want);
+    free(got.data);
+    got = encode_split(t, text->data, text->n, 1, &r);
+    assert_ids(&got, &want);
+    free(got.data);
+    got = encode_split(t, text->data, text->n, 5, &r);
+    assert_ids(&got, &want);
+    free(got.data);
+    free(want.data);
+}
+
+static void check_random_encode(const struct ltn_tokenizer *t, const struct texts *texts, unsigned n,
+                                const char *want)
+{
+    struct random r = {1}, split = {4};
+    struct hash h, h_split;
+
+    hash_begin(&h);
+    hash_begin(&h_split);
+    for (unsigned i = 0; i < n; i++) {
+        struct text text = random_text(&r, texts);
+        hash_encode(&h, t, text.data, text.n);
+        struct ids ids = encode_split(t, text.data, text.n, 9, &split);
+        hash_ids(&h_split, &ids);
+        free(ids.data);
+        free(text.data);
+    }
+    hash_check(&h, want);
+    hash_check(&h_split, want);
+}
+
+static void check_random_decode(const struct ltn_tokenizer *t, unsigned n, const char *want)
+{
+    const uint32_t size = (uint32_t)ltn_tokenizer_size(t), near = size < 300 ? size : 300;
+    struct random r = {2};
+    struct hash h;
+
+    hash_begin(&h);
+    for (unsigned i = 0; i < n; i++) {
+        int32_t ids[24];
+        const bool is_near = random_below(&r, 2);
+        const size_t n_ids = random_below(&r, 24);
+        for (size_t j = 0; j < n_ids; j++)
+            ids[j] = (int32_t)random_below(&r, is_near ? near : size);
+        struct text text = decode(t, ids, n_ids);
+        text_add(&text, "", 1);
+        hash_add(&h, text.data, text.n, text.n - 1);
+        free(text.data);
+    }
+    hash_check(&h, want);
+}
+
+static void check_run(const struct ltn_tokenizer *t, const char *hex, size_t times, const char *want)
+{
+    struct text part = from_hex(hex, strlen(hex)), text = {0};
+    struct hash h;
+
+    for (size_t i = 0; i < times; i++)
+        text_add(&text, part.data, part.n);
+    hash_begin(&h);
+    hash_encode(&h, t, text.data, text.n);
+    hash_check(&h, want);
+    free(part.data);
+    free(text.data);
+}
+
+static void check_val_lines(const struct ltn_tokenizer *t, const struct text *val, const char *want)
+{
+    struct hash h;
+
+    hash_begin(&h);
+    for (size_t at = 0; at <= val->n;) {
+        const char *line = val->data + at;
+        const char *end = at < val->n ? memchr(line, '\n', val->n - at) : NULL;
+        const size_t n = end != NULL ? (size_t)(end - line) : val->n - at;
+        hash_encode(&h, t, line, n);
+        at += n + 1;
+    }
+    hash_check(&h, want);
+}
+
+static void check_val_whole(const struct ltn_tokenizer *t, const struct text *val, const char *want)
+{
+    struct random r = {5};
+    struct hash h;
+
+    hash_begin(&h);
+    struct ids ids = encode_split(t, val->data, val->n, 3000, &r);
+    hash_ids(&h, &ids);
+    free(ids.data);
+    hash_check(&h, want);
+}
+
+/* Every line of NAME.ids; val: its lines about val.txt, and nothing else. */
+static void check_fixture(const char *name, const char *folder, bool with_val)
+{
+    char file_name[64], hex[64], word[32], rest[64];
+    struct ltn_tokenizer *t;
+    struct ltn_error err;
+    size_t n_text = 0, n_checked = 0;
+    unsigned n;
+    int at;
+
+    snprintf(file_name, sizeof file_name, "%s.model", name);
+    struct text model = read_file(folder, file_name);
+    snprintf(file_name, sizeof file_name, "%s.ids", name);
+    struct text file = read_file(DATA, file_name);
+    struct text val = with_val ? read_val() : (struct text){0};
+    struct texts texts = read_texts();
+    if (ltn_tokenizer_open(&t, model.data, model.n, plain_json, &err) != LTN_OK)
+        fail_msg("%s", err.text);
+
+    text_add(&file, "", 1);
+    for (char *line = file.data, *end; (end = strchr(line, '\n')) != NULL; line = end + 1) {
+        *end = '\0';
+        at = 0;
+        if (sscanf(line, "%31s%n", word, &at) != 1)
+            fail_msg("an empty line");
+        if (strcmp(word, "model") == 0) {
+            struct hash h;
+            hash_begin(&h);
+            hash_add(&h, model.data, model.n, model.n);
+            snprintf(rest, sizeof rest, "%zu%s", model.n, line + at);
+            hash_check(&h, rest); /* else these fixtures are another model's */
+        } else if (strncmp(word, "val-", 4) == 0) {
+            if (with_val)
+                (word[4] == 'l' ? check_val_lines : check_val_whole)(t, &val, line + at + 1);
+        } else if (with_val) {
+            continue;
+        } else if (strcmp(word, "text") == 0) {
+            assert_true(n_text < texts.n);
+            check_text(t, &texts.data[n_text++], line + at);
+        } else if (sscanf(line, "random-encode %u %n", &n, &at) == 1) {
+            check_random_encode(t, &texts, n, line + at);
+        } else if (sscanf(line, "random-decode %u %n", &n, &at) == 1) {
+            check_random_decode(t, n, line + at);
+        } else if (sscanf(line, "run %63s %u %n", hex, &n, &at) == 2) {
+            check_run(t, hex, n, line + at);
+        } else {
+            fail_msg("an unknown line: %s", line);
+        }
+        n_checked++;
+    }
+    assert_true(with_val ? n_checked >= 2 : n_text == texts.n && n_checked > n_text + 8);
+    ltn_tokenizer_close(t);
+    free_texts(&texts);
+    free(file.data);
+    free(model.data);
+    free(val.data);
+}
+
+static void test_own_model(void **state)
+{
+    check_fixture(*state, DATA, false);
+}
+
+static void test_own_model_val(void **state)
+{
+    if (getenv("LTN_TEST_CORPUS") == NULL)
+        skip();
+    check_fixture(*state, DATA, true);
+}
+
+static void test_third_party(void **state)
+{
+    const char *folder = getenv("LTN_TEST_TOKENIZERS");
+
+    if (folder == NULL)
+        skip();
+    check_fixture(*state, folder, false);
+}
+
+static void test_third_party_val(void **state)
+{
+    const char *folder = getenv("LTN_TEST_TOKENIZERS");
+
+    if (folder == NULL || getenv("LTN_TEST_CORPUS") == NULL)
+        skip();
+    check_fixture(*state, folder, true);
+}
+
+/* ---- streams ---- */
+
+static const char special_json[] =
+    "{\"type\":\"sentencepiece\",\"add_bos\":true,\"add_eos\":true,\"special\":["
+    "{\"id\":0,\"text\":\"<unk>\"},{\"id\":1,\"text\":\"<s>\"},"
+    "{\"id\":2,\"text\":\"<|endoftext|>\"},{\"id\":900,\"text\":\"<\"},"
+    "{\"id\":901,\"text\":\"<<s>\"},{\"id\":902,\"text\":\"\u6771\u4eac\"}]}";
+
+static void test_split_invariance(void **state)
+{
+    static const char *const models[] = {"tiny_bpe.model", "tiny_unigram.model", "tiny_suffix.model",
+                                         "tiny_plain.model"};
+    struct texts texts = read_texts();
+    (void)state;
+
+    for (size_t m = 0; m < 4; m++) {
+        struct ltn_tokenizer *t = open_json(models[m], m == 0 ? special_json : plain_json);
+        struct random r = {m + 1};
+        struct text text = {0};
+        while (text.n < 60000) {
+            struct text part = random_text(&r, &texts);
+            text_add(&text, part.data, part.n);
+            free(part.data);
+        }
+        struct ids want = encode(t, text.data, text.n);
+        static const size_t most[] = {1, 2, 30, 5000, 100000};
+        for (size_t i = 0; i < sizeof most / sizeof *most; i++) {
+            struct ids got = encode_split(t, text.data, text.n, most[i], &r);
+            assert_ids(&got, &want);
+            free(got.data);
+        }
+        free(want.data);
+        free(text.data);
+        ltn_tokenizer_close(t);
+    }
+    free_texts(&texts);
+}
+
+/* Where no place is safe the text is cut at a character, after 256 KiB, wherever the feeds end. */
+static void test_forced_cut(void **state)
+{
+    enum { N = 150000, WINDOW = 256 << 10 };
+    struct ltn_tokenizer *t = open_json("tiny_bpe.model", plain_json);
+    struct random r = {6};
+    struct text text = {0};
+    (void)state;
+
+    for (size_t i = 0; i < N; i++)
+        text_add(&text, "\u2581", 3); /* pieces of several spaces: no cut between two is safe */
+    struct ids want = encode(t, text.data, text.n);
+    struct ids got = encode_split(t, text.data, text.n, 70000, &r);
+    assert_ids(&got, &want);
+    const size_t cut = (WINDOW + 2) / 3 * 3;
+    struct ids left = encode(t, text.data, cut), right = encode(t, text.data + cut, text.n - cut);
+    ids_add(&left, right.data, right.n);
+    assert_ids(&left, &want);
+    struct text back = decode(t, want.data, want.n);
+    assert_int_equal(back.n, N);
+    for (size_t i = 0; i < N; i++)
+        assert_int_equal(back.data[i], ' ');
+    free(back.data);
+    free(left.data);
+    free(right.data);
+    free(want.data);
+    free(got.data);
+    free(text.data);
+    ltn_tokenizer_close(t);
+}
+
+static enum ltn_status count_emit(void *ctx, const int32_t *ids, size_t n, struct ltn_error *err)
+{
+    (void)ids, (void)err;
+    *(size_t *)ctx += n;
+    return LTN_OK;
+}
+
+static long max_rss_kib(void)
+{
+    struct rusage usage;
+
+    getrusage(RUSAGE_SELF, &usage);
+    return usage.ru_maxrss;
+}
+
+static void test_constant_memory(void **state)
+{
+    struct texts texts = read_texts();
+    struct ltn_tokenizer *t = open_json("tiny_bpe.model", special_json);
+    struct ltn_encoder *encoder;
+    struct random r = {7};
+    struct text text = {0};
+    size_t n = 0, first = 0;
+    long before = 0;
+    (void)state;
+
+    while (text.n < 300000) {
+        struct text part = random_text(&r, &texts);
+        text_add(&text, part.data, part.n);
+        free(part.data);
+    }
+    text_add(&text, "<|endoftext|>", 13); /* each copy a run of its own: as many ids each time */
+    assert_int_equal(ltn_encoder_create(&encoder, t, count_emit, &n, NULL), LTN_OK);
+    for (int i = 0; i < 20; i++) {
+        assert_int_equal(ltn_encoder_feed(encoder, text.data, text.n, NULL), LTN_OK);
+        if (i == 0)
+            first = n - 1; /* less bos */
+        assert_int_equal(n, 1 + first * ((size_t)i + 1));
+        if (i == 2)
+            before = max_rss_kib();
+    }
+    assert_int_equal(ltn_encoder_finish(encoder, NULL), LTN_OK);
+#ifndef __SANITIZE_ADDRESS__ /* which keeps freed memory */
+    assert_true(max_rss_kib() - before < 1024);
+#else
+    (void)before;
+#endif
+    ltn_encoder_free(encoder);
+    free(text.data);
+    free_texts(&texts);
+    ltn_tokenizer_close(t);
+}
+
+static enum ltn_status stop_emit(void *ctx, const int32_t *ids, size_t n, struct ltn_error *err)
+{
+    (void)ctx, (void)ids, (void)n;
+    return ltn_fail(err, LTN_ERR_STOPPED, "enough");
+}
+
+static void test_stop(void **state)
+{
+    struct ltn_tokenizer *t = open_json("tiny_bpe.model", plain_json);
+    struct ltn_encoder *encoder;
+    struct ltn_error err;
+    (void)state;
+
+    assert_int_equal(ltn_encoder_create(&encoder, t, stop_emit, NULL, &err), LTN_OK);
+    assert_int_equal(ltn_encoder_feed(encoder, "some text", 9, &err), LTN_OK);
+    assert_int_equal(ltn_encoder_finish(encoder, &err), LTN_ERR_STOPPED);
+    assert_string_equal(err.text, "enough");
+    ltn_encoder_free(encoder);
+    ltn_tokenizer_close(t);
+}
+
+static void *encode_often(void *arg)
+{
+    static const char text[] = "Then they went home, and the engine told the crow.\n\nna\u00efve \U0001f600";
+    size_t sum = 0;
+
+    for (int i = 0; i < 200; i++) {
+        int32_t *ids;
+        size_t n;
+        if (ltn_tokenize(arg, text, sizeof text - 1, &ids, &n, NULL) != LTN_OK)
+            return NULL;
+        for (size_t j = 0; j < n; j++)
+            sum = sum * 31 + (size_t)ids[j];
+        free(ids);
+    }
+    return (void *)(sum | 1);
+}
+
+static void test_threads(void **state)
+{
+    struct ltn_tokenizer *t = open_json("tiny_bpe.model", plain_json);
+    pthread_t threads[4];
+    void *sums[4];
+    (void)state;
+
+    for (int i = 0; i < 4; i++)
+        assert_int_equal(pthread_create(&threads[i], NULL, encode_often, t), 0);
+    for (int i = 0; i < 4; i++)
+        pthread_join(threads[i], &sums[i]);
+    for (int i = 0; i < 4; i++)
+        assert_true(sums[i] != NULL && sums[i] == sums[0]);
+    ltn_tokenizer_close(t);
+}
+
+/* ---- special tokens ---- */
+
+static void test_special(void **state)
+{
+    /* The text, and what it is: runs and special tokens in turn. The last of each line ends it. */
+    static const struct {
+        const char *text;
+        struct {
+            const char *run;
+            int32_t special;
+        } parts[6];
+    } cases[] = {
+        {"", {{"", -1}}},
+        {"<|endoftext|>", {{"", 2}, {"", -1}}},
+        {"a<|endoftext|>b", {{"a", 2}, {"b", -1}}},
+        {"<s><s> <s>", {{"", 1}, {"", 1}, {" ", 1}, {"", -1}}},
+        {"<<s>", {{"", 901}, {"", -1}}},
+        {"<<<s>", {{"", 900}, {"", 901}, {"", -1}}},
+        {"<<|endoftext|>", {{"", 900}, {"", 2}, {"", -1}}},
+        {"<<|endoftext", {{"", 900}, {"", 900}, {"|endoftext", -1}}},
+        {"<|endoftext|", {{"", 900}, {"|endoftext|", -1}}},
+        {"x<", {{"x", 900}, {"", -1}}},
+        {"</s>", {{"", 900}, {"/s>", -1}}},
+        {"the \u6771\u4eac end\n\n<unk>\n", {{"the ", 902}, {" end\n\n", 0}, {"\n", -1}}},
+        {"\xe6\x9d\xb1\xe4\xba", {{"\xe6\x9d\xb1\xe4\xba", -1}}},
+    };
+    struct ltn_tokenizer *t = open_json("tiny_bpe.model", special_json);
+    struct ltn_tokenizer *runs = open_json("tiny_bpe.model", plain_json);
+    struct random r = {8};
+    (void)state;
+
+    assert_int_equal(ltn_tokenizer_size(t), 903);
+    assert_int_equal(ltn_tokenizer_size(runs), 700);
+    assert_int_equal(ltn_tokenizer_bos(t), 1);
+    assert_int_equal(ltn_tokenizer_eos(t), 2);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct ids want = {0};
+        ids_add(&want, &(int32_t){1}, 1);
+        for (size_t j = 0;; j++) {
+            struct ids run = encode(runs, cases[i].parts[j].run, strlen(cases[i].parts[j].run));
+            if (run.n > 0)
+                ids_add(&want, run.data, run.n);
+            free(run.data);
+            if (cases[i].parts[j].special < 0)
+                break;
+            ids_add(&want, &cases[i].parts[j].special, 1);
+        }
+        ids_add(&want, &(int32_t){2}, 1);
+        for (size_t most = 1; most < 20; most += 3) {
+            struct ids got = encode_split(t, cases[i].text, strlen(cases[i].text), most, &r);
+            assert_ids(&got, &want);
+            free(got.data);
+        }
+        free(want.data);
+    }
+    ltn_tokenizer_close(t);
+    ltn_tokenizer_close(runs);
+}
+
+static void test_special_decode(void **state)
+{
+    struct ltn_tokenizer *t = open_json("tiny_bpe.model", special_json);
+    struct ltn_tokenizer *d = open_json("tiny_unigram.model", "{\"type\":\"sentencepiece\",\"add_bos\":false,"
+                                                              "\"add_eos\":false,\"special\":["
+                                                              "{\"id\":1,\"text\":\"<s>\"}]}");
+    const int32_t a = ltn_tokenizer_find(t, "a", 1), the = ltn_tokenizer_find(d, "\u2581the", 6);
+    const int32_t e2 = ltn_tokenizer_find(t, "<0xE2>", 6), x82 = ltn_tokenizer_find(t, "<0x82>", 6),
+                  xac = ltn_tokenizer_find(t, "<0xAC>", 6);
+    struct ltn_detokenizer *one;
+    struct ltn_error err;
+    const char *text;
+    size_t bytes;
+    (void)state;
+
+    assert_true(a > 0 && the > 0 && e2 > 0 && x82 > 0 && xac > 0);
+    assert_decodes(t, (int32_t[]){2}, 1, "<|endoftext|>");
+    assert_decodes(t, (int32_t[]){2, 2}, 2, "<|endoftext|><|endoftext|>");
+    assert_decodes(t, (int32_t[]){a, 2, a, 902, 2, a}, 6, "a <|endoftext|>a \u6771\u4eac<|endoftext|>a");
+    assert_decodes(t, (int32_t[]){e2, x82, xac}, 3, "\u20ac");
+    assert_decodes(t, (int32_t[]){e2, x82, 2, xac}, 4, "\ufffd\ufffd <|endoftext|>\ufffd");
+    assert_decodes(t, (int32_t[]){e2, x82, a}, 3, "\ufffd\ufffda");
+    assert_decodes(t, (int32_t[]){e2, e2, x82, xac}, 4, "\ufffd\u20ac");
+    /* The dummy prefix goes at the start of each run; unknown is "?" here, and </s> is nothing. */
+    assert_decodes(d, (int32_t[]){the, the, 1, the, 0, the}, 6, "the the <s>the? the");
+    assert_decodes(d, (int32_t[]){2, the, 2, the}, 4, "the the");
+
+    assert_int_equal(ltn_detokenizer_create(&one, t, &err), LTN_OK);
+    assert_int_equal(ltn_detokenizer_push(one, e2, &text, &bytes, &err), LTN_OK);
+    assert_int_equal(bytes, 0);
+    static const int32_t bad[] = {-1, 903, 700, 899, INT32_MAX, INT32_MIN};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        assert_int_equal(ltn_detokenizer_push(one, bad[i], &text, &bytes, &err), LTN_ERR_INPUT);
+    assert_int_equal(ltn_detokenizer_push(one, x82, &text, &bytes, &err), LTN_OK);
+    assert_int_equal(bytes, 0);
+    assert_int_equal(ltn_detokenizer_push(one, xac, &text, &bytes, &err), LTN_OK);
+    assert_int_equal(bytes, 3);
+    assert_memory_equal(text, "\u20ac", 3);
+    ltn_detokenizer_free(one);
+    ltn_tokenizer_close(t);
+    ltn_tokenizer_close(d);
+}
+
+static void test_pieces(void **state)
+{
+    struct ltn_tokenizer *t = open_json("tiny_bpe.model", special_json);
+    size_t bytes;
+    (void)state;
+
+    for (int32_t id = 0; id < ltn_tokenizer_size(t); id++) {
+        const char *piece = ltn_tokenizer_piece(t, id, &bytes);
+        if (id >= 700 && id < 900)
+            assert_null(piece);
+        else
+            assert_int_equal(ltn_tokenizer_find(t, piece, bytes), id);
+    }
+    assert_null(ltn_tokenizer_piece(t, -1, &bytes));
+    assert_null(ltn_tokenizer_piece(t, 903, &bytes));
+    assert_int_equal(ltn_tokenizer_find(t, "no such piece", 13), -1);
+    assert_int_equal(ltn_tokenizer_find(t, "", 0), -1);
+    ltn_tokenizer_close(t);
+    ltn_tokenizer_close(NULL);
+    ltn_encoder_free(NULL), ltn_detokenizer_free(NULL);
+}
+
+/* ---- JSON ---- */
+
+static void test_json(void **state)
+{
+    static const char *const wrong[] = {
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false}",
+        "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false,\"special\":[]} x",
+        "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false,\"special\":[],\"more\":1}",
+        "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_bos\":false,\"add_eos\":false,\"special\":[]}",
+        "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false,\"special\":[],\"a\\nb\":1}",
+        "{\"Type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false,\"special\":[]}",
+        "{\"type\":\"tiktoken\",\"add_bos\":false,\"add_eos\":false,\"special\":[]}",
+        "{\"type\":1,\"add_bos\":false,\"add_eos\":false,\"special\":[]}",
+        "{\"type\":\"sentencepiece\",\"add_bos\":0,\"add_eos\":false,\"special\":[]}",
+        "{\"type\":\"sentencepiece\",\"add_bos\":\"false\",\"add_eos\":false,\"special\":[]}",
+        "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":null,\"special\":[]}",
+        "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false,\"special\":{}}",
+    };
+    static const char *const wrong_special[] = {
+        "1",
+        "{}",
+        "{\"id\":1}",
+        "{\"id\":1,\"text\":\"x\",\"rstrip\":true}",
+        "{\"id\":\"1\",\"text\":\"x\"}",
+        "{\"id\":1.5,\"text\":\"x\"}",
+        "{\"id\":-1,\"text\":\"x\"}",
+        "{\"id\":1048576,\"text\":\"x\"}",
+        "{\"id\":1e99,\"text\":\"x\"}",
+        "{\"id\":4294967297,\"text\":\"x\"}",
+        "{\"id\":1,\"text\":1}",
+        "{\"id\":1,\"text\":\"\"}",
+        "{\"id\":1,\"text\":\"a\\u0000b\"}",
+        "{\"id\":1,\"text\":\"\xff\"}",
+        "{\"id\":1,\"text\":\"x\"},{\"id\":1,\"text\":\"y\"}",
+        "{\"id\":1,\"text\":\"x\"},{\"id\":2,\"text\":\"x\"}",
+    };
+    struct text model = read_file(DATA, "tiny_bpe.model");
+    struct ltn_tokenizer *t;
+    struct ltn_error err;
+    char json[512];
+    (void)state;
+
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        assert_int_equal(ltn_tokenizer_open(&t, model.data, model.n, wrong[i], &err), LTN_ERR_INPUT);
+        assert_null(t);
+        assert_true(strlen(err.text) > 0 && strchr(err.text, '\n') == NULL);
+    }
+    for (size_t i = 0; i < sizeof wrong_special / sizeof *wrong_special; i++) {
+        snprintf(json, sizeof json,
+                 "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false,\"special\":[%s]}",
+                 wrong_special[i]);
+        assert_int_equal(ltn_tokenizer_open(&t, model.data, model.n, json, &err), LTN_ERR_INPUT);
+    }
+    free(model.data);
+}
+
+static void test_describe(void **state)
+{
+    struct text model = read_file(DATA, "tiny_bpe.model");
+    struct ltn_tokenizer *t;
+    struct ltn_error err;
+    char *json;
+    (void)state;
+
+    assert_int_equal(ltn_tokenizer_describe(model.data, model.n, false, false, NULL, 0, &json, &err), LTN_OK);
+    assert_string_equal(json, "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false,\"special\":["
+                              "{\"id\":0,\"text\":\"<unk>\"},{\"id\":1,\"text\":\"<s>\"},"
+                              "{\"id\":2,\"text\":\"<|endoftext|>\"}]}");
+    free(json);
+    const struct ltn_special extra[] = {{1, "<\"\\\n\u6771>"}, {701, "<pad>"}};
+    assert_int_equal(ltn_tokenizer_describe(model.data, model.n, true, true, extra, 2, &json, &err), LTN_OK);
+    assert_string_equal(json, "{\"type\":\"sentencepiece\",\"add_bos\":true,\"add_eos\":true,\"special\":["
+                              "{\"id\":0,\"text\":\"<unk>\"},{\"id\":1,\"text\":\"<\\\"\\\\\\n\u6771>\"},"
+                              "{\"id\":2,\"text\":\"<|endoftext|>\"},{\"id\":701,\"text\":\"<pad>\"}]}");
+    assert_int_equal(ltn_tokenizer_open(&t, model.data, model.n, json, &err), LTN_OK);
+    assert_int_equal(ltn_tokenizer_find(t, extra[0].text, strlen(extra[0].text)), 1);
+    assert_int_equal(ltn_tokenizer_size(t), 702);
+    ltn_tokenizer_close(t);
+    free(json);
+    const struct ltn_special wrong[] = {{-1, "x"}, {1 << 20, "x"}, {5, ""}, {5, "\xff"}, {5, "<unk>"}};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        assert_int_equal(ltn_tokenizer_describe(model.data, model.n, false, false, &wrong[i], 1, &json, &err),
+                         LTN_ERR_INPUT);
+        assert_null(json);
+    }
+    assert_int_equal(ltn_tokenizer_describe("x", 1, false, false, NULL, 0, &json, &err), LTN_ERR_INPUT);
+    free(model.data);
+}
+
+int main(void)
+{
+    static char own[][16] = {"tiny_bpe", "tiny_unigram", "tiny_suffix", "tiny_plain"};
+    static char others[][24] = {"baichuan-7b",      "mistral-v1", "mistral-v3",
+                                "albert-30k-clean", "sp-test-ja", "sp-test-unigram"};
+    const struct CMUnitTest tests[] = {
+        {"own model: tiny_bpe", test_own_model, NULL, NULL, own[0]},
+        {"own model: tiny_unigram", test_own_model, NULL, NULL, own[1]},
+        {"own model: tiny_suffix", test_own_model, NULL, NULL, own[2]},
+        {"own model: tiny_plain", test_own_model, NULL, NULL, own[3]},
+        {"own model: tiny_bpe, val.txt", test_own_model_val, NULL, NULL, own[0]},
+        {"own model: tiny_unigram, val.txt", test_own_model_val, NULL, NULL, own[1]},
+        {"own model: tiny_suffix, val.txt", test_own_model_val, NULL, NULL, own[2]},
+        {"own model: tiny_plain, val.txt", test_own_model_val, NULL, NULL, own[3]},
+        {"third-party model: baichuan-7b", test_third_party, NULL, NULL, others[0]},
+        {"third-party model: mistral-v1", test_third_party, NULL, NULL, others[1]},
+        {"third-party model: mistral-v3", test_third_party, NULL, NULL, others[2]},
+        {"third-party model: albert-30k-clean", test_third_party, NULL, NULL, others[3]},
+        {"third-party model: sp-test-ja", test_third_party, NULL, NULL, others[4]},
+        {"third-party model: sp-test-unigram", test_third_party, NULL, NULL, others[5]},
+        {"third-party model: baichuan-7b, val.txt", test_third_party_val, NULL, NULL, others[0]},
+        {"third-party model: mistral-v1, val.txt", test_third_party_val, NULL, NULL, others[1]},
+        {"third-party model: mistral-v3, val.txt", test_third_party_val, NULL, NULL, others[2]},
+        {"third-party model: albert-30k-clean, val.txt", test_third_party_val, NULL, NULL, others[3]},
+        {"third-party model: sp-test-ja, val.txt", test_third_party_val, NULL, NULL, others[4]},
+        {"third-party model: sp-test-unigram, val.txt", test_third_party_val, NULL, NULL, others[5]},
+        cmocka_unit_test(test_split_invariance),
+        cmocka_unit_test(test_forced_cut),
+        cmocka_unit_test(test_constant_memory),
+        cmocka_unit_test(test_stop),
+        cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_special),
+        cmocka_unit_test(test_special_decode),
+        cmocka_unit_test(test_pieces),
+        cmocka_unit_test(test_json),
+        cmocka_unit_test(test_describe),
+    };
+
+    return cmocka_run_group_tests_name("tokenizer", tests, NULL, NULL);
+}

@@ -1,0 +1,25 @@
+/* What the detokenizer asks of an open tokenizer; for tokenizer/ only. */
+#ifndef LTN_TOKENS_H
+#define LTN_TOKENS_H
+
+#include "tokenizer/sp_model.h"
+#include "tokenizer/tokenizer.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct ltn_token {
+    struct ltn_sp_string text; /* at most LTN_TOKENIZER_MAX_PIECE bytes */
+    bool is_special;           /* else it is decoded as a piece of this type: */
+    enum ltn_sp_piece_type type;
+};
+
+/* How id decodes; false: it names no token. */
+bool ltn_tokenizer_token(const struct ltn_tokenizer *tokenizer, int32_t id, struct ltn_token *token);
+const struct ltn_sp_model *ltn_tokenizer_model(const struct ltn_tokenizer *tokenizer);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
