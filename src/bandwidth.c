@@ -7,8 +7,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PASSES = 4, LINE = 64 };
-static const size_t least_bytes = (size_t)256 << 20, most_bytes = (size_t)2 << 30;
+enum { PASSES = 3, LINE = 64 };
+static const size_t least_bytes = (size_t)256 << 20, most_bytes = (size_t)512 << 20;
 
 static double now(void)
 {
@@ -86,10 +86,12 @@ static void *work(void *member)
     return NULL;
 }
 
+/* Somewhat more than the cache is enough: what a pass leaves there, the next one has pushed out before it
+ * gets to it. */
 static size_t buffer_bytes(void)
 {
     long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    size_t bytes = cache > 0 ? 4 * (size_t)cache : 0;
+    size_t bytes = cache > 0 ? (size_t)cache / 4 * 5 : 0;
     return bytes < least_bytes ? least_bytes : bytes > most_bytes ? most_bytes : bytes;
 }
 

@@ -9,7 +9,7 @@ struct ltn_bandwidth {
     double copy_gbps; /* 1e9 bytes a second, read and written bytes both counted */
 };
 
-/* Takes a few tenths of a second and some hundred MB, well past the caches. Host memory is read and copied by
+/* Takes a few tenths of a second and a few hundred MB, past the caches. Host memory is read and copied by
  * as many threads as the engine's backend has; a device's memory is copied by its backend. */
 enum ltn_status ltn_measure_bandwidth(const struct ltn_engine *engine, struct ltn_bandwidth *out,
                                       struct ltn_error *err);

@@ -509,7 +509,8 @@ int ltn_cli_parse(const struct ltn_program *program, int argc, char **argv, int 
     int value;
 
     open_standard_descriptors();
-    signal(SIGPIPE, SIG_IGN);
+    signal(SIGPIPE, SIG_IGN); /* the write fails instead, and that is handled */
+    signal(SIGXFSZ, SIG_IGN);
     make_table(program, &table);
     opterr = 0;
 

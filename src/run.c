@@ -167,6 +167,21 @@ static void print_stats(const struct run *run, int64_t n_prompt, const struct lt
                  (double)n_prompt / run->prefill_seconds, decode, share);
 }
 
+/* Without a seed of the user's, one from the clock, named so that the text can be had again. */
+static void choose_seed(struct run *run)
+{
+    const struct options *o = run->options;
+    uint64_t seed = o->seed.value;
+    if (!o->seed.given) {
+        struct timespec t;
+        clock_gettime(CLOCK_REALTIME, &t);
+        seed = ((uint64_t)t.tv_sec * 1000003u ^ (uint64_t)t.tv_nsec) & 0xffffffffu;
+        if (o->temperature > 0 && !o->quiet)
+            ltn_cli_note("seed %llu", (unsigned long long)seed);
+    }
+    ltn_session_seed(run->session, seed);
+}
+
 static enum ltn_status generate(struct run *run, struct ltn_error *err)
 {
     const struct options *o = run->options;
@@ -183,6 +198,7 @@ static enum ltn_status generate(struct run *run, struct ltn_error *err)
     struct ltn_generated made = {0};
     int64_t n_prompt = ltn_session_position(run->session);
 
+    choose_seed(run);
     LTN_TRY(ltn_generate(run->session, &options, &made, err));
     if (o->tokens || run->terminal) /* ids make a line; text is left as it is, but for a terminal */
         LTN_TRY(ltn_cli_write("\n", 1, err));
@@ -210,18 +226,7 @@ static enum ltn_status open_all(struct run *run, struct ltn_error *err)
     const char *notice = ltn_engine_info(run->engine)->notice;
     if (notice && !o->quiet)
         ltn_cli_note("%s", notice);
-    LTN_TRY(ltn_session_create(&run->session, run->engine, NULL, err));
-
-    uint64_t seed = o->seed.value;
-    if (!o->seed.given) {
-        struct timespec t;
-        clock_gettime(CLOCK_REALTIME, &t);
-        seed = ((uint64_t)t.tv_sec * 1000003u ^ (uint64_t)t.tv_nsec) & 0xffffffffu;
-        if (o->temperature > 0 && !o->quiet)
-            ltn_cli_note("seed %llu", (unsigned long long)seed);
-    }
-    ltn_session_seed(run->session, seed);
-    return LTN_OK;
+    return ltn_session_create(&run->session, run->engine, NULL, err);
 }
 
 static enum ltn_status run_all(struct run *run, struct ltn_error *err)

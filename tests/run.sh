@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs the test programs of a folder and the shell tests tests/cli_*.sh, all of which speak TAP on stdout. Names what
+# Runs the test programs of a folder and the shell tests tests/cli_*.sh and tests/test_*.sh, all of which speak TAP on stdout. Names what
 # failed and what was skipped and ends with one line of totals.
 # With LTN_SKIPS=FILE, a skipped test that the file does not name ("PROGRAM: TEST", one a line) is a failure.
 set -u
@@ -42,7 +42,7 @@ for test in "$bin"/test_*; do
     *) run "$(basename "$test")" "$test" ;;
     esac
 done
-for test in tests/cli_*.sh; do
+for test in tests/cli_*.sh tests/test_*.sh; do
     run "$(basename "$test" .sh)" sh "$test"
 done
 

@@ -1,0 +1,49 @@
+# ltn-bench through a real shell.
+. tests/tap.sh
+bench=$LTN_BIN/ltn-bench
+"$LTN_TESTS/make_model" tokens "$tmp/ids.ltn" 1 2 || exit 1
+m=$tmp/ids.ltn
+unset LTN_MODEL
+
+try "$bench" -m "$m" -l 16,64 -r 3 -n 8
+pass "a table" exited 0
+pass "a line for each test and length" is "$(grep -cE '^(prefill|decode) +(16|64) +[0-9]' "$tmp/out")" 4
+pass "nothing on stderr" test ! -s "$tmp/err"
+try "$bench" -m "$m" -l 16,64 -r 2 -n 8 --format csv
+pass "CSV: header" is "$(head -n 1 "$tmp/out")" test,length,tokens,tok_s,median,stddev,min,max,gbps,share
+pass "CSV: ten columns, five lines" is "$(awk -F, 'NF == 10' "$tmp/out" | wc -l)" 5
+pass "CSV: least, median and most in order" awk -F, 'NR > 1 && !($7 > 0 && $7 <= $5 && $5 <= $8) { exit 1 }' "$tmp/out"
+LTN_COMMIT=abc123 "$bench" -m "$m" -l 16 -r 3 -n 8 -t 1 --format json >"$tmp/out" 2>"$tmp/err"
+for key in device driver date command read_gbps copy_gbps gemm_tflops rows samples tok_s; do
+    pass "JSON: $key" grep -q "\"$key\":" "$tmp/out"
+done
+pass "JSON: the commit" grep -qE '"commit":[[:space:]]*"abc123"' "$tmp/out"
+pass "JSON: the threads" grep -qE '"threads":[[:space:]]*1,' "$tmp/out"
+pass "JSON: all samples" is "$(grep '"samples"' "$tmp/out" | tail -n 1 | tr -cd , | wc -c)" 2
+
+refuses_usage() {
+    text=$1
+    shift
+    try "$bench" -m "$m" "$@"
+    pass "usage: $*" refused 2 "$text"
+}
+refuses_usage "-l: expected a whole number from 1 to 1000000000, found '0'" -l 0
+refuses_usage "-l: expected a whole number from 1 to 1000000000, found '5,'" -l 5,
+refuses_usage "-l: expected a whole number from 1 to 1000000000, found 'x'" -l x
+refuses_usage "-r: expected a whole number from 1 to 1000000, found '0'" -r 0
+refuses_usage "--format: expected one of table|csv|json, found 'xml'" --format xml
+refuses_usage "--format: expected one of table|csv|json, found ''" --format ""
+try "$bench" -m "$tmp/none.ltn"
+pass "a missing model" refused 1 "none.ltn"
+"$bench" -m "$m" -l 16 -r 1 -n 2 >/dev/full 2>"$tmp/err"
+status=$?
+: >"$tmp/out"
+pass "stdout without room" refused 1 "standard output: cannot write"
+"$bench" -m "$m" -l 100000 -r 1000 >"$tmp/out" 2>"$tmp/err" &
+pid=$!
+sleep 1
+kill -INT $pid
+wait $pid
+status=$?
+pass "Ctrl-C: 130" exited 130
+finish

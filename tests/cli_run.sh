@@ -1,0 +1,267 @@
+# ltn-run through a real shell: what it prints where, how it ends, what it refuses.
+. tests/tap.sh
+run=$LTN_BIN/ltn-run
+"$LTN_TESTS/make_model" text "$tmp/text.ltn" 1 -1 || exit 1
+"$LTN_TESTS/make_model" tokens "$tmp/ids.ltn" 1 2 || exit 1
+"$LTN_TESTS/make_model" text "$tmp/nobos.ltn" -1 -1 || exit 1
+m=$tmp/text.ltn
+unset LTN_MODEL
+
+# ---- help, version ----
+try "$run" --help
+pass "--help goes to stdout" exited 0
+pass "--help names every option" sh -c 'for f in -m -p -f -n --temp --top-k --top-p --min-p --seed --stop --ignore-eos \
+    --echo --tokens -t --device --stats -q --help --version; do grep -qE "^ +$f( |\$)" "$1" || exit 1; done' sh "$tmp/out"
+pass "--help leaves stderr empty" test ! -s "$tmp/err"
+try "$run" --temp 0.1 --version
+pass "--version" sh -c 'grep -qE "^ltn-run \(ltn\) [0-9]+\.[0-9]+\.[0-9]+$" "$1"' sh "$tmp/out"
+
+# ---- stdout carries only the text ----
+try "$run" -m "$m" -p "hello" -n 40 --seed 1
+cp "$tmp/out" "$tmp/text"
+pass "a prompt by -p" exited 0
+pass "text on stdout" test -s "$tmp/text"
+pass "nothing on stderr with a seed given" test ! -s "$tmp/err"
+printf hello >"$tmp/prompt"
+try "$run" -m "$m" -f "$tmp/prompt" -n 40 --seed 1
+pass "the same by -f" same "$tmp/out" "$tmp/text"
+"$run" -m "$m" -n 40 --seed 1 <"$tmp/prompt" >"$tmp/out"
+pass "the same by standard input" same "$tmp/out" "$tmp/text"
+printf hello | "$run" -m "$m" -f - -n 40 --seed 1 | cat >"$tmp/out"
+pass "the same between pipes" same "$tmp/out" "$tmp/text"
+(printf he; sleep 0.2; printf llo) | "$run" -m "$m" -n 40 --seed 1 >"$tmp/out"
+pass "the same from a slow pipe" same "$tmp/out" "$tmp/text"
+LTN_MODEL=$m "$run" -p hello -n 40 --seed 1 >"$tmp/out"
+pass "the model by \$LTN_MODEL" same "$tmp/out" "$tmp/text"
+try "$run" -m "$m" -p hello -n 40 --seed 1 --echo
+printf hello | cat - "$tmp/text" >"$tmp/expected"
+pass "--echo puts the prompt before the text" same "$tmp/out" "$tmp/expected"
+try "$run" -m "$m" -p hello -n 0 --seed 1
+pass "-n 0 prints nothing" sh -c '[ "$1" = 0 ] && [ ! -s "$2" ]' sh "$status" "$tmp/out"
+try "$run" -m "$m" -p hello -n 5
+pass "without --seed the seed is named on stderr" one_line "seed "
+seed=$(sed -n 's/.*seed //p' "$tmp/err")
+cp "$tmp/out" "$tmp/expected"
+try "$run" -m "$m" -p hello -n 5 --seed "$seed"
+pass "and gives the same text again" same "$tmp/out" "$tmp/expected"
+try "$run" -m "$m" -p hello -n 5 -q
+pass "-q keeps stderr empty" test ! -s "$tmp/err"
+try "$run" -m "$m" -p hello -n 30 --seed 1 --stats
+pass "--stats is one line on stderr" one_line "tok/s"
+pass "--stats names the share of the measured bandwidth" grep -q "% of the .* GB/s measured here" "$tmp/err"
+
+# ---- determinism ----
+for t in 1 2 3; do
+    try "$run" -m "$m" -p hello -n 40 --seed 1 -t $t
+    pass "the same text with $t threads" same "$tmp/out" "$tmp/text"
+done
+try "$run" -m "$m" -p hello -n 40 --seed 2
+pass "another seed, another text" sh -c '! cmp -s "$1" "$2"' sh "$tmp/out" "$tmp/text"
+try "$run" -m "$m" -p hello -n 40 --temp 0 --seed 1
+cp "$tmp/out" "$tmp/expected"
+try "$run" -m "$m" -p hello -n 40 --temp 0 --seed 2
+pass "--temp 0 does not depend on the seed" same "$tmp/out" "$tmp/expected"
+for flags in "--top-k 1" "--top-p 0" "--min-p 1"; do
+    # shellcheck disable=SC2086
+    try "$run" -m "$m" -p hello -n 40 --top-p 1 $flags --seed 3
+    pass "$flags leaves the likeliest token" same "$tmp/out" "$tmp/expected"
+done
+
+# ---- token ids ----
+try "$run" -m "$tmp/ids.ltn" --tokens 5,17,9 -n 6 --temp 0
+cp "$tmp/out" "$tmp/ids"
+pass "--tokens prints ids on one line" grep -qE '^[0-9]+( [0-9]+){5}$' "$tmp/ids"
+printf '5 17\n9\n' | "$run" -m "$tmp/ids.ltn" --tokens - -n 6 --temp 0 >"$tmp/out"
+pass "--tokens - reads them from standard input" same "$tmp/out" "$tmp/ids"
+try "$run" -m "$tmp/ids.ltn" --tokens 5,17,9 -n 6 --temp 0 --echo
+pass "--echo prints the ids of the prompt too" is "$(cat "$tmp/out")" "5 17 9 $(cat "$tmp/ids")"
+try "$run" -m "$m" --tokens 5,17 -n 3 --temp 0
+pass "--tokens on a model that has a tokenizer" grep -qE '^[0-9]+ [0-9]+ [0-9]+$' "$tmp/out"
+eos=$(cut -d' ' -f3 "$tmp/ids")
+first=$(tr ' ' '\n' <"$tmp/ids" | grep -nx "$eos" | head -n 1 | cut -d: -f1)
+"$LTN_TESTS/make_model" tokens "$tmp/eos.ltn" 1 "$eos"
+try "$run" -m "$tmp/eos.ltn" --tokens 5,17,9 -n 6 --temp 0
+pass "the end token ends and is not printed" is "$(wc -w <"$tmp/out")" $((first - 1))
+try "$run" -m "$tmp/eos.ltn" --tokens 5,17,9 -n 6 --temp 0 --ignore-eos
+pass "--ignore-eos goes on" same "$tmp/out" "$tmp/ids"
+
+# ---- empty prompts ----
+try "$run" -m "$m" -p "" -n 20 --seed 4
+cp "$tmp/out" "$tmp/expected"
+pass "an empty prompt starts from BOS" sh -c '[ "$1" = 0 ] && [ -s "$2" ]' sh "$status" "$tmp/out"
+"$run" -m "$m" -n 20 --seed 4 </dev/null >"$tmp/out"
+pass "empty standard input, too" same "$tmp/out" "$tmp/expected"
+try "$run" -m "$tmp/nobos.ltn" -p "" -n 5
+pass "without BOS it is refused" refused 1 "no BOS token"
+
+# ---- stop strings: every part of the text of 2 to 6 bytes at a few places, wherever tokens end ----
+# (the text is letters: the stop string must survive the shell)
+"$run" -m "$m" -p hello -n 400 --seed 5 | tr -d '\0' >"$tmp/long"
+tr -c 'a-zA-Z' '\n' <"$tmp/long" | grep -E '^.{2,6}$' | head -n 8 >"$tmp/parts"
+pass "there is something to stop at" test -s "$tmp/parts"
+while read -r part; do
+    try "$run" -m "$m" -p hello -n 400 --seed 5 --stop "not in this text" --stop "$part"
+    before=$(LC_ALL=C grep -obaF -e "$part" "$tmp/long" | head -n 1 | cut -d: -f1)
+    head -c "$before" "$tmp/long" >"$tmp/expected"
+    tr -d '\0' <"$tmp/out" >"$tmp/got"
+    pass "--stop $part" same "$tmp/got" "$tmp/expected"
+done <"$tmp/parts"
+try "$run" -m "$m" -p hello -n 40 --seed 1 --stop "not in this text"
+pass "what a stop string held back comes at the end" same "$tmp/out" "$tmp/text"
+
+# ---- ends ----
+"$run" -m "$m" -p hello -n -1 --ignore-eos >"$tmp/out" 2>"$tmp/err" &
+pid=$!
+while [ ! -s "$tmp/out" ]; do sleep 0.05; done
+kill -INT $pid
+wait $pid
+status=$?
+pass "Ctrl-C while writing: 130" exited 130
+pass "the text so far is there" test -s "$tmp/out"
+mkfifo "$tmp/fifo"
+"$run" -m "$m" -n 5 -q <"$tmp/fifo" >"$tmp/out" 2>"$tmp/err" &
+pid=$!
+exec 3>"$tmp/fifo"
+sleep 0.5
+kill -INT $pid
+wait $pid
+status=$?
+exec 3>&-
+pass "Ctrl-C while waiting for input: 130" exited 130
+pass "quietly" test ! -s "$tmp/err"
+{
+    "$run" -m "$m" -p hello -n -1 --ignore-eos --seed 1 2>"$tmp/err"
+    echo $? >"$tmp/status"
+} | head -c 10 >"$tmp/out"
+status=$(cat "$tmp/status")
+pass "a reader that leaves ends it" exited 0
+pass "with what it read" is "$(wc -c <"$tmp/out")" 10
+pass "and quietly" test ! -s "$tmp/err"
+"$run" -m "$m" -p hello -n 5 --seed 1 2>"$tmp/err" >/dev/full
+status=$?
+: >"$tmp/out"
+pass "a full disk is an error" refused 1 "standard output: cannot write: No space left"
+"$run" -m "$m" -p hello -n 5 --seed 1 2>"$tmp/err" >&-
+status=$?
+pass "closed stdout is an error" refused 1 "standard output: cannot write"
+"$run" --help 2>"$tmp/err" >/dev/full
+status=$?
+pass "so is --help to a full disk" refused 1 "standard output: cannot write: No space left"
+"$run" -m "$m" -p hello -n 40 --seed 1 <&- >"$tmp/out" 2>/dev/null
+pass "closed stdin does not matter with -p" same "$tmp/out" "$tmp/text"
+"$run" -m "$m" -p hello -n 40 --seed 1 2>&- >"$tmp/out"
+pass "closed stderr does not matter" same "$tmp/out" "$tmp/text"
+
+# ---- terminals ----
+if command -v script >/dev/null; then
+    script -qec "'$run' -m '$m'" /dev/null </dev/null >"$tmp/out" 2>&1
+    status=$?
+    pass "no prompt on a terminal: usage" exited 2
+    script -qec "'$run' -m '$m' -p hello -n 8 --seed 1 -q" /dev/null </dev/null >"$tmp/out" 2>&1
+    pass "on a terminal the text ends in a newline" is "$(tail -c 1 "$tmp/out" | od -An -tx1 | tr -d ' ')" 0a
+else
+    skip "no prompt on a terminal: usage" "no script(1) here"
+    skip "on a terminal the text ends in a newline" "no script(1) here"
+fi
+
+# ---- long input in constant memory ----
+"$run" -m "$m" -n 1 -q --seed 1 <"$tmp/fifo" >"$tmp/out" 2>"$tmp/err" &
+pid=$!
+exec 3>"$tmp/fifo"
+words() { yes "the other thing and the one" | head -c "$1"; }
+rss() { sed -n 's/^VmHWM:[^0-9]*\([0-9]*\).*/\1/p' /proc/$pid/status; }
+words 200000 >&3
+early=$(rss)
+words 1000000 >&3
+late=$(rss)
+exec 3>&-
+wait $pid
+status=$?
+pass "a million bytes of prompt" exited 0
+pass "in constant memory ($early KiB, then $late KiB)" test $((late - early)) -le 1024
+try "$run" -m "$m" -p "$(words 100000)" -n 1 --seed 1
+pass "a long prompt by -p" exited 0
+
+# ---- wrong usage ----
+refuses_usage() { # refuses_usage EXPECTED-TEXT ARGUMENTS...
+    text=$1
+    shift
+    try "$run" -m "$m" "$@"
+    pass "usage: $*" refused 2 "$text"
+}
+refuses_usage "--tmp: no such option; did you mean --temp?" --tmp 1
+refuses_usage "--frobnicate: no such option; see ltn-run --help" --frobnicate
+refuses_usage "-z: no such option" -z
+refuses_usage "unexpected argument 'hello'" hello
+refuses_usage "at most one of -p, -f and --tokens" -p a -f b
+refuses_usage "at most one of -p, -f and --tokens" -p a --tokens 1
+refuses_usage "-n: expected a whole number of at least -1, found 'x'" -p a -n x
+refuses_usage "-n: expected a whole number of at least -1, found '-2'" -p a -n -2
+refuses_usage "-n: expected a whole number of at least -1, found '1.5'" -p a -n 1.5
+refuses_usage "-n: expected a whole number of at least -1, found '99999999999999999999'" -p a -n 99999999999999999999
+refuses_usage "--temp: expected a number of at least 0, found 'x'" -p a --temp x
+refuses_usage "--temp: expected a number of at least 0, found '-1'" -p a --temp -1
+refuses_usage "--temp: expected a number of at least 0, found 'nan'" -p a --temp nan
+refuses_usage "--temp: expected a number of at least 0, found ''" -p a --temp ""
+refuses_usage "--top-k: expected a whole number from 0 to 2147483647, found '-3'" -p a --top-k -3
+refuses_usage "--top-p: expected a number from 0 to 1, found '1.5'" -p a --top-p 1.5
+refuses_usage "--min-p: expected a number from 0 to 1, found '2'" -p a --min-p 2
+refuses_usage "--seed: expected a whole number from 0 to 18446744073709551615, found '-1'" -p a --seed -1
+refuses_usage "--seed: expected a whole number from 0 to 18446744073709551615, found '18446744073709551616'" -p a --seed 18446744073709551616
+refuses_usage "-t: expected a whole number from 0 to 1024, found 'many'" -p a -t many
+refuses_usage "--device: expected auto, cpu, cuda or cuda:N, found 'gpu'" -p a --device gpu
+refuses_usage "--stop: expected some text" -p a --stop ""
+refuses_usage "--stop: looks for text" --tokens 1 --stop x
+refuses_usage "--stats: expected no argument" -p a --stats=1
+refuses_usage "-n: expected a whole number of at least -1, found nothing" -p a -n
+refuses_usage "--tokens: token 1: expected an id, found 'x'" --tokens 5,x
+refuses_usage "--tokens: token 1: expected an id, found ','" --tokens 5,,6
+refuses_usage "--tokens: token 1: expected an id, found the end" --tokens 5,
+refuses_usage "--tokens: token 0: expected an id, found '-'" --tokens -5
+refuses_usage "--tokens: token 0: expected an id, found 4294967296" --tokens 4294967296
+
+# ---- failures ----
+try "$run" -m "$tmp/none.ltn" -p a
+pass "a missing model" refused 1 "none.ltn"
+try "$run" -m "$tmp" -p a
+pass "a folder for a model" refused 1 "$tmp"
+try "$run" -m tests/tap.sh -p a
+pass "something else for a model" refused 1 "tests/tap.sh"
+size=$(wc -c <"$m")
+for bytes in 0 7 8 100 2000 $((size / 2)) $((size - 1)); do
+    head -c "$bytes" "$m" >"$tmp/cut.ltn"
+    try "$run" -m "$tmp/cut.ltn" -p a -n 1 --seed 1
+    pass "a model cut after $bytes bytes" refused 1 "cut.ltn"
+done
+try "$run" -m "$tmp/ids.ltn" -p a
+pass "text for a model without a tokenizer" refused 1 "no tokenizer"
+try "$run" -m "$m" -f "$tmp/none.txt" --seed 1
+pass "a missing prompt file" refused 1 "none.txt: cannot open: No such file"
+try "$run" -m "$m" -f "$tmp" --seed 1
+pass "a folder for a prompt" refused 1 "cannot read: Is a directory"
+try "$run" -m "$m" --tokens 1,400 --seed 1
+pass "an id beyond the vocabulary" refused 1 "token 1: expected an id from 0 to 359, found 400"
+echo "1 2 x" | "$run" -m "$m" --tokens - --seed 1 >"$tmp/out" 2>"$tmp/err"
+status=$?
+pass "a bad id on standard input" refused 1 "token 2: expected an id, found 'x'"
+if [ ! -e "$LTN_BIN/libltn_cuda.so" ]; then
+    try "$run" -m "$m" -p a --device cuda --seed 1
+    pass "CUDA where there is none" refused 1 "CUDA"
+else
+    skip "CUDA where there is none" "the CUDA backend is built"
+fi
+
+# ---- where the model is looked for ----
+mkdir -p "$tmp/place/bin" "$tmp/place/share/ltn"
+cp "$run" "$tmp/place/bin"
+try "$tmp/place/bin/ltn-run" -p hello -n 40 --seed 1
+pass "no model anywhere" refused 1 "no model: expected one by -m or in \$LTN_MODEL"
+cp "$m" "$tmp/place/share/ltn/demo.ltn"
+try "$tmp/place/bin/ltn-run" -p hello -n 40 --seed 1
+pass "the installed model" same "$tmp/out" "$tmp/text"
+mkdir -p "$tmp/place/bin/model/demo"
+cp "$m" "$tmp/place/bin/model/demo/demo.ltn"
+rm "$tmp/place/share/ltn/demo.ltn"
+try "$tmp/place/bin/ltn-run" -p hello -n 40 --seed 1
+pass "the model beside the program" same "$tmp/out" "$tmp/text"
+finish

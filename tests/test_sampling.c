@@ -1,0 +1,329 @@
+/* Random draws, the choice of a token, stop strings: each against a plain restatement of its rule. */
+#include <setjmp.h>
+#include <stdarg.h>
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "src/rng.h"
+#include "src/sampling.h"
+#include "src/stop.h"
+#include "tests/support.h"
+
+/* ---- Philox: known answers of the authors' Random123 distribution ---------------------------------------
+ */
+
+static void test_philox(void **state)
+{
+    static const uint32_t known[][10] = {
+        /* counter, key, result */
+        {0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
+        {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0x408f276d, 0x41c83b0e,
+         0xa20bc7c6, 0x6d5451fd},
+        {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09, 0x94fdcceb,
+         0x5001e420, 0x24126ea1},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        uint32_t counter[4];
+        memcpy(counter, known[i], sizeof counter);
+        ltn_philox(counter, known[i][4], known[i][5]);
+        assert_memory_equal(counter, known[i] + 6, sizeof counter);
+    }
+}
+
+static void test_uniform_draws(void **state)
+{
+    double sum = 0, squares = 0;
+    const int n = 200000;
+    (void)state;
+    for (int i = 0; i < n; i++) {
+        double u = ltn_uniform(42, (uint64_t)i);
+        assert_true(u >= 0 && u < 1);
+        sum += u;
+        squares += u * u;
+    }
+    assert_true(fabs(sum / n - 0.5) < 0.003); /* 4.6 standard errors */
+    assert_true(fabs(squares / n - 1.0 / 3) < 0.003);
+    assert_true(ltn_uniform(42, 7) == ltn_uniform(42, 7));
+    assert_true(ltn_uniform(42, 7) != ltn_uniform(43, 7));
+    assert_true(ltn_uniform(42, 7) != ltn_uniform(42, (uint64_t)7 << 32));
+    assert_true(ltn_uniform((uint64_t)42 << 32, 7) != ltn_uniform(42, 7));
+}
+
+/* ---- sampling against a full sort -----------------------------------------------------------------------
+ */
+
+struct candidate {
+    float logit;
+    int32_t id;
+    double p;
+};
+
+static int likelier(const void *a, const void *b)
+{
+    const struct candidate *x = a, *y = b;
+    if (x->logit != y->logit)
+        return x->logit > y->logit ? -1 : 1;
+    return x->id < y->id ? -1 : 1;
+}
+
+static int lower_id(const void *a, const void *b)
+{
+    const struct candidate *x = a, *y = b;
+    return x->id < y->id ? -1 : 1;
+}
+
+/* The order: temperature, top-k, top-p, min-p; then a walk up the ids. */
+static int32_t plain_sample(const float *logits, int32_t n, const struct ltn_sampling *s, double u)
+{
+    struct candidate *c = calloc((size_t)n, sizeof *c);
+    assert_non_null(c);
+    for (int32_t i = 0; i < n; i++)
+        c[i] = (struct candidate){logits[i], i, 0};
+    qsort(c, (size_t)n, sizeof *c, likelier);
+    if (s->temperature == 0) {
+        int32_t id = c[0].id;
+        free(c);
+        return id;
+    }
+    for (int32_t i = 0; i < n; i++)
+        c[i].p = exp(((double)c[i].logit - c[0].logit) / s->temperature);
+    int32_t kept = s->top_k > 0 && s->top_k < n ? s->top_k : n;
+    double total = 0, sum = 0;
+    for (int32_t i = 0; i < kept; i++)
+        total += c[i].p;
+    if (s->top_p < 1) {
+        int32_t i = 0;
+        do
+            sum += c[i++].p;
+        while (i < kept && sum < s->top_p * total);
+        kept = i;
+    }
+    while (kept > 1 && c[kept - 1].p < s->min_p * c[0].p)
+        kept--;
+    qsort(c, (size_t)kept, sizeof *c, lower_id);
+    total = sum = 0;
+    for (int32_t i = 0; i < kept; i++)
+        total += c[i].p;
+    int32_t id = c[kept - 1].id;
+    for (int32_t i = 0; i < kept; i++) {
+        sum += c[i].p;
+        if (sum > u * total) {
+            id = c[i].id;
+            break;
+        }
+    }
+    free(c);
+    return id;
+}
+
+static void random_logits(struct test_rng *rng, float *logits, int32_t n)
+{
+    int kind = test_below(rng, 4);
+    for (int32_t i = 0; i < n; i++) {
+        logits[i] = (float)(4 * test_normal(rng));
+        if (kind == 1)
+            logits[i] = roundf(logits[i]); /* many ties */
+        if (kind == 2 && test_below(rng, 3) == 0)
+            logits[i] = -INFINITY;
+        if (kind == 3)
+            logits[i] = 1.25f; /* nothing but ties */
+    }
+    if (kind == 2)
+        logits[test_below(rng, n)] = 1;
+}
+
+static void test_sample_against_sort(void **state)
+{
+    static const int32_t sizes[] = {1, 2, 3, 17, 360, 5000};
+    static const double temperatures[] = {0, 0.01, 0.8, 1, 3};
+    static const double shares[] = {0, 0.1, 0.5, 0.95, 0.999, 1};
+    struct test_rng rng = {11};
+    (void)state;
+    for (int round = 0; round < 3000; round++) {
+        int32_t n = sizes[test_below(&rng, 6)], id;
+        struct ltn_sampler sampler;
+        float *logits = malloc((size_t)n * sizeof *logits);
+        assert_non_null(logits);
+        assert_int_equal(ltn_sampler_create(&sampler, n, NULL), LTN_OK);
+        random_logits(&rng, logits, n);
+        const struct ltn_sampling s = {temperatures[test_below(&rng, 5)],
+                                       test_below(&rng, 2) ? test_below(&rng, 60) : 0,
+                                       shares[test_below(&rng, 6)], test_below(&rng, 2) ? 0.1 : 0};
+        double u = test_uniform(&rng);
+        assert_int_equal(ltn_sample(&sampler, logits, &s, u, &id, NULL), LTN_OK);
+        int32_t expected = plain_sample(logits, n, &s, u);
+        if (id != expected)
+            fail_msg("n %d, temperature %g, top_k %d, top_p %g, min_p %g, u %.17g: got %d, expected %d", n,
+                     s.temperature, s.top_k, s.top_p, s.min_p, u, id, expected);
+        assert_true(logits[id] != -INFINITY);
+        ltn_sampler_free(&sampler);
+        free(logits);
+    }
+}
+
+static void test_distribution(void **state)
+{
+    enum { N = 8, DRAWS = 200000 };
+    const float logits[N] = {0, 1, 2, -1, 0.5f, -3, 1.5f, 2};
+    const struct ltn_sampling s = {.temperature = 1.3, .top_p = 1};
+    struct ltn_sampler sampler;
+    double p[N], total = 0, chi = 0;
+    int count[N] = {0};
+    (void)state;
+    assert_int_equal(ltn_sampler_create(&sampler, N, NULL), LTN_OK);
+    for (int i = 0; i < N; i++)
+        total += p[i] = exp(logits[i] / 1.3);
+    for (int i = 0; i < DRAWS; i++) {
+        int32_t id;
+        assert_int_equal(ltn_sample(&sampler, logits, &s, ltn_uniform(3, (uint64_t)i), &id, NULL), LTN_OK);
+        count[id]++;
+    }
+    for (int i = 0; i < N; i++) {
+        double expected = DRAWS * p[i] / total;
+        chi += (count[i] - expected) * (count[i] - expected) / expected;
+    }
+    assert_true(chi < 24.3); /* 7 degrees of freedom: exceeded once in a thousand seeds */
+    ltn_sampler_free(&sampler);
+}
+
+static void test_greedy_takes_lowest_id(void **state)
+{
+    const float logits[] = {1, 5, 5, 5, 2};
+    const struct ltn_sampling s = {.top_p = 1};
+    struct ltn_sampler sampler;
+    int32_t id;
+    (void)state;
+    assert_int_equal(ltn_sampler_create(&sampler, 5, NULL), LTN_OK);
+    assert_int_equal(ltn_sample(&sampler, logits, &s, 0.999, &id, NULL), LTN_OK);
+    assert_int_equal(id, 1);
+    ltn_sampler_free(&sampler);
+}
+
+static void test_bad_logits_and_parameters(void **state)
+{
+    struct ltn_sampling s = ltn_sampling_default;
+    float logits[] = {1, 2, NAN, 4};
+    struct ltn_sampler sampler;
+    struct ltn_error err;
+    int32_t id;
+    (void)state;
+    assert_int_equal(ltn_sampler_create(&sampler, 4, NULL), LTN_OK);
+    assert_int_equal(ltn_sample(&sampler, logits, &s, 0.5, &id, &err), LTN_ERR_INPUT);
+    assert_non_null(strstr(err.text, "nan for token 2"));
+    logits[2] = INFINITY;
+    assert_int_equal(ltn_sample(&sampler, logits, &s, 0.5, &id, &err), LTN_ERR_INPUT);
+    assert_non_null(strstr(err.text, "inf for token 2"));
+    for (int i = 0; i < 4; i++)
+        logits[i] = -INFINITY;
+    assert_int_equal(ltn_sample(&sampler, logits, &s, 0.5, &id, &err), LTN_ERR_INPUT);
+
+    const struct ltn_sampling bad[] = {{-1, 0, 1, 0},  {NAN, 0, 1, 0},  {INFINITY, 0, 1, 0},
+                                       {1, -1, 1, 0},  {1, 0, 1.1, 0},  {1, 0, -0.1, 0},
+                                       {1, 0, NAN, 0}, {1, 0, 1, -0.1}, {1, 0, 1, 1.1}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        assert_int_equal(ltn_sampling_check(&bad[i], &err), LTN_ERR_INPUT);
+    ltn_sampler_free(&sampler);
+}
+
+/* ---- stop strings ---------------------------------------------------------------------------------------
+ */
+
+/* Where the text ends by the rule: at the first byte at which a stop string is complete, less the longest
+ * complete there. -1: nowhere. */
+static long plain_stop(const char *text, size_t bytes, const char *const *stop, size_t n)
+{
+    for (size_t end = 1; end <= bytes; end++) {
+        size_t longest = 0;
+        for (size_t i = 0; i < n; i++) {
+            size_t length = strlen(stop[i]);
+            if (length <= end && length > longest && memcmp(text + end - length, stop[i], length) == 0)
+                longest = length;
+        }
+        if (longest)
+            return (long)(end - longest);
+    }
+    return -1;
+}
+
+static void random_word(struct test_rng *rng, char *word, int length)
+{
+    for (int i = 0; i < length; i++)
+        word[i] = "abc"[test_below(rng, 3)];
+    word[length] = 0;
+}
+
+static void test_stop_strings(void **state)
+{
+    struct test_rng rng = {7};
+    int found_some = 0, found_none = 0;
+    (void)state;
+    for (int round = 0; round < 5000; round++) {
+        char words[3][8], text[64], got[64];
+        const char *stop[3];
+        size_t n = 1 + (size_t)test_below(&rng, 3), bytes = (size_t)test_below(&rng, 60), n_got = 0;
+        for (size_t i = 0; i < n; i++) {
+            random_word(&rng, words[i], 2 + test_below(&rng, 5));
+            stop[i] = words[i];
+        }
+        random_word(&rng, text, (int)bytes);
+        long expected = plain_stop(text, bytes, stop, n);
+        struct ltn_stopper s;
+        bool found = false;
+        const char *out;
+        size_t out_bytes;
+        assert_int_equal(ltn_stopper_create(&s, stop, n, NULL), LTN_OK);
+        for (size_t at = 0; at < bytes && !found;) {
+            size_t piece = (size_t)test_below(&rng, 9);
+            if (piece > bytes - at)
+                piece = bytes - at;
+            assert_int_equal(ltn_stopper_push(&s, text + at, piece, &out, &out_bytes, &found, NULL), LTN_OK);
+            memcpy(got + n_got, out, out_bytes);
+            n_got += out_bytes;
+            at += piece;
+            if (!found) /* what is held back could still become a stop string, and no more than that */
+                assert_true(s.held_bytes - s.release < 6);
+        }
+        if (!found) {
+            ltn_stopper_finish(&s, &out, &out_bytes);
+            memcpy(got + n_got, out, out_bytes);
+            n_got += out_bytes;
+        }
+        assert_int_equal(found, expected >= 0);
+        assert_int_equal(n_got, found ? (size_t)expected : bytes);
+        assert_memory_equal(got, text, n_got);
+        found ? found_some++ : found_none++;
+        ltn_stopper_free(&s);
+    }
+    assert_true(found_some > 500 && found_none > 500);
+}
+
+static void test_empty_stop_string(void **state)
+{
+    const char *stop[] = {"x", ""};
+    struct ltn_stopper s;
+    struct ltn_error err;
+    (void)state;
+    assert_int_equal(ltn_stopper_create(&s, stop, 2, &err), LTN_ERR_INPUT);
+    assert_non_null(strstr(err.text, "stop string 2"));
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_philox),
+        cmocka_unit_test(test_uniform_draws),
+        cmocka_unit_test(test_sample_against_sort),
+        cmocka_unit_test(test_distribution),
+        cmocka_unit_test(test_greedy_takes_lowest_id),
+        cmocka_unit_test(test_bad_logits_and_parameters),
+        cmocka_unit_test(test_stop_strings),
+        cmocka_unit_test(test_empty_stop_string),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
