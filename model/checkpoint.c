@@ -201,27 +201,36 @@ void ltn_checkpoint_close(struct ltn_checkpoint *c)
 /* ---- verifying ---- */
 
 /* A float is finite unless all bits of its exponent are set. The loops have no early exit, so that they run
- * at the speed of memory; the place is looked for once there is something to find. */
-size_t ltn_first_not_finite(const void *data, enum ltn_dtype dtype, size_t n)
+ * at the speed of memory; the place is looked for once there is something to find. memcpy, because a tensor
+ * behind an odd one lies at any address. */
+static bool any_not_finite(const uint8_t *p, enum ltn_dtype dtype, size_t n)
 {
     uint32_t found = 0;
+    uint16_t found16 = 0, exponent = dtype == LTN_BF16 ? 0x7f80 : 0x7c00;
     if (dtype == LTN_F32) {
-        const uint32_t *p = data;
-        for (size_t i = 0; i < n; i++)
-            found |= (p[i] & 0x7f800000u) == 0x7f800000u;
-        for (size_t i = 0; found && i < n; i++)
-            if ((p[i] & 0x7f800000u) == 0x7f800000u)
-                return i;
-    } else {
-        const uint16_t *p = data, exponent = dtype == LTN_BF16 ? 0x7f80 : 0x7c00;
-        uint16_t found16 = 0;
-        for (size_t i = 0; i < n; i++)
-            found16 |= (uint16_t)((p[i] & exponent) == exponent);
-        for (size_t i = 0; found16 && i < n; i++)
-            if ((p[i] & exponent) == exponent)
-                return i;
+        for (size_t i = 0; i < n; i++) {
+            uint32_t bits;
+            memcpy(&bits, p + 4 * i, 4);
+            found |= (bits & 0x7f800000u) == 0x7f800000u;
+        }
+        return found;
     }
-    return n;
+    for (size_t i = 0; i < n; i++) {
+        uint16_t bits;
+        memcpy(&bits, p + 2 * i, 2);
+        found16 |= (uint16_t)((bits & exponent) == exponent);
+    }
+    return found16;
+}
+
+size_t ltn_first_not_finite(const void *data, enum ltn_dtype dtype, size_t n)
+{
+    if (!any_not_finite(data, dtype, n))
+        return n;
+    size_t i = 0;
+    while (!any_not_finite((const uint8_t *)data + i * ltn_dtype_size(dtype), dtype, 1))
+        i++;
+    return i;
 }
 
 enum ltn_status ltn_checkpoint_verify(const struct ltn_checkpoint *c, struct ltn_error *err)

@@ -50,7 +50,7 @@ void ltn_checkpoint_order(size_t *order, const uint64_t *bytes, size_t n);
 const char *ltn_checkpoint_dtype_key(enum ltn_dtype dtype);
 /* The weight dtype that a stored one is; false where it is none of the three. */
 bool ltn_checkpoint_dtype(enum ltn_dtype *out, enum ltn_st_dtype dtype);
-/* Index of the first infinity or NaN of data, [n] elements aligned to their size; n: all are finite. */
+/* Index of the first infinity or NaN of data, [n] elements at any address; n: all are finite. */
 size_t ltn_first_not_finite(const void *data, enum ltn_dtype dtype, size_t n);
 /* "[2, 3]"; cut where it does not fit. */
 void ltn_shape_print(char *text, size_t size, const int64_t *shape, int32_t rank);
