@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -540,15 +541,18 @@ static void stream_make(struct long_stream *l, int n, int e, float slope)
     }
 }
 
-static void stream_run(const struct long_stream *l, struct ltn_backend *be)
+/* In calls of `chunk` rows; 0: of random sizes, unaligned, many of a single row. */
+static void stream_run(const struct long_stream *l, struct ltn_backend *be, int chunk)
 {
     struct ltn_error err;
     size_t e = (size_t)l->e;
     float *o = poisoned(l->n * e), *s = calloc(e * e, sizeof *s);
     struct ltn_attention a = {1, l->e, &l->slope, NULL, 0};
     assert_non_null(s);
-    for (int first = 0; first < l->n;) { /* unaligned chunks, many of a single row */
-        int count = test_below(&rng, 3) ? 1 + test_below(&rng, 20) : 1 + test_below(&rng, 500);
+    for (int first = 0; first < l->n;) {
+        int count = chunk;
+        if (chunk == 0)
+            count = test_below(&rng, 3) ? 1 + test_below(&rng, 20) : 1 + test_below(&rng, 500);
         if (count > l->n - first)
             count = l->n - first;
         struct ltn_seq seq = {s, first, 0, count};
@@ -568,8 +572,8 @@ static void stream_run(const struct long_stream *l, struct ltn_backend *be)
         largest_o = fmax(largest_o, fabs(l->o[i]));
     }
     if (!(worst_s <= 1e-5 * largest_s) || !(worst_o <= 1e-5 * largest_o))
-        fail_msg("%s: slope %g, %d tokens: state off by %.3g, outputs by %.3g of the largest", be->name,
-                 l->slope, l->n, worst_s / largest_s, worst_o / largest_o);
+        fail_msg("%s: slope %g, %d tokens, calls of %d: state off by %.3g, outputs by %.3g of the largest",
+                 be->name, l->slope, l->n, worst_s / largest_s, worst_o / largest_o);
     free(s), free(o);
 }
 
@@ -580,9 +584,13 @@ static void test_long_streams(void **state)
     for (int i = 0; i < LENGTH(slopes); i++) {
         struct long_stream l;
         stream_make(&l, 20000, 40, slopes[i]);
-        stream_run(&l, reference);
+        stream_run(&l, reference, 0);
         for (int b = 0; b < n_fast; b++)
-            stream_run(&l, fast[b]);
+            stream_run(&l, fast[b], 0);
+        /* Step by step, and in blocks so short that a decay rounded to f32 would be far off at the end. */
+        for (int b = 0; b < n_fast; b += MAX_THREADS)
+            for (int chunk = 1; chunk <= 2; chunk++)
+                stream_run(&l, fast[b], chunk);
         free(l.s), free(l.o), free(l.qkv);
     }
 }
@@ -691,6 +699,51 @@ static void test_several_users(void **state)
     }
 }
 
+struct meeting {
+    atomic_int arrived;
+    atomic_int_fast64_t sum, count;
+};
+
+/* Two tasks that wait for each other end in time only if two threads run them. */
+static void meet(void *ctx, int64_t task, int worker)
+{
+    struct meeting *m = ctx;
+    (void)worker;
+    atomic_fetch_add(&m->sum, task);
+    atomic_fetch_add(&m->arrived, 1);
+    for (int i = 0; i < 10000 && atomic_load(&m->arrived) < 2; i++)
+        nanosleep(&(struct timespec){0, 1000000}, NULL);
+    if (atomic_load(&m->arrived) == 2)
+        atomic_fetch_add(&m->count, 1);
+}
+
+static void tally(void *ctx, int64_t task, int worker)
+{
+    struct meeting *m = ctx;
+    (void)worker;
+    atomic_fetch_add(&m->sum, task);
+    atomic_fetch_add(&m->count, 1);
+}
+
+static void test_pool(void **state)
+{
+    (void)state;
+    struct ltn_error err;
+    struct pool *pool;
+    CHECK(pool_open(&pool, 2, &err));
+    struct meeting m = {0};
+    pool_run(pool, 2, meet, &m);
+    assert_int_equal(m.count, 2);
+    assert_int_equal(m.sum, 1);
+    for (int64_t n = 1; n < 1 << 25; n = n * 7 + 1) { /* every task once, also beyond what one job holds */
+        m = (struct meeting){0};
+        pool_run(pool, n, tally, &m);
+        assert_int_equal(m.count, n);
+        assert_int_equal(m.sum, n * (n - 1) / 2);
+    }
+    pool_close(pool);
+}
+
 /* An idle pool sleeps, and wakes for the next call. */
 static void test_idle_pool(void **state)
 {
@@ -791,14 +844,23 @@ static void test_avx512_is_here(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_every_half),      cmocka_unit_test(test_rounding),
-        cmocka_unit_test(test_embed),           cmocka_unit_test(test_norms),
-        cmocka_unit_test(test_activations),     cmocka_unit_test(test_multiply),
-        cmocka_unit_test(test_matrix_products), cmocka_unit_test(test_rows_are_independent),
-        cmocka_unit_test(test_lightning),       cmocka_unit_test(test_long_streams),
-        cmocka_unit_test(test_far_positions),   cmocka_unit_test(test_several_users),
-        cmocka_unit_test(test_idle_pool),       cmocka_unit_test(test_memory),
-        cmocka_unit_test(test_opening),         cmocka_unit_test(test_avx2_is_here),
+        cmocka_unit_test(test_every_half),
+        cmocka_unit_test(test_rounding),
+        cmocka_unit_test(test_embed),
+        cmocka_unit_test(test_norms),
+        cmocka_unit_test(test_activations),
+        cmocka_unit_test(test_multiply),
+        cmocka_unit_test(test_matrix_products),
+        cmocka_unit_test(test_rows_are_independent),
+        cmocka_unit_test(test_lightning),
+        cmocka_unit_test(test_long_streams),
+        cmocka_unit_test(test_far_positions),
+        cmocka_unit_test(test_several_users),
+        cmocka_unit_test(test_pool),
+        cmocka_unit_test(test_idle_pool),
+        cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_opening),
+        cmocka_unit_test(test_avx2_is_here),
         cmocka_unit_test(test_avx512_is_here),
     };
     return cmocka_run_group_tests(tests, open_all, close_all);

@@ -54,9 +54,9 @@ INLINE vf load_weights(const void *w, enum ltn_dtype dtype, size_t i, int n)
 /* ---- products ---------------------------------------------------------------------------------------- */
 
 /* rows <= DOT_ROWS (a constant) by n_outs <= 4 dot products over at most MICRO_DOT_COLS columns from column
- * `first` on. */
+ * `first` on. `fetch`: w is read for the first time, from memory rather than a cache. */
 INLINE void dot_tile(float *y, size_t ldy, const float *x, size_t ldx, const void *weights, size_t ldw,
-                     enum ltn_dtype dtype, int rows, int n_outs, int first, int cols, bool add,
+                     enum ltn_dtype dtype, int rows, int n_outs, int first, int cols, bool fetch, bool add,
                      const float *bias)
 {
     size_t size = dtype == LTN_F32 ? 4 : 2;
@@ -70,7 +70,8 @@ INLINE void dot_tile(float *y, size_t ldy, const float *x, size_t ldx, const voi
 #pragma GCC unroll 4
         for (int o = 0; o < 4; o++)
             b[o] = load_weights(w[o], dtype, (size_t)c, VL);
-        if (rows == 1 && dtype != LTN_F32) { /* short rows end before the hardware has seen a stream */
+        if (fetch && (rows > 1 || dtype != LTN_F32)) { /* rows end before the hardware has seen a stream;
+                                                          one row in f32 does without, measured */
 #pragma GCC unroll 4
             for (int o = 0; o < 4; o++)
                 __builtin_prefetch(w[o] + ((size_t)c + 8 * ldw) * size);
@@ -124,7 +125,7 @@ INLINE void dots(float *y, size_t ldy, const float *x, size_t ldx, const void *w
                 float *to = y + r * ldy + o;
                 const float *from = x + r * ldx + first, *b = bias && first == 0 ? bias + o : NULL;
                 const void *at = (const char *)w + (size_t)o * ldw * size;
-#define TILE(m) dot_tile(to, ldy, from, ldx, at, ldw, dtype, m, n_outs, first, n, plus, b)
+#define TILE(m) dot_tile(to, ldy, from, ldx, at, ldw, dtype, m, n_outs, first, n, r == 0, plus, b)
                 switch (rows - r < DOT_ROWS ? rows - r : DOT_ROWS) {
                 case 1:
                     TILE(1);
