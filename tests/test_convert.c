@@ -334,7 +334,7 @@ static void mixed_dtypes(void **state)
     const char *dir = made(&hf);
     rewrite(dir, "model.layers.1.token_mixer.out_proj.weight", LTN_ST_F32, 0, values, 64);
     expect_good(dir, &ck);
-    assert_non_null(strstr(notes, "matrices of several dtypes, all become F32"));
+    assert_non_null(strstr(notes, "matrices of several dtypes, all became F32"));
     assert_int_equal(ck.dtype, LTN_F32);
     const struct ltn_st_tensor *t = ltn_st_find(&ck.file, "model.layers.1.token_mixer.out_proj.weight");
     assert_memory_equal(ck.file.map + t->offset, values, sizeof values);

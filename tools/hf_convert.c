@@ -23,6 +23,7 @@ struct conversion {
     struct ltn_tensor_spec *specs;
     size_t n_specs;
     enum ltn_dtype matrices;
+    bool mixed; /* the matrices are stored in several dtypes */
     /* Two readers' worth of each: raw elements as stored, and as floats. */
     uint8_t *raw[2]; /* [PIECE * 8] */
     float *f32[2];   /* [PIECE] */
@@ -162,23 +163,21 @@ static enum ltn_status check_tensors(struct conversion *c)
 {
     LTN_TRY(decide_head(c));
     LTN_TRY(ltn_config_tensors(&c->hf.config, &c->specs, &c->n_specs, c->err));
-    bool first = true, mixed = false;
+    bool first = true;
     enum ltn_st_dtype stored = LTN_ST_F32;
     for (size_t i = 0; i < c->n_specs; i++) {
         LTN_TRY(check_tensor(c, &c->specs[i]));
         if (!c->specs[i].is_matrix)
             continue;
         enum ltn_st_dtype dtype = ltn_source_find(&c->source, c->specs[i].name)->dtype;
-        mixed |= !first && dtype != stored;
+        c->mixed |= !first && dtype != stored;
         stored = dtype;
         first = false;
     }
-    if (mixed || !ltn_checkpoint_dtype(&c->matrices, stored))
+    if (c->mixed || !ltn_checkpoint_dtype(&c->matrices, stored))
         c->matrices = LTN_F32;
     if (c->options->has_dtype)
         c->matrices = c->options->dtype;
-    else if (mixed)
-        note(c, "%s: matrices of several dtypes, all become F32", c->source.dir);
     for (size_t i = 0; i < c->source.n_tensors; i++) {
         const char *name = c->source.tensors[i].name;
         bool known = c->hf.config.tied && strcmp(name, "lm_head.weight") == 0;
@@ -338,6 +337,22 @@ static enum ltn_status write_file(struct conversion *c, const char *path, struct
     return status;
 }
 
+/* What the user should know of a conversion that went well. */
+static void tell(const struct conversion *c)
+{
+    const char *dir = c->source.dir;
+    if (c->mixed && !c->options->has_dtype)
+        note(c, "%s: matrices of several dtypes, all became F32", dir);
+    if (!c->hf.act_known)
+        note(c, "%s: linear_act_fun \"%s\" is unknown, which means the identity in the official code", dir,
+             c->hf.act_name);
+    if (!c->tokenizer.model)
+        note(c, "%s: no tokenizer.model, so the .ltn takes token ids only (--tokens)", dir);
+    if (c->tokenizer.beyond)
+        note(c, "%s: %d added tokens left out, their ids are not below the vocabulary's %d", dir,
+             c->tokenizer.beyond, c->hf.config.vocab_size);
+}
+
 static enum ltn_status convert(struct conversion *c, const char *dir, const char *path)
 {
     for (int i = 0; i < 2; i++) {
@@ -350,15 +365,6 @@ static enum ltn_status convert(struct conversion *c, const char *dir, const char
     LTN_TRY(ltn_hf_config_read(&c->hf, &c->source, c->err));
     LTN_TRY(check_tensors(c));
     LTN_TRY(ltn_hf_tokenizer_read(&c->tokenizer, dir, c->hf.config.vocab_size, c->err));
-    if (!c->hf.act_known)
-        note(c,
-             "config.json: linear_act_fun \"%s\" is unknown, which means the identity in the official code",
-             c->hf.act_name);
-    if (!c->tokenizer.model)
-        note(c, "%s: no tokenizer.model: the model will take token ids only (--tokens)", dir);
-    if (c->tokenizer.beyond)
-        note(c, "%s: %d added tokens left out, their ids are not below the vocabulary's %d", dir,
-             c->tokenizer.beyond, c->hf.config.vocab_size);
 
     struct ltn_st_tensor *tensors = calloc(c->n_specs + 1, sizeof *tensors);
     uint64_t *bytes = calloc(c->n_specs, sizeof *bytes);
@@ -372,6 +378,8 @@ static enum ltn_status convert(struct conversion *c, const char *dir, const char
     free(order);
     free(config);
     free(from);
+    if (status == LTN_OK)
+        tell(c);
     return status;
 }
 

@@ -22,7 +22,7 @@ struct ltn_convert_options {
     bool has_dtype;
     enum ltn_dtype dtype; /* of the matrices, where has_dtype */
     /* Both may be NULL. progress counts bytes of the output; anything but LTN_OK stops the conversion and is
-     * returned. note receives one line about something worth knowing that is no error. */
+     * returned. note receives, after success, one line about each thing worth knowing. */
     enum ltn_status (*progress)(void *ctx, uint64_t done, uint64_t total);
     void (*note)(void *ctx, const char *text);
     void *ctx;
