@@ -1,7 +1,8 @@
-/* What the two test programs of the tokenizer share: files, random numbers, hashes. */
+/* What the two test programs of the tokenizer share: files, ids, random numbers, hashes. */
 #ifndef LTN_TEST_TOKENIZER_H
 #define LTN_TEST_TOKENIZER_H
 
+#include "kernels/status.h"
 #include "tokenizer/utf8.h"
 
 #include <setjmp.h>
@@ -88,6 +89,37 @@ static inline uint32_t random_below(struct random *r, uint32_t n)
 {
     r->x = r->x * 6364136223846793005u + 1442695040888963407u;
     return (uint32_t)(r->x >> 33) % n;
+}
+
+struct ids {
+    int32_t *data; /* [n] */
+    size_t n, room;
+};
+
+static inline void ids_add(struct ids *to, const int32_t *ids, size_t n)
+{
+    if (to->n + n > to->room) {
+        to->room = 2 * (to->n + n);
+        to->data = realloc(to->data, to->room * sizeof *to->data);
+        assert_non_null(to->data);
+    }
+    if (n > 0)
+        memcpy(to->data + to->n, ids, n * sizeof *ids);
+    to->n += n;
+}
+
+static inline enum ltn_status ids_emit(void *ctx, const int32_t *ids, size_t n, struct ltn_error *err)
+{
+    (void)err;
+    ids_add(ctx, ids, n);
+    return LTN_OK;
+}
+
+static inline void assert_ids(const struct ids *a, const struct ids *b)
+{
+    assert_int_equal(a->n, b->n);
+    if (a->n > 0)
+        assert_memory_equal(a->data, b->data, a->n * sizeof *a->data);
 }
 
 /* A count and an XXH3-128. */

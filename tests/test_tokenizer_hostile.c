@@ -1,6 +1,6 @@
-/* Tokenizer models that are broken, by chance or by intent: each gives an error or works, none crashes. The
- * chance ones are mutations with a fixed seed of the models in tests/data/tokenizer; the intended ones are
- * written here, field by field (sentencepiece_model.proto). */
+/* Tokenizer models and JSON that are broken, by chance or by intent: each gives an error or works, none
+ * crashes. The chance ones are mutations with a fixed seed of the models in tests/data/tokenizer; the
+ * intended ones are written here, field by field (sentencepiece_model.proto). */
 #include "tests/test_tokenizer.h"
 
 #include "tokenizer/sp_model.h"
@@ -401,12 +401,72 @@ static void test_rules(void **state)
     expect_rules(units, "b", 2, LTN_ERR_INPUT, says);
 }
 
+static void test_json(void **state)
+{
+    static const char *const wrong[] = {
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false}",
+        "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false,\"special\":[]} x",
+        "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false,\"special\":[],\"more\":1}",
+        "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_bos\":false,\"add_eos\":false,\"special\":[]}",
+        "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false,\"special\":[],\"a\\nb\":1}",
+        "{\"Type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false,\"special\":[]}",
+        "{\"type\":\"tiktoken\",\"add_bos\":false,\"add_eos\":false,\"special\":[]}",
+        "{\"type\":1,\"add_bos\":false,\"add_eos\":false,\"special\":[]}",
+        "{\"type\":\"sentencepiece\",\"add_bos\":0,\"add_eos\":false,\"special\":[]}",
+        "{\"type\":\"sentencepiece\",\"add_bos\":\"false\",\"add_eos\":false,\"special\":[]}",
+        "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":null,\"special\":[]}",
+        "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false,\"special\":{}}",
+    };
+    static const char *const wrong_special[] = {
+        "1",
+        "{}",
+        "{\"id\":1}",
+        "{\"id\":1,\"text\":\"x\",\"rstrip\":true}",
+        "{\"id\":\"1\",\"text\":\"x\"}",
+        "{\"id\":1.5,\"text\":\"x\"}",
+        "{\"id\":-1,\"text\":\"x\"}",
+        "{\"id\":1048576,\"text\":\"x\"}",
+        "{\"id\":1e99,\"text\":\"x\"}",
+        "{\"id\":4294967297,\"text\":\"x\"}",
+        "{\"id\":1,\"text\":1}",
+        "{\"id\":1,\"text\":\"\"}",
+        "{\"id\":1,\"text\":\"a\\u0000b\"}",
+        "{\"id\":1,\"text\":\"\xff\"}",
+        "{\"id\":1,\"text\":\"x\"},{\"id\":1,\"text\":\"y\"}",
+        "{\"id\":1,\"text\":\"x\"},{\"id\":2,\"text\":\"x\"}",
+    };
+    struct text model = read_file(DATA, "tiny_bpe.model");
+    struct ltn_tokenizer *t;
+    struct ltn_error err;
+    char text[512];
+    (void)state;
+
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        assert_int_equal(ltn_tokenizer_open(&t, model.data, model.n, wrong[i], &err), LTN_ERR_INPUT);
+        assert_null(t);
+        assert_true(strlen(err.text) > 0 && strchr(err.text, '\n') == NULL);
+    }
+    for (size_t i = 0; i < sizeof wrong_special / sizeof *wrong_special; i++) {
+        snprintf(text, sizeof text,
+                 "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false,\"special\":[%s]}",
+                 wrong_special[i]);
+        assert_int_equal(ltn_tokenizer_open(&t, model.data, model.n, text, &err), LTN_ERR_INPUT);
+    }
+    free(model.data);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_mutations), cmocka_unit_test(test_mutations_third_party),
         cmocka_unit_test(test_truncated), cmocka_unit_test(test_pieces),
         cmocka_unit_test(test_wire),      cmocka_unit_test(test_rules),
+        cmocka_unit_test(test_json),
     };
 
     return cmocka_run_group_tests_name("tokenizer_hostile", tests, NULL, NULL);

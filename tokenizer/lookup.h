@@ -143,7 +143,8 @@ class Cuts
     bool common_[kCommon][kCommon]; /* look_up of the characters that most texts are made of */
 };
 
-/* The ids of words met before: a word's slot is its hash, and whoever comes later takes it. */
+/* The ids of words met before: a word's slot is its hash, and whoever comes later takes it. Takes 2 MiB once
+ * it is in use. */
 class Words
 {
   public:
@@ -153,16 +154,23 @@ class Words
         int32_t ids[9];
     };
 
-    Words() : slots_(static_cast<Slot *>(calloc(kSlots, sizeof(Slot))), free)
+    bool in_use() const
     {
-        if (!slots_)
+        return slots_ != nullptr;
+    }
+    void use()
+    {
+        if (!in_use())
+            slots_.reset(static_cast<Slot *>(calloc(kSlots, sizeof(Slot))));
+        if (!in_use())
             throw std::bad_alloc();
     }
-    /* NULL: too long to be kept. */
+    /* NULL: none in use, or too long to be kept. */
     Slot *slot(std::string_view word)
     {
-        return word.size() > sizeof(Slot::text) ? nullptr
-                                                : &slots_[std::hash<std::string_view>()(word) % kSlots];
+        return !in_use() || word.size() > sizeof(Slot::text)
+                   ? nullptr
+                   : &slots_[std::hash<std::string_view>()(word) % kSlots];
     }
     static bool holds(const Slot &slot, std::string_view word)
     {
@@ -180,7 +188,7 @@ class Words
 
   private:
     static constexpr size_t kSlots = 1 << 15; /* of 64 bytes */
-    std::unique_ptr<Slot[], void (*)(void *)> slots_;
+    std::unique_ptr<Slot[], void (*)(void *)> slots_{nullptr, free};
 };
 
 } /* namespace ltn */

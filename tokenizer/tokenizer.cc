@@ -517,8 +517,11 @@ enum ltn_status ltn_encoder::append(std::string_view c, struct ltn_error *err)
             last--;
         ltn_utf8_decode(segment.data() + last, segment.size() - last, &before);
         ltn_utf8_decode(c.data(), c.size(), &after);
-        if (segment.size() >= kWindow || t->cuts.safe(before, after))
+        if (segment.size() >= kWindow || t->cuts.safe(before, after)) {
+            if (t->model.type == LTN_SP_BPE) /* a long text, then */
+                words.use();
             LTN_TRY(flush(err));
+        }
     }
     segment.append(c);
     return LTN_OK;
@@ -536,7 +539,8 @@ enum ltn_status ltn_encoder::end_run(struct ltn_error *err)
     return flush(err);
 }
 
-/* A BPE model's segment goes on word by word, a word being what lies between safe places: most are known. */
+/* A long text goes on word by word, a word being what lies between safe places: most are known. Not so with a
+ * unigram model, whose sums would begin anew at each. */
 enum ltn_status ltn_encoder::flush(struct ltn_error *err)
 {
     const std::string_view all = segment;
@@ -546,7 +550,7 @@ enum ltn_status ltn_encoder::flush(struct ltn_error *err)
     if (all.empty())
         return LTN_OK;
     ids.clear();
-    if (t->model.type == LTN_SP_BPE) {
+    if (words.in_use()) {
         for (size_t at = 0; at < all.size(); before = c) {
             const size_t n = ltn_utf8_decode(all.data() + at, all.size() - at, &c);
             if (at > from && t->cuts.safe(before, c)) {

@@ -6,7 +6,7 @@ them. tests/test_tokenizer.c compares ltn with it.
     tools/make_tokenizer_fixtures.py [--models DIR] [--corpus DIR]
 
 DIR of models: every NAME.model in it gets a NAME.ids here; the model itself is not copied. DIR of the corpus: holds
-val.txt.xz or val.txt. Without them, only the fixtures of our own models are rewritten.
+val.txt.xz or val.txt. What is not given is not written: only our own models, no lines about val.txt.
 
 texts.hex  one text a line, as hexadecimal bytes
 NAME.ids   model HASH                       of the model file
