@@ -27,9 +27,9 @@ refuses_usage() {
     try "$bench" -m "$m" "$@"
     pass "usage: $*" refused 2 "$text"
 }
-refuses_usage "-l: expected a whole number from 1 to 1000000000, found '0'" -l 0
-refuses_usage "-l: expected a whole number from 1 to 1000000000, found '5,'" -l 5,
-refuses_usage "-l: expected a whole number from 1 to 1000000000, found 'x'" -l x
+refuses_usage "-l: expected up to 64 whole numbers from 1 to 1000000000 with commas between, found '0'" -l 0
+refuses_usage "-l: expected up to 64 whole numbers from 1 to 1000000000 with commas between, found '5,'" -l 5,
+refuses_usage "-l: expected up to 64 whole numbers from 1 to 1000000000 with commas between, found 'x'" -l x
 refuses_usage "-r: expected a whole number from 1 to 1000000, found '0'" -r 0
 refuses_usage "--format: expected one of table|csv|json, found 'xml'" --format xml
 refuses_usage "--format: expected one of table|csv|json, found ''" --format ""
