@@ -1,6 +1,7 @@
 # ltn-bench through a real shell.
 . tests/tap.sh
-bench=$LTN_BIN/ltn-bench
+on_cpu ltn-bench
+bench=$tmp/ltn-bench
 "$LTN_TESTS/make_model" tokens "$tmp/ids.ltn" 1 2 || exit 1
 m=$tmp/ids.ltn
 unset LTN_MODEL
