@@ -307,9 +307,8 @@ static enum ltn_status run_all(struct bench *b, struct ltn_error *err)
 
 int main(int argc, char **argv)
 {
-    static int64_t lengths[] = {512, 2048, 8192};
     struct options o = {
-        .device = "auto", .format = "table", .lengths = {lengths, 3}, .n = 64, .repetitions = 5};
+        .device = "auto", .format = "table", .lengths = {{512, 2048, 8192}, 3}, .n = 64, .repetitions = 5};
     // clang-format off
     const struct ltn_flag flags[] = {
         {.letter = 'm', .argument = "MODEL", .kind = LTN_FLAG_STRING, .target = &o.model,

@@ -274,8 +274,13 @@ static void describe(const struct ltn_flag *f, char *text, size_t size)
         snprintf(text, size, "one of %s", f->choices);
     else if (f->kind == LTN_FLAG_DEVICE)
         snprintf(text, size, "auto, cpu, cuda or cuda:N");
-    else if (f->kind == LTN_FLAG_STRING || f->kind == LTN_FLAG_STRINGS)
+    else if (f->kind == LTN_FLAG_STRINGS)
+        snprintf(text, size, "%s up to %d times", f->argument, LTN_MAX_REPEATS);
+    else if (f->kind == LTN_FLAG_STRING)
         snprintf(text, size, "%s", f->argument);
+    else if (f->kind == LTN_FLAG_INTS)
+        snprintf(text, size, "up to %d whole numbers from %.10g to %.10g with commas between",
+                 LTN_MAX_REPEATS, f->min, f->max);
     else if (isinf(f->max))
         snprintf(text, size, "%s of at least %.10g", what, f->min);
     else
@@ -328,31 +333,22 @@ static bool parse_choice(const char *text, const char *choices, const char **val
 
 static bool parse_integers(const char *text, double min, double max, struct ltn_ints *ints)
 {
-    int64_t *v = malloc((strlen(text) / 2 + 1) * sizeof *v);
-    size_t n = 0;
-    bool good = v != NULL;
-    while (good) {
+    for (ints->n = 0; ints->n < LTN_MAX_REPEATS; text++) {
         size_t bytes = strcspn(text, ",");
-        good = parse_integer(text, bytes, min, max, &v[n++]);
+        if (!parse_integer(text, bytes, min, max, &ints->v[ints->n++]))
+            return false;
         text += bytes;
-        if (!*text++)
-            break;
+        if (!*text)
+            return true;
     }
-    if (!good) {
-        free(v);
-        return false;
-    }
-    *ints = (struct ltn_ints){v, n};
-    return true;
+    return false;
 }
 
 static bool append(struct ltn_strings *strings, const char *text)
 {
-    const char **v = realloc(strings->v, (strings->n + 1) * sizeof *v);
-    if (!v)
+    if (strings->n == LTN_MAX_REPEATS)
         return false;
-    strings->v = v;
-    v[strings->n++] = text;
+    strings->v[strings->n++] = text;
     return true;
 }
 

@@ -20,7 +20,7 @@ enum { LTN_EXIT_OK = 0, LTN_EXIT_FAILURE = 1, LTN_EXIT_USAGE = 2, LTN_EXIT_INTER
 enum ltn_flag_kind {
     LTN_FLAG_SWITCH,  /* bool: set to true */
     LTN_FLAG_STRING,  /* const char *: points into argv */
-    LTN_FLAG_STRINGS, /* struct ltn_strings: may be repeated */
+    LTN_FLAG_STRINGS, /* struct ltn_strings: may be repeated, up to LTN_MAX_REPEATS times */
     LTN_FLAG_CHOICE,  /* const char *: one of `choices` */
     LTN_FLAG_DEVICE,  /* const char *: see ltn_device_check */
     LTN_FLAG_INT,     /* int64_t in [min, max] */
@@ -29,13 +29,15 @@ enum ltn_flag_kind {
     LTN_FLAG_INTS,    /* struct ltn_ints: numbers in [min, max] with commas between */
 };
 
+enum { LTN_MAX_REPEATS = 64 }; /* of a repeated option, or numbers in a list */
+
 struct ltn_strings {
-    const char **v; /* [n], malloc'd; lives as long as the program */
+    const char *v[LTN_MAX_REPEATS]; /* [n] */
     size_t n;
 };
 
 struct ltn_ints {
-    int64_t *v; /* [n], malloc'd; lives as long as the program */
+    int64_t v[LTN_MAX_REPEATS]; /* [n] */
     size_t n;
 };
 

@@ -1,6 +1,7 @@
 # ltn-bench through a real shell.
 . tests/tap.sh
-bench=$LTN_BIN/ltn-bench
+on_cpu ltn-bench
+bench=$tmp/ltn-bench
 "$LTN_TESTS/make_model" tokens "$tmp/ids.ltn" 1 2 || exit 1
 m=$tmp/ids.ltn
 unset LTN_MODEL
@@ -27,9 +28,9 @@ refuses_usage() {
     try "$bench" -m "$m" "$@"
     pass "usage: $*" refused 2 "$text"
 }
-refuses_usage "-l: expected a whole number from 1 to 1000000000, found '0'" -l 0
-refuses_usage "-l: expected a whole number from 1 to 1000000000, found '5,'" -l 5,
-refuses_usage "-l: expected a whole number from 1 to 1000000000, found 'x'" -l x
+refuses_usage "-l: expected up to 64 whole numbers from 1 to 1000000000 with commas between, found '0'" -l 0
+refuses_usage "-l: expected up to 64 whole numbers from 1 to 1000000000 with commas between, found '5,'" -l 5,
+refuses_usage "-l: expected up to 64 whole numbers from 1 to 1000000000 with commas between, found 'x'" -l x
 refuses_usage "-r: expected a whole number from 1 to 1000000, found '0'" -r 0
 refuses_usage "--format: expected one of table|csv|json, found 'xml'" --format xml
 refuses_usage "--format: expected one of table|csv|json, found ''" --format ""

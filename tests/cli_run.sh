@@ -1,6 +1,7 @@
 # ltn-run through a real shell: what it prints where, how it ends, what it refuses.
 . tests/tap.sh
-run=$LTN_BIN/ltn-run
+on_cpu ltn-run
+run=$tmp/ltn-run
 "$LTN_TESTS/make_model" text "$tmp/text.ltn" 1 -1 || exit 1
 "$LTN_TESTS/make_model" tokens "$tmp/ids.ltn" 1 2 || exit 1
 "$LTN_TESTS/make_model" text "$tmp/nobos.ltn" -1 -1 || exit 1
@@ -165,7 +166,8 @@ else
 fi
 
 # ---- long input in constant memory ----
-"$run" -m "$m" -n 1 -q --seed 1 <"$tmp/fifo" >"$tmp/out" 2>"$tmp/err" &
+# (AddressSanitizer must not keep what was freed)
+ASAN_OPTIONS=quarantine_size_mb=1:${ASAN_OPTIONS:-} "$run" -m "$m" -n 1 -q --seed 1 <"$tmp/fifo" >"$tmp/out" 2>"$tmp/err" &
 pid=$!
 exec 3>"$tmp/fifo"
 words() { yes "the other thing and the one" | head -c "$1"; }
@@ -178,7 +180,8 @@ exec 3>&-
 wait $pid
 status=$?
 pass "a million bytes of prompt" exited 0
-pass "in constant memory ($early KiB, then $late KiB)" test $((late - early)) -le 1024
+case $LTN_BIN in *asan*) most=4096 ;; *) most=1024 ;; esac # the sanitizer's allocator spreads out
+pass "in constant memory ($early KiB, then $late KiB)" test $((late - early)) -le $most
 try "$run" -m "$m" -p "$(words 100000)" -n 1 --seed 1
 pass "a long prompt by -p" exited 0
 
@@ -187,7 +190,7 @@ refuses_usage() { # refuses_usage EXPECTED-TEXT ARGUMENTS...
     text=$1
     shift
     try "$run" -m "$m" "$@"
-    pass "usage: $*" refused 2 "$text"
+    pass "usage: $(echo "$*" | cut -c 1-60)" refused 2 "$text"
 }
 refuses_usage "--tmp: no such option; did you mean --temp?" --tmp 1
 refuses_usage "--frobnicate: no such option; see ltn-run --help" --frobnicate
@@ -211,6 +214,8 @@ refuses_usage "--seed: expected a whole number from 0 to 18446744073709551615, f
 refuses_usage "-t: expected a whole number from 0 to 1024, found 'many'" -p a -t many
 refuses_usage "--device: expected auto, cpu, cuda or cuda:N, found 'gpu'" -p a --device gpu
 refuses_usage "--stop: expected some text" -p a --stop ""
+# shellcheck disable=SC2046
+refuses_usage "--stop: expected TEXT up to 64 times, found 'x'" -p a $(seq 65 | sed 's/.*/--stop x/')
 refuses_usage "--stop: looks for text" --tokens 1 --stop x
 refuses_usage "--stats: expected no argument" -p a --stats=1
 refuses_usage "-n: expected a whole number of at least -1, found nothing" -p a -n
@@ -244,24 +249,27 @@ pass "an id beyond the vocabulary" refused 1 "token 1: expected an id from 0 to 
 echo "1 2 x" | "$run" -m "$m" --tokens - --seed 1 >"$tmp/out" 2>"$tmp/err"
 status=$?
 pass "a bad id on standard input" refused 1 "token 2: expected an id, found 'x'"
-if [ ! -e "$LTN_BIN/libltn_cuda.so" ]; then
-    try "$run" -m "$m" -p a --device cuda --seed 1
-    pass "CUDA where there is none" refused 1 "CUDA"
-else
-    skip "CUDA where there is none" "the CUDA backend is built"
-fi
-
 # ---- where the model is looked for ----
 mkdir -p "$tmp/place/bin" "$tmp/place/share/ltn"
-cp "$run" "$tmp/place/bin"
-try "$tmp/place/bin/ltn-run" -p hello -n 40 --seed 1
+cp "$LTN_BIN/ltn-run" "$tmp/place/bin"
+try "$tmp/place/bin/ltn-run" --device cpu -p hello -n 40 --seed 1
 pass "no model anywhere" refused 1 "no model: expected one by -m or in \$LTN_MODEL"
 cp "$m" "$tmp/place/share/ltn/demo.ltn"
-try "$tmp/place/bin/ltn-run" -p hello -n 40 --seed 1
+try "$tmp/place/bin/ltn-run" --device cpu -p hello -n 40 --seed 1
 pass "the installed model" same "$tmp/out" "$tmp/text"
 mkdir -p "$tmp/place/bin/model/demo"
 cp "$m" "$tmp/place/bin/model/demo/demo.ltn"
 rm "$tmp/place/share/ltn/demo.ltn"
-try "$tmp/place/bin/ltn-run" -p hello -n 40 --seed 1
+try "$tmp/place/bin/ltn-run" --device cpu -p hello -n 40 --seed 1
 pass "the model beside the program" same "$tmp/out" "$tmp/text"
+
+# ---- a CUDA library that does not load ----
+echo "not a library" >"$tmp/place/bin/libltn_cuda.so"
+try "$tmp/place/bin/ltn-run" -p hello -n 40 --seed 1
+pass "auto: the CPU, and one line that says why" one_line "using the CPU: CUDA: $tmp/place/bin/libltn_cuda.so"
+pass "and the text" same "$tmp/out" "$tmp/text"
+try "$tmp/place/bin/ltn-run" -p hello -n 40 --seed 1 -q
+pass "-q: without the line" test ! -s "$tmp/err"
+try "$tmp/place/bin/ltn-run" -p hello -n 40 --seed 1 --device cuda
+pass "cuda: refused, with the reason" refused 1 "CUDA: $tmp/place/bin/libltn_cuda.so"
 finish

@@ -1,6 +1,7 @@
 # ltn-score through a real shell.
 . tests/tap.sh
-score=$LTN_BIN/ltn-score
+on_cpu ltn-score
+score=$tmp/ltn-score
 "$LTN_TESTS/make_model" text "$tmp/text.ltn" 1 -1 || exit 1
 "$LTN_TESTS/make_model" text "$tmp/nobos.ltn" -1 -1 || exit 1
 "$LTN_TESTS/make_model" tokens "$tmp/ids.ltn" 1 2 || exit 1

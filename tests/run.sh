@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs the test programs of a folder and the shell tests tests/cli_*.sh and tests/test_*.sh, all of which speak TAP on stdout. Names what
-# failed and what was skipped and ends with one line of totals.
+# Runs the test programs of a folder and the shell tests tests/cli_*.sh and tests/test_*.sh, all of which speak TAP on
+# stdout. Names what failed and what was skipped and ends with one line of totals.
 # With LTN_SKIPS=FILE, a skipped test that the file does not name ("PROGRAM: TEST", one a line) is a failure.
 set -u
 bin=${1:?usage: tests/run.sh FOLDER}

@@ -5,6 +5,12 @@ tap_n=0
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
 
+# on_cpu PROGRAM: makes $tmp/PROGRAM, which runs it on the CPU whatever else this machine has
+on_cpu() {
+    printf '#!/bin/sh\nexec "%s/%s" --device cpu "$@"\n' "$(cd "$LTN_BIN" && pwd)" "$1" >"$tmp/$1"
+    chmod +x "$tmp/$1"
+}
+
 # pass NAME COMMAND...: the command must succeed
 pass() {
     tap_name=$1
