@@ -1,5 +1,6 @@
 #include "tests/hf.h"
 
+#include "tests/files.h"
 #include "tests/support.h"
 
 #include <stdio.h>
@@ -12,13 +13,6 @@ static void die(const char *text)
 {
     fprintf(stderr, "tests/hf: %s\n", text);
     exit(99);
-}
-
-void test_write_file(const char *path, const void *data, size_t bytes)
-{
-    FILE *f = fopen(path, "wb");
-    if (!f || fwrite(data, 1, bytes, f) != bytes || fclose(f) != 0)
-        die(path);
 }
 
 /* ---- directories ---- */
@@ -117,7 +111,7 @@ void test_write_hf(const char *dir, const struct test_hf *hf)
         n++;
     }
     snprintf(path, sizeof path, "%s/config.json", dir);
-    test_write_file(path, json, strlen(json));
+    write_file(path, json, strlen(json));
     for (int f = 0; f < hf->files; f++) {
         size_t begin = 0, end = 0; /* the rule of write_index */
         for (size_t i = 0; i < n; i++) {

@@ -20,9 +20,6 @@ struct test_hf {
  * program with a line on failure. */
 void test_write_hf(const char *dir, const struct test_hf *hf);
 
-/* A whole file, and one that is written with it. */
-void test_write_file(const char *path, const void *data, size_t bytes);
-
 /* ---- torch archives: a pickle, opcode by opcode, and its storages ---- */
 
 struct test_pickle {
