@@ -332,9 +332,11 @@ int main(int argc, char **argv)
         .summary = "Measure how fast a TransNormerLLM reads (prefill) and writes (decode).",
         .flags = flags,
         .n_flags = sizeof flags / sizeof *flags,
-        .notes = "The share is that of the memory bandwidth measured in the same run: by reading host memory "
-                 "with as many threads, or by copying the device's memory.\n\n"
-                 "Exit status: 0 done, 1 failure, 2 wrong usage, 130 after Ctrl-C.",
+        .notes =
+            "The share is that of the memory bandwidth measured in the same run: by reading host memory "
+            "with as many threads, or by copying the device's memory. It can pass 100 % where the weights "
+            "fit in a cache.\n\n"
+            "Exit status: 0 done, 1 failure, 2 wrong usage, 130 after Ctrl-C.",
     };
     struct bench b = {.options = &o};
     struct ltn_error err;

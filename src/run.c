@@ -291,7 +291,8 @@ int main(int argc, char **argv)
         {.name = "device", .argument = "DEVICE", .kind = LTN_FLAG_DEVICE, .target = &o.device,
          .help = "auto, cpu, cuda or cuda:N; auto: CUDA where it works, else the CPU"},
         {.name = "stats", .kind = LTN_FLAG_SWITCH, .target = &o.stats,
-         .help = "print the speed on standard error, also as a share of the memory bandwidth measured here"},
+         .help = "print the speed on standard error, also as a share of the memory bandwidth measured here (above "
+                 "100 % where the weights fit in a cache)"},
         {.letter = 'q', .kind = LTN_FLAG_SWITCH, .target = &o.quiet,
          .help = "print nothing but the text and errors"},
     };
