@@ -17,11 +17,11 @@ import sentencepiece
 import torch
 
 import data
+import measure
 from model import TNL
 from sample import generate
 
 START = time.time()
-BINS = [1, 256, 1000, 2000, 5000, 10000, 50000, 100000, 200000]
 
 
 class Streams:
@@ -108,42 +108,6 @@ class Muon:
             p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape[-2:])))
 
 
-@torch.no_grad()
-def stream_nll(model, rows, dtype, T=1024):
-    """rows int64 [R,n] of ids, R streams from an empty state -> f32 [R,n-1], nats of every token but the first."""
-    R, n = rows.shape
-    state, out = model.new_state(R), []
-    for a in range(0, n - 1, T):
-        ids = rows[:, a:a + T + 1]
-        m = ids.shape[1] - 1
-        ids = torch.nn.functional.pad(ids, (0, T - m))
-        x, state = model.hidden(ids[:, :-1], state, dtype=dtype)
-        out.append(model.loss(x, ids[:, 1:], dtype)[0][:, :m])
-    return torch.cat(out, 1)
-
-
-def final_figures(model, val_ids, val_bytes, eot, orders):
-    """Bits per byte of the file as one stream in f32; loss by position over random orders of its documents in bf16."""
-    device = model.embedding.device
-    nll = stream_nll(model, torch.from_numpy(val_ids.astype(np.int64)).to(device)[None], torch.float32)
-    figures = {"val_bytes": val_bytes, "val_tokens": len(val_ids),
-               "bits_per_byte": nll.double().sum().item() / math.log(2) / val_bytes,
-               "nats_per_token": nll.double().mean().item()}
-    ends = np.flatnonzero(val_ids == eot) + 1
-    docs = np.split(val_ids[:ends[-1]], ends[:-1])
-    rng = np.random.default_rng(0)
-    rows = np.stack([np.concatenate([docs[i] for i in rng.permutation(len(docs))]) for _ in range(orders)])
-    rows = torch.from_numpy(rows.astype(np.int64)).to(device)
-    nll = torch.cat([stream_nll(model, r, torch.bfloat16) for r in rows.split(64)]).double().cpu()
-    edges = [e for e in BINS if e < nll.shape[1]] + [nll.shape[1] + 1]
-    figures["by_position"] = []
-    for a, b in zip(edges[:-1], edges[1:]):
-        means = nll[:, a - 1:b - 1].mean(1)  # column t is the token at position t + 1
-        figures["by_position"].append({"from": a, "to": b, "nats": means.mean().item(),
-                                       "stderr": means.std().item() / math.sqrt(orders)})
-    return figures
-
-
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--train", required=True, nargs="+", help="ids, .npy (data.py encode)")
@@ -158,7 +122,7 @@ def main():
     ap.add_argument("--chunk", type=int, default=1024, help="tokens of a stream per step")
     ap.add_argument("--block", type=int, default=128, help="tokens per attention block")
     ap.add_argument("--lr", type=float, default=5e-3, help="matrices (Muon)")
-    ap.add_argument("--lr-embedding", type=float, default=3e-3, help="embedding (AdamW)")
+    ap.add_argument("--lr-embedding", type=float, default=8e-3, help="embedding (AdamW)")
     ap.add_argument("--lr-theta", type=float, default=3e-4, help="LRPE frequencies (AdamW)")
     ap.add_argument("--weight-decay", type=float, default=0.1)
     ap.add_argument("--dropout", type=float, default=0.05)
@@ -169,7 +133,7 @@ def main():
     ap.add_argument("--minutes", type=float, default=1e9, help="stop training this long after the start (then evaluate)")
     ap.add_argument("--resume", help="a stable.pt to go on from")
     ap.add_argument("--eval-every", type=int, default=500, help="steps")
-    ap.add_argument("--orders", type=int, default=128, help="orders of the documents for the loss by position")
+    ap.add_argument("--orders", type=int, default=128, help="random orders of the documents that are measured")
     ap.add_argument("--seed", type=int, default=1)
     ap.add_argument("--no-compile", action="store_true")
     a = ap.parse_args()
@@ -218,7 +182,7 @@ def main():
 
     def quick_eval():
         model.eval()
-        nats, seen = (stream_nll(model, r, torch.bfloat16).mean().item() for r in (val_rows, seen_rows))
+        nats, seen = (measure.stream_nll(model, r, torch.bfloat16).mean().item() for r in (val_rows, seen_rows))
         model.train()
         bpb = nats / math.log(2) * len(val_ids) / len(val_text.encode())
         log["eval"].append({"step": streams.step, "seconds": round(seconds(), 1), "val": nats, "seen": seen})
@@ -292,7 +256,7 @@ def main():
     hf = os.path.join(a.out, "hf")
     model.save_hf(hf, a.tokenizer, eot)
     model = TNL.load_hf(hf, device)  # all figures are those of the exported weights
-    log.update(final_figures(model, val_ids, len(val_text.encode()), eot, a.orders))
+    log.update(measure.figures(model, val_ids, len(val_text.encode()), eot, a.orders))
     prompts = ["Once upon a time", "The old house at the end of the lane"]
     log["samples"] = []
     for prompt in prompts:
