@@ -139,7 +139,7 @@ class TNL(nn.Module):
         self.cache = {}
 
     def compile(self):
-        """One compiled layer serves all: compiling takes seconds and not a minute."""
+        """One compiled layer serves all but layer 0: less to compile than the whole model."""
         self.compiled = tuple(torch.compile(f, dynamic=False, fullgraph=True) for f in self.compiled)
 
     def decay(self, l, block):
