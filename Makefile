@@ -53,7 +53,7 @@ all: programs $(CUDA_LIB) ## build the programs, the library, and the CUDA backe
 
 demo: setup ## set up, build, and let the model that ships with the repo tell a story
 	@$(MAKE) --no-print-directory -j2 all
-	./ltn-run -p "Once upon a time" -n 250
+	./ltn-run -p "Once upon a time" -n 250 --echo
 
 test: setup ## set up, build, and run every test that needs no GPU
 	@$(MAKE) --no-print-directory -j2 all tests

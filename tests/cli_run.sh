@@ -154,15 +154,15 @@ pass "closed stdin does not matter with -p" same "$tmp/out" "$tmp/text"
 pass "closed stderr does not matter" same "$tmp/out" "$tmp/text"
 
 # ---- terminals ----
-if command -v script >/dev/null; then
+if script -qec true /dev/null </dev/null >/dev/null 2>&1; then
     script -qec "'$run' -m '$m'" /dev/null </dev/null >"$tmp/out" 2>&1
     status=$?
     pass "no prompt on a terminal: usage" exited 2
     script -qec "'$run' -m '$m' -p hello -n 8 --seed 1 -q" /dev/null </dev/null >"$tmp/out" 2>&1
-    pass "on a terminal the text ends in a newline" is "$(tail -c 1 "$tmp/out" | od -An -tx1 | tr -d ' ')" 0a
+    pass "on a terminal the text ends in a newline" is "$(tail -c 2 "$tmp/out" | od -An -tx1 | tr -d ' ')" 0d0a
 else
-    skip "no prompt on a terminal: usage" "no script(1) here"
-    skip "on a terminal the text ends in a newline" "no script(1) here"
+    skip "no prompt on a terminal: usage" "no terminal to be had here"
+    skip "on a terminal the text ends in a newline" "no terminal to be had here"
 fi
 
 # ---- long input in constant memory ----
