@@ -1,8 +1,8 @@
 """TransNormerLLM (v2) in PyTorch, written for training.
 
-D width, L layers, h heads of e = D / h features (hidden_dim = D), G the GLU's width, V pieces. B streams are trained side
-by side, T tokens a step; the recurrent state of every stream is handed from one step to the next, so a stream has no
-length. Every layer:
+D width, L layers, h heads of e = D / h features (hidden_dim = D), G the GLU's width, V pieces. B streams are trained
+side by side, T tokens a step; the recurrent state of every stream is handed from one step to the next, so a stream has
+no length. Every layer:
 
     q, k, v, u = Wqkvu norm(x)          q, k = silu(q), silu(k), and LRPE where the layer has it
     o_t = sum_{j<=t} exp(-s (t-j)) (q_t . k_j) v_j

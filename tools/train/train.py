@@ -31,7 +31,7 @@ class Streams:
 
     def __init__(self, ids, eot, B, T, seed, device):
         ends = np.flatnonzero(ids == eot) + 1
-        ids = np.concatenate([ids[ends[-1]:], ids[:ends[-1]]])  # what follows the last end token leads the first document
+        ids = np.concatenate([ids[ends[-1]:], ids[:ends[-1]]])  # the end of the file leads the first document
         ends = np.flatnonzero(ids == eot) + 1
         self.docs = np.split(ids, ends[:-1])
         self.eot, self.B, self.T, self.device = eot, B, T, device
@@ -130,7 +130,7 @@ def main():
     ap.add_argument("--warmup", type=int, default=200, help="steps")
     ap.add_argument("--steps", type=int, default=10**9, help="all steps, those of the decay included")
     ap.add_argument("--decay", type=float, default=0.3, help="last part of the training, with a falling rate")
-    ap.add_argument("--minutes", type=float, default=1e9, help="stop training this long after the start (then evaluate)")
+    ap.add_argument("--minutes", type=float, default=1e9, help="stop training this long after the start")
     ap.add_argument("--resume", help="a stable.pt to go on from")
     ap.add_argument("--eval-every", type=int, default=500, help="steps")
     ap.add_argument("--orders", type=int, default=128, help="random orders of the documents that are measured")
