@@ -1,0 +1,119 @@
+/* How a call is cut into work items, shared by the portable and the Hopper kernel.
+ *
+ * A sequence of n 64-row chunks is cut into W + 1 segments (W "walkers"), or left whole (W = 1):
+ *
+ *   segment            0            1 .. W-1               W
+ *   phase 1       outputs, state    local state only       -
+ *   phase 2            -            outputs                outputs, final state
+ *
+ * Decay is one factor per head, so a segment's start state is the decayed sum of the states before it: the
+ * first segment needs nothing, the last is needed by nobody. Segments 1 .. W-1 read k and v twice.
+ * All sizes come from n, the heads and the number of sequences, never from the device: same bits everywhere.
+ */
+#ifndef LTN_LIGHTNING_PLAN_CUH
+#define LTN_LIGHTNING_PLAN_CUH
+
+#include "kernels/cuda/lightning_mma.h"
+
+#include <cuda_bf16.h>
+
+constexpr int kChunk = 64;                /* rows per chunk */
+constexpr int kMaxSeqs = 32;              /* sequences per launch */
+constexpr int kMaxStates = 128;           /* segment states in the workspace */
+constexpr int kMaxFlags = 2 * kMaxStates; /* one per segment state and value tile of the Hopper kernel */
+
+struct lightning_seq {
+    float *state; /* this layer's [n_heads, d, e] */
+    int64_t pos;
+    int32_t first, count;
+    int32_t n_chunks;
+    int32_t n_seg;
+    int32_t first_len; /* chunks of segment 0 */
+    int32_t seg_len;   /* chunks of segments 1 .. n_seg-2; the last has the rest */
+    int32_t item1;     /* its first segment in phase 1 */
+    int32_t item2;     /* and in phase 2, counted on from phase 1's end */
+    int32_t part;      /* its first segment state in the workspace, in units of n_heads */
+};
+
+struct lightning_params {
+    __nv_bfloat16 *o;
+    const __nv_bfloat16 *q, *k, *v;
+    const float *slopes; /* [n_heads] */
+    const float *theta;  /* [n_heads, e] or NULL */
+    float *parts;        /* [segment, head][d * e] */
+    unsigned *flags;     /* [segment, head, tile]: how many readers still wait; 0 between calls */
+    int64_t ld;
+    int32_t n_heads;
+    int32_t n_seqs;
+    int32_t items1; /* segments of phase 1 */
+    int32_t items;  /* segments of both phases */
+    struct lightning_seq seq[kMaxSeqs];
+};
+
+/* One segment of one head's value tile. */
+struct lightning_item {
+    int32_t seq, seg, head, tile;
+    int32_t chunk0, chunk1;
+    bool fused; /* outputs too; else the local state alone */
+};
+
+__device__ __forceinline__ int lightning_segment_start(const lightning_seq &s, int seg)
+{
+    return seg == 0 ? 0 : seg == s.n_seg ? s.n_chunks : s.first_len + (seg - 1) * s.seg_len;
+}
+
+__device__ __forceinline__ lightning_item lightning_decode(const lightning_params &p, int index, int n_tiles)
+{
+    lightning_item it;
+    int per_seg = p.n_heads * n_tiles;
+    int item = index / per_seg, rest = index - item * per_seg;
+    bool phase2 = item >= p.items1;
+    it.head = rest / n_tiles;
+    it.tile = rest - it.head * n_tiles;
+    it.seq = 0;
+    while (it.seq + 1 < p.n_seqs && (phase2 ? p.seq[it.seq + 1].item2 : p.seq[it.seq + 1].item1) <= item)
+        ++it.seq;
+    const lightning_seq &s = p.seq[it.seq];
+    it.seg = phase2 ? 1 + item - s.item2 : item - s.item1;
+    it.fused = phase2 || it.seg == 0;
+    it.chunk0 = lightning_segment_start(s, it.seg);
+    it.chunk1 = lightning_segment_start(s, it.seg + 1);
+    return it;
+}
+
+__device__ __forceinline__ uint32_t smem_address(const void *p)
+{
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+/* Two bf16 in a word, and back. */
+__device__ __forceinline__ uint32_t pack(float lo, float hi)
+{
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+
+__device__ __forceinline__ float low_half(uint32_t x)
+{
+    return __uint_as_float(x << 16);
+}
+
+__device__ __forceinline__ float high_half(uint32_t x)
+{
+    return __uint_as_float(x & 0xFFFF0000u);
+}
+
+/* 1 - exp(-s rows), the share of a state that is lost over so many rows; from f64, as exp(-s) may round to 1.
+ */
+__device__ __forceinline__ float loss(float slope, int64_t rows)
+{
+    return static_cast<float>(-expm1(-static_cast<double>(slope) * static_cast<double>(rows)));
+}
+
+/* The Hopper kernel (lightning_hopper.cu): e = 64 or 128, no LRPE. */
+bool ltn_lightning_hopper_supports(int32_t head_dim, bool lrpe, int device);
+cudaError_t ltn_lightning_hopper(cudaStream_t stream, const lightning_params &p, int32_t head_dim,
+                                 int64_t rows, int device);
+
+#endif
