@@ -99,23 +99,20 @@ static enum ltn_status look_at_clock(struct stream *s, struct ltn_error *err)
     return LTN_OK;
 }
 
-/* Waits for input, a second at most: should a signal come just before the wait, it is seen then. */
-static void wait_for_input(const struct stream *s)
+/* Is there input? Waits for it a second at most: should a signal come just before the wait, it is seen then. */
+static bool has_input(const struct stream *s)
 {
     double seconds = fmin(fmax(s->deadline - now(), 0), 1);
-    poll(&(struct pollfd){.fd = STDIN_FILENO, .events = POLLIN}, 1, (int)ceil(1000 * seconds));
+    return poll(&(struct pollfd){.fd = STDIN_FILENO, .events = POLLIN}, 1, (int)ceil(1000 * seconds)) > 0;
 }
 
 static enum ltn_status read_input(struct stream *s, struct ltn_error *err)
 {
     char text[16384];
     while (s->end.status == LTN_OK) {
-        struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
         if (ltn_cli_interrupted())
             return ltn_fail(err, LTN_ERR_STOPPED, "interrupted");
-        if (poll(&input, 1, 0) == 0) {
-            wait_for_input(s);
-        } else {
+        if (has_input(s)) {
             ssize_t n = read(STDIN_FILENO, text, sizeof text);
             if (n == 0)
                 return LTN_OK;
@@ -124,8 +121,7 @@ static enum ltn_status read_input(struct stream *s, struct ltn_error *err)
             else if (errno != EINTR && errno != EAGAIN)
                 return ltn_fail(err, LTN_ERR_IO, "standard input: cannot read: %s", strerror(errno));
         }
-        if (s->in->every_seconds > 0)
-            LTN_TRY(look_at_clock(s, err));
+        LTN_TRY(look_at_clock(s, err));
     }
     *err = s->end;
     return err->status;
@@ -139,7 +135,6 @@ static enum ltn_status finish_input(struct stream *s, struct ltn_error *err)
 static enum ltn_status run(struct stream *s, struct ltn_error *err)
 {
     const struct ltn_ingest *in = s->in;
-    struct ltn_error why;
 
     if (in->answer)
         LTN_TRY(ltn_session_create(&s->fork, in->engine, NULL, err));
@@ -153,8 +148,9 @@ static enum ltn_status run(struct stream *s, struct ltn_error *err)
     s->deadline = in->every_seconds > 0 ? now() + in->every_seconds : INFINITY;
 
     enum ltn_status status = read_input(s, err);
-    if (status == LTN_ERR_STOPPED || status == LTN_ERR_IO) {
-        finish_input(s, &why);
+    if (status == LTN_ERR_STOPPED || status == LTN_ERR_IO || s->end.status != LTN_OK) { /* not of the encoder */
+        s->end = *err; /* nothing is asked from now on */
+        finish_input(s, NULL);
         return status;
     }
     LTN_TRY(status);

@@ -158,7 +158,7 @@ static void trim(const struct ltn_prefix_cache *c)
                 break;
             list = grown;
         }
-        snprintf(list[n].name, sizeof list[n].name, "%s", d->d_name);
+        memcpy(list[n].name, d->d_name, strlen(d->d_name) + 1); /* shorter than MAX_NAME */
         list[n].used = st.st_mtim;
         list[n].bytes = (uint64_t)st.st_size;
         total += list[n++].bytes;

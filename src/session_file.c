@@ -27,7 +27,7 @@ static void make_seal(char seal[33], const char *const *values)
 struct header {
     struct ltn_st_tensor tensors[LTN_MAX_LAYERS + 2];
     size_t n_tensors;
-    char names[LTN_MAX_LAYERS][16];
+    char names[LTN_MAX_LAYERS][20];
     char position[24], seed[24], draw[24], seal[33];
     const char *metadata[2 * N_KEYS];
 };
@@ -236,7 +236,7 @@ static enum ltn_status check_tensor(const struct ltn_st_file *st, size_t i, cons
 static enum ltn_status read_tensors(struct ltn_session_file *f, struct ltn_error *err)
 {
     const struct ltn_st_file *st = &f->file;
-    char name[16];
+    char name[20];
 
     if (st->n_tensors < 3 || st->n_tensors > LTN_MAX_LAYERS + 2)
         return ltn_fail(err, LTN_ERR_INPUT, "%s: %zu tensors, a session file has 3 to %d", st->path,
