@@ -173,27 +173,12 @@ static enum ltn_status read_header(struct ltn_st_file *file, const char *json, s
 
 /* ---- reading ---- */
 
-static enum ltn_status open_file(struct ltn_st_file *file, const char *path, struct ltn_error *err)
+/* From map and size. */
+static enum ltn_status read_file(struct ltn_st_file *file, struct ltn_error *err)
 {
-    struct stat st;
-    file->path = strdup(path);
-    if (!file->path)
-        return ltn_fail(err, LTN_ERR_MEMORY, "%s: no memory for its name", path);
-    file->fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* else a FIFO would wait for a writer */
-    if (file->fd < 0 || fstat(file->fd, &st) != 0)
-        return ltn_fail(err, LTN_ERR_IO, "%s: cannot open: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode))
-        return ltn_fail(err, LTN_ERR_INPUT, "%s: not a regular file", path);
-    file->size = (uint64_t)st.st_size;
     if (file->size < 8)
-        return ltn_fail(err, LTN_ERR_INPUT, "%s: %" PRIu64 " bytes, a safetensors file has at least 8", path,
-                        file->size);
-    void *map = mmap(NULL, file->size, PROT_READ, MAP_SHARED, file->fd, 0);
-    if (map == MAP_FAILED)
-        return ltn_fail(err, LTN_ERR_IO, "%s: cannot map %" PRIu64 " bytes: %s", path, file->size,
-                        strerror(errno));
-    file->map = map;
-
+        return ltn_fail(err, LTN_ERR_INPUT, "%s: %" PRIu64 " bytes, a safetensors file has at least 8",
+                        file->path, file->size);
     uint64_t header = 0;
     for (int i = 7; i >= 0; i--)
         header = header << 8 | file->map[i];
@@ -201,15 +186,55 @@ static enum ltn_status open_file(struct ltn_st_file *file, const char *path, str
         return ltn_fail(err, LTN_ERR_INPUT,
                         "%s: not a safetensors file: header of %" PRIu64 " bytes in a file of %" PRIu64
                         ", at most %d are allowed",
-                        path, header, file->size, MAX_HEADER);
+                        file->path, header, file->size, MAX_HEADER);
     file->data_start = 8 + header;
     return read_header(file, (const char *)file->map + 8, header, file->size - file->data_start, err);
+}
+
+static enum ltn_status open_file(struct ltn_st_file *file, struct ltn_error *err)
+{
+    const char *path = file->path;
+    struct stat st;
+    file->fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* else a FIFO would wait for a writer */
+    if (file->fd < 0 || fstat(file->fd, &st) != 0)
+        return ltn_fail(err, LTN_ERR_IO, "%s: cannot open: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode))
+        return ltn_fail(err, LTN_ERR_INPUT, "%s: not a regular file", path);
+    file->size = (uint64_t)st.st_size;
+    if (file->size == 0) /* which mmap refuses */
+        return read_file(file, err);
+    void *map = mmap(NULL, file->size, PROT_READ, MAP_SHARED, file->fd, 0);
+    if (map == MAP_FAILED)
+        return ltn_fail(err, LTN_ERR_IO, "%s: cannot map %" PRIu64 " bytes: %s", path, file->size,
+                        strerror(errno));
+    file->map = map;
+    return read_file(file, err);
+}
+
+static enum ltn_status name_file(struct ltn_st_file *file, const char *path, struct ltn_error *err)
+{
+    file->path = strdup(path);
+    return file->path ? LTN_OK : ltn_fail(err, LTN_ERR_MEMORY, "%s: no memory for its name", path);
 }
 
 enum ltn_status ltn_st_open(struct ltn_st_file *file, const char *path, struct ltn_error *err)
 {
     *file = (struct ltn_st_file){.fd = -1};
-    enum ltn_status status = open_file(file, path, err);
+    enum ltn_status status = name_file(file, path, err);
+    if (status == LTN_OK)
+        status = open_file(file, err);
+    if (status != LTN_OK)
+        ltn_st_close(file);
+    return status;
+}
+
+enum ltn_status ltn_st_open_memory(struct ltn_st_file *file, const char *name, const void *data, size_t bytes,
+                                   struct ltn_error *err)
+{
+    *file = (struct ltn_st_file){.fd = -1, .map = data, .size = bytes};
+    enum ltn_status status = name_file(file, name, err);
+    if (status == LTN_OK)
+        status = read_file(file, err);
     if (status != LTN_OK)
         ltn_st_close(file);
     return status;
@@ -223,7 +248,7 @@ void ltn_st_close(struct ltn_st_file *file)
         free(file->metadata[i]);
     free(file->tensors);
     free(file->metadata);
-    if (file->map)
+    if (file->map && file->fd >= 0)
         munmap((void *)file->map, file->size);
     if (file->path && file->fd >= 0) /* a zeroed file has fd 0, which is not its own */
         close(file->fd);
@@ -254,7 +279,9 @@ const char *ltn_st_metadata(const struct ltn_st_file *file, const char *key)
 
 struct ltn_st_writer {
     char *path, *temporary;
-    int fd;
+    int fd;             /* -1: */
+    uint8_t *memory;    /* into this, [room], [used] so far */
+    size_t room, used;
     uint64_t data_bytes, written;
     off_t checksum_at; /* of the digits in the file; 0: none wanted */
     XXH3_state_t *hash;
@@ -264,6 +291,13 @@ static enum ltn_status write_all(struct ltn_st_writer *w, const void *data, size
                                  struct ltn_error *err)
 {
     const char *p = data;
+    if (w->memory) {
+        if (bytes > w->room - w->used)
+            return ltn_fail(err, LTN_ERR_INPUT, "%s: does not fit into %zu bytes of memory", w->path, w->room);
+        memcpy(w->memory + w->used, data, bytes);
+        w->used += bytes;
+        return LTN_OK;
+    }
     while (bytes > 0) {
         ssize_t n = write(w->fd, p, bytes);
         if (n < 0 && errno == EINTR)
@@ -345,48 +379,68 @@ static enum ltn_status create_temporary(struct ltn_st_writer *w, struct ltn_erro
     return LTN_OK;
 }
 
+/* The file up to its data: *header is malloc'd, [*bytes], a multiple of ALIGNMENT. */
+static enum ltn_status make_header(char **header, size_t *bytes, uint64_t *data_bytes, const char *path,
+                                   const struct ltn_st_tensor *tensors, size_t n_tensors,
+                                   const char *const *metadata, size_t n_metadata, struct ltn_error *err)
+{
+    *data_bytes = 0;
+    for (size_t i = 0; i < n_tensors; i++)
+        if (__builtin_add_overflow(*data_bytes, tensors[i].bytes, data_bytes) ||
+            *data_bytes > (uint64_t)LTN_JSON_MAX_INT)
+            return ltn_fail(err, LTN_ERR_INPUT, "%s: tensors of more than 2^53 bytes", path);
+    char *text = print_header(tensors, n_tensors, metadata, n_metadata);
+    size_t length = text ? strlen(text) : 0;
+    *bytes = (8 + length + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; /* with the length before it */
+    *header = text ? malloc(*bytes) : NULL;
+    if (*header) {
+        for (int i = 0; i < 8; i++)
+            (*header)[i] = (char)((uint64_t)(*bytes - 8) >> 8 * i);
+        memcpy(*header + 8, text, length);
+        memset(*header + 8 + length, ' ', *bytes - 8 - length);
+    }
+    free(text);
+    if (!*header)
+        return ltn_fail(err, LTN_ERR_MEMORY, "%s: no memory for the header", path);
+    enum ltn_status status = check_header(path, *header + 8, *bytes - 8, *data_bytes, err);
+    if (status != LTN_OK)
+        free(*header);
+    return status;
+}
+
+/* The file under its temporary name. Reserving the room tells of a full disk now rather than after an hour.
+ */
+static enum ltn_status begin_file(struct ltn_st_writer *w, uint64_t bytes, struct ltn_error *err)
+{
+    LTN_TRY(create_temporary(w, err));
+    if (fallocate(w->fd, 0, 0, (off_t)bytes) != 0 && (errno == ENOSPC || errno == EDQUOT || errno == EFBIG))
+        return ltn_fail(err, LTN_ERR_IO, "%s: cannot reserve %" PRIu64 " bytes: %s", w->path, bytes,
+                        strerror(errno));
+    return LTN_OK;
+}
+
 static enum ltn_status begin(struct ltn_st_writer *w, const struct ltn_st_tensor *tensors, size_t n_tensors,
                              const char *const *metadata, size_t n_metadata, struct ltn_error *err)
 {
-    for (size_t i = 0; i < n_tensors; i++)
-        if (__builtin_add_overflow(w->data_bytes, tensors[i].bytes, &w->data_bytes) ||
-            w->data_bytes > (uint64_t)LTN_JSON_MAX_INT)
-            return ltn_fail(err, LTN_ERR_INPUT, "%s: tensors of more than 2^53 bytes", w->path);
+    char *header;
+    size_t bytes;
+
     w->hash = XXH3_createState();
     if (!w->hash || XXH3_128bits_reset(w->hash) != XXH_OK)
         return ltn_fail(err, LTN_ERR_MEMORY, "%s: no memory for the checksum", w->path);
-    char *text = print_header(tensors, n_tensors, metadata, n_metadata);
-    if (!text)
-        return ltn_fail(err, LTN_ERR_MEMORY, "%s: no memory for the header", w->path);
-    size_t bytes = strlen(text);
-    size_t padded = (8 + bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; /* with the length before it */
-    char *header = malloc(padded);
-    if (header) {
-        for (int i = 0; i < 8; i++)
-            header[i] = (char)((uint64_t)(padded - 8) >> 8 * i);
-        memcpy(header + 8, text, bytes);
-        memset(header + 8 + bytes, ' ', padded - 8 - bytes);
-        const char *field = strstr(text, CHECKSUM_FIELD);
-        w->checksum_at = field ? (off_t)(8 + (field - text) + (off_t)strlen("\"checksum\":\"")) : 0;
-    }
-    free(text);
-    if (!header)
-        return ltn_fail(err, LTN_ERR_MEMORY, "%s: no memory for the header", w->path);
-    enum ltn_status status = check_header(w->path, header + 8, padded - 8, w->data_bytes, err);
+    LTN_TRY(make_header(&header, &bytes, &w->data_bytes, w->path, tensors, n_tensors, metadata, n_metadata,
+                        err));
+    const char *field = memmem(header, bytes, CHECKSUM_FIELD, strlen(CHECKSUM_FIELD));
+    w->checksum_at = field ? field - header + (off_t)strlen("\"checksum\":\"") : 0;
+    enum ltn_status status = w->memory ? LTN_OK : begin_file(w, bytes + w->data_bytes, err);
     if (status == LTN_OK)
-        status = create_temporary(w, err);
-    /* Reserving the room tells of a full disk now rather than after an hour. */
-    if (status == LTN_OK && fallocate(w->fd, 0, 0, (off_t)(padded + w->data_bytes)) != 0 &&
-        (errno == ENOSPC || errno == EDQUOT || errno == EFBIG))
-        status = ltn_fail(err, LTN_ERR_IO, "%s: cannot reserve %" PRIu64 " bytes: %s", w->path,
-                          padded + w->data_bytes, strerror(errno));
-    if (status == LTN_OK)
-        status = write_all(w, header, padded, err);
+        status = write_all(w, header, bytes, err);
     free(header);
     return status;
 }
 
-enum ltn_status ltn_st_create(struct ltn_st_writer **out, const char *path,
+/* buffer [bytes]; NULL: a file */
+static enum ltn_status create(struct ltn_st_writer **out, const char *path, void *buffer, size_t bytes,
                               const struct ltn_st_tensor *tensors, size_t n_tensors,
                               const char *const *metadata, size_t n_metadata, struct ltn_error *err)
 {
@@ -395,6 +449,8 @@ enum ltn_status ltn_st_create(struct ltn_st_writer **out, const char *path,
     if (!w)
         return ltn_fail(err, LTN_ERR_MEMORY, "%s: no memory for a writer", path);
     w->fd = -1;
+    w->memory = buffer;
+    w->room = bytes;
     w->path = strdup(path);
     enum ltn_status status = w->path ? begin(w, tensors, n_tensors, metadata, n_metadata, err)
                                      : ltn_fail(err, LTN_ERR_MEMORY, "%s: no memory for its name", path);
@@ -403,6 +459,32 @@ enum ltn_status ltn_st_create(struct ltn_st_writer **out, const char *path,
     else
         *out = w;
     return status;
+}
+
+enum ltn_status ltn_st_create(struct ltn_st_writer **out, const char *path,
+                              const struct ltn_st_tensor *tensors, size_t n_tensors,
+                              const char *const *metadata, size_t n_metadata, struct ltn_error *err)
+{
+    return create(out, path, NULL, 0, tensors, n_tensors, metadata, n_metadata, err);
+}
+
+enum ltn_status ltn_st_create_memory(struct ltn_st_writer **out, const char *name, void *buffer, size_t bytes,
+                                     const struct ltn_st_tensor *tensors, size_t n_tensors,
+                                     const char *const *metadata, size_t n_metadata, struct ltn_error *err)
+{
+    return create(out, name, buffer, bytes, tensors, n_tensors, metadata, n_metadata, err);
+}
+
+enum ltn_status ltn_st_size(uint64_t *bytes, const char *name, const struct ltn_st_tensor *tensors,
+                            size_t n_tensors, const char *const *metadata, size_t n_metadata,
+                            struct ltn_error *err)
+{
+    char *header;
+    size_t header_bytes;
+    LTN_TRY(make_header(&header, &header_bytes, bytes, name, tensors, n_tensors, metadata, n_metadata, err));
+    free(header);
+    *bytes += header_bytes;
+    return LTN_OK;
 }
 
 enum ltn_status ltn_st_write(struct ltn_st_writer *w, const void *data, size_t bytes, struct ltn_error *err)
@@ -450,9 +532,13 @@ static enum ltn_status complete(struct ltn_st_writer *w, struct ltn_error *err)
         char text[33];
         XXH128_hash_t hash = XXH3_128bits_digest(w->hash);
         ltn_st_checksum_text(text, hash.high64, hash.low64);
-        if (pwrite(w->fd, text, 32, w->checksum_at) != 32)
+        if (w->memory)
+            memcpy(w->memory + w->checksum_at, text, 32);
+        else if (pwrite(w->fd, text, 32, w->checksum_at) != 32)
             return ltn_fail(err, LTN_ERR_IO, "%s: cannot write the checksum: %s", w->path, strerror(errno));
     }
+    if (w->memory)
+        return LTN_OK;
     if (fsync(w->fd) != 0)
         return ltn_fail(err, LTN_ERR_IO, "%s: cannot sync: %s", w->path, strerror(errno));
     int fd = w->fd;

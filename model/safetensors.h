@@ -46,7 +46,7 @@ struct ltn_st_tensor {
 
 struct ltn_st_file {
     char *path;
-    int fd;
+    int fd;             /* -1: not a file but the caller's memory */
     const uint8_t *map; /* the whole file, mapped read-only */
     uint64_t size;
     uint64_t data_start;
@@ -58,6 +58,9 @@ struct ltn_st_file {
 
 /* Maps the file and reads its header. On failure *file is zero and nothing stays open. */
 enum ltn_status ltn_st_open(struct ltn_st_file *file, const char *path, struct ltn_error *err);
+/* The same of a file's bytes in memory, data [bytes], which are borrowed; `name` stands for the path. */
+enum ltn_status ltn_st_open_memory(struct ltn_st_file *file, const char *name, const void *data, size_t bytes,
+                                   struct ltn_error *err);
 void ltn_st_close(struct ltn_st_file *file); /* a zeroed file is allowed */
 
 const struct ltn_st_tensor *ltn_st_find(const struct ltn_st_file *file, const char *name); /* NULL: none */
@@ -75,6 +78,15 @@ struct ltn_st_writer;
 enum ltn_status ltn_st_create(struct ltn_st_writer **out, const char *path,
                               const struct ltn_st_tensor *tensors, size_t n_tensors,
                               const char *const *metadata, size_t n_metadata, struct ltn_error *err);
+/* The same into the caller's memory, buffer [bytes], which must have the size of ltn_st_size: the file as it
+ * would lie on disk. */
+enum ltn_status ltn_st_create_memory(struct ltn_st_writer **out, const char *name, void *buffer, size_t bytes,
+                                     const struct ltn_st_tensor *tensors, size_t n_tensors,
+                                     const char *const *metadata, size_t n_metadata, struct ltn_error *err);
+/* Bytes of the file that such a writer makes. */
+enum ltn_status ltn_st_size(uint64_t *bytes, const char *name, const struct ltn_st_tensor *tensors,
+                            size_t n_tensors, const char *const *metadata, size_t n_metadata,
+                            struct ltn_error *err);
 /* Appends data. Tensors follow each other without gaps, so the calls need not end where tensors end. */
 enum ltn_status ltn_st_write(struct ltn_st_writer *writer, const void *data, size_t bytes,
                              struct ltn_error *err);

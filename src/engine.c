@@ -9,6 +9,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "src/session_file.h"
+
 const char *ltn_version(void)
 {
     return LTN_VERSION;
@@ -155,7 +157,6 @@ static void fill_info(struct ltn_engine *engine, int n_threads)
     info->dtype = ltn_dtype_name(cp->dtype);
     info->backend = engine->be->name;
     info->checksum = cp->checksum;
-    info->session_bytes = ltn_session_bytes(info);
 }
 
 static enum ltn_status open_all(struct ltn_engine *engine, const char *path,
@@ -177,7 +178,7 @@ static enum ltn_status open_all(struct ltn_engine *engine, const char *path,
     LTN_TRY(open_backend(engine, options->device ? options->device : "auto", options->n_threads, err));
     LTN_TRY(ltn_model_load(&engine->model, cp, engine->be, options->progress, options->progress_ctx, err));
     fill_info(engine, options->n_threads);
-    return LTN_OK;
+    return ltn_session_file_size(&engine->info.session_bytes, engine, err);
 }
 
 enum ltn_status ltn_engine_open(struct ltn_engine **out, const char *path,

@@ -15,7 +15,4 @@ struct ltn_engine {
     char notice[512]; /* what info.notice points to, when there is one */
 };
 
-/* Size of an exported session, for info.session_bytes; vocab_size and state_bytes must be set. */
-uint64_t ltn_session_bytes(const struct ltn_engine_info *info);
-
 #endif

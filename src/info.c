@@ -1,9 +1,11 @@
-/* ltn-info: what is in a .ltn file. */
+/* ltn-info: what is in a .ltn or a session file. */
 #include "model/checkpoint.h"
 #include "model/json.h"
 #include "src/cli.h"
+#include "src/session_file.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -106,10 +108,10 @@ static enum ltn_status print_storage(const struct ltn_checkpoint *ck, struct ltn
     return ltn_cli_printf(err, "tokenizer     none: token ids only\n");
 }
 
-static enum ltn_status print_tensors(const struct ltn_checkpoint *ck, struct ltn_error *err)
+static enum ltn_status print_tensors(const struct ltn_st_file *f, struct ltn_error *err)
 {
-    for (size_t i = 0; i < ck->file.n_tensors; i++) {
-        const struct ltn_st_tensor *t = &ck->file.tensors[i];
+    for (size_t i = 0; i < f->n_tensors; i++) {
+        const struct ltn_st_tensor *t = &f->tensors[i];
         char shape[128];
         ltn_shape_print(shape, sizeof shape, t->shape, t->rank);
         LTN_TRY(ltn_cli_printf(err, "%-52s %-4s %-16s %14" PRIu64 " bytes at %" PRIu64 "\n", t->name,
@@ -140,7 +142,99 @@ static enum ltn_status print(const struct ltn_checkpoint *ck, bool tensors, bool
     LTN_TRY(print_text("provenance", ltn_st_metadata(&ck->file, "provenance"), err));
     LTN_TRY(ltn_cli_printf(err, "checksum      %s%s\n", ck->checksum,
                            verified ? ", verified; all weights are finite" : ""));
-    return tensors ? print_tensors(ck, err) : LTN_OK;
+    return tensors ? print_tensors(&ck->file, err) : LTN_OK;
+}
+
+/* ---- sessions ------------------------------------------------------------------------------------------ */
+
+/* One layer's state: its root mean square and its largest value. */
+static enum ltn_status print_layer(const struct ltn_session_file *s, int32_t layer, struct ltn_error *err)
+{
+    const struct ltn_st_tensor *t = &s->state[layer];
+    const uint8_t *data = s->file.map + t->offset;
+    char shape[128];
+    double sum = 0, largest = 0;
+
+    for (uint64_t i = 0; i < elements(t); i++) {
+        float x;
+        memcpy(&x, data + 4 * i, 4);
+        sum += (double)x * x;
+        largest = fmax(largest, fabs((double)x));
+    }
+    ltn_shape_print(shape, sizeof shape, t->shape, t->rank);
+    return ltn_cli_printf(err, "  layer %-5d %-18s norm %-12.6g rms %-12.6g largest %.6g\n", layer, shape,
+                          sqrt(sum), elements(t) ? sqrt(sum / (double)elements(t)) : 0, largest);
+}
+
+static enum ltn_status verify_session(const struct ltn_session_file *s, struct ltn_error *err)
+{
+    LTN_TRY(ltn_session_file_verify(s, err));
+    for (size_t i = 0; i < s->file.n_tensors; i++) {
+        const struct ltn_st_tensor *t = &s->file.tensors[i];
+        size_t bad = t->dtype == LTN_ST_F32
+                         ? ltn_first_not_finite(s->file.map + t->offset, LTN_F32, elements(t))
+                         : elements(t);
+        if (bad < elements(t))
+            return ltn_fail(err, LTN_ERR_INPUT, "%s: tensor \"%s\" is not finite at element %zu", s->file.path,
+                            t->name, bad);
+    }
+    return LTN_OK;
+}
+
+static enum ltn_status print_session(const struct ltn_session_file *s, bool tensors, bool verified,
+                                     struct ltn_error *err)
+{
+    char number[32];
+    uint64_t state = s->logits->offset - s->state->offset;
+
+    LTN_TRY(print_text("session file", s->file.path, err));
+    LTN_TRY(ltn_cli_printf(err, "size          %s bytes\n", grouped(number, s->file.size)));
+    LTN_TRY(ltn_cli_printf(err, "model         %s\n", s->model));
+    LTN_TRY(ltn_cli_printf(err, "position      %s tokens\n", grouped(number, (uint64_t)s->position)));
+    LTN_TRY(ltn_cli_printf(err, "draws         seed %" PRIu64 ", next draw %" PRIu64 "\n", s->seed, s->draw));
+    if (strspn(s->prefix, "0") < strlen(s->prefix))
+        LTN_TRY(ltn_cli_printf(err, "prefix        %s\n", s->prefix));
+    LTN_TRY(ltn_cli_printf(err, "vocabulary    %s\n", grouped(number, elements(s->logits))));
+    LTN_TRY(ltn_cli_printf(err, "state         %s bytes in %d layers\n", grouped(number, state), s->n_layers));
+    for (int32_t l = 0; l < s->n_layers; l++)
+        LTN_TRY(print_layer(s, l, err));
+    LTN_TRY(ltn_cli_printf(err, "checksum      %s%s\n", s->checksum,
+                           verified ? ", verified; state and logits are finite" : ""));
+    return tensors ? print_tensors(&s->file, err) : LTN_OK;
+}
+
+/* ---- the program --------------------------------------------------------------------------------------- */
+
+static enum ltn_status show_model(const char *path, bool tensors, bool verify, struct ltn_error *err)
+{
+    struct ltn_checkpoint checkpoint;
+    LTN_TRY(ltn_checkpoint_open(&checkpoint, path, err));
+    enum ltn_status status = verify ? ltn_checkpoint_verify(&checkpoint, err) : LTN_OK;
+    if (status == LTN_OK)
+        status = print(&checkpoint, tensors, verify, err);
+    ltn_checkpoint_close(&checkpoint);
+    return status;
+}
+
+static enum ltn_status show_session(const char *path, bool tensors, bool verify, struct ltn_error *err)
+{
+    struct ltn_session_file session;
+    LTN_TRY(ltn_session_file_open(&session, path, err));
+    enum ltn_status status = verify ? verify_session(&session, err) : LTN_OK;
+    if (status == LTN_OK)
+        status = print_session(&session, tensors, verify, err);
+    ltn_session_file_close(&session);
+    return status;
+}
+
+static enum ltn_status show(const char *path, bool tensors, bool verify, struct ltn_error *err)
+{
+    struct ltn_st_file file;
+    LTN_TRY(ltn_st_open(&file, path, err));
+    const char *format = ltn_st_metadata(&file, "format");
+    bool session = format && strcmp(format, "ltn-session") == 0;
+    ltn_st_close(&file);
+    return session ? show_session(path, tensors, verify, err) : show_model(path, tensors, verify, err);
 }
 
 int main(int argc, char **argv)
@@ -150,12 +244,12 @@ int main(int argc, char **argv)
         {.name = "verify",
          .kind = LTN_FLAG_SWITCH,
          .target = &verify,
-         .help = "read all of the data: the checksum must match, every weight must be finite"},
+         .help = "read all of the data: the checksum must match, every number must be finite"},
         {.name = "tensors", .kind = LTN_FLAG_SWITCH, .target = &tensors, .help = "list the tensors too"},
     };
     const struct ltn_program program = {
         .name = "ltn-info",
-        .summary = "Print what is in a .ltn file.",
+        .summary = "Print what is in a .ltn file or a saved session.",
         .operands = "FILE",
         .min_operands = 1,
         .max_operands = 1,
@@ -166,13 +260,6 @@ int main(int argc, char **argv)
     if (code >= 0)
         return code;
 
-    struct ltn_checkpoint checkpoint;
-    struct ltn_error err = {0};
-    enum ltn_status status = ltn_checkpoint_open(&checkpoint, argv[first], &err);
-    if (status == LTN_OK && verify)
-        status = ltn_checkpoint_verify(&checkpoint, &err);
-    if (status == LTN_OK)
-        status = print(&checkpoint, tensors, verify, &err);
-    ltn_checkpoint_close(&checkpoint);
-    return status == LTN_OK ? LTN_EXIT_OK : ltn_cli_error(&err);
+    struct ltn_error err;
+    return show(argv[first], tensors, verify, &err) == LTN_OK ? LTN_EXIT_OK : ltn_cli_error(&err);
 }

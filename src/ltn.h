@@ -59,7 +59,7 @@ struct ltn_engine_info {
     uint64_t weights_bytes; /* all weights, in the types in which the file stores them */
     uint64_t state_bytes;   /* recurrent state of one session */
     uint64_t decode_bytes;  /* memory traffic of one decoded token: weights read, state read and written */
-    uint64_t session_bytes; /* of ltn_session_export */
+    uint64_t session_bytes; /* of a session file and of ltn_session_export */
     int32_t chunk_rows;     /* tokens that one prefill step takes at once */
     int n_threads;          /* of the CPU backend; 0 on another */
     bool has_tokenizer;
@@ -136,8 +136,16 @@ typedef enum ltn_status ltn_logits_fn(void *ctx, const float *logits, int64_t po
 enum ltn_status ltn_session_score(struct ltn_session *session, const int32_t *ids, size_t n,
                                   ltn_logits_fn *each, void *ctx, struct ltn_error *err);
 
-/* The whole session as info.session_bytes bytes: a later import, into any session of the same model, goes on
- * exactly where it stood. For this machine and version of the library: native byte order, no checksum. */
+/* The whole session as a file of info.session_bytes bytes (src/session_file.h says what is in it), however long
+ * its past is. What is loaded, into any session of the same model, goes on exactly where the saved one stood:
+ * its text, its draws, a character of which only the first bytes were generated. Saving appears under its name
+ * complete and synced, or not at all: a file that was there stays until then, and a full disk is a failure.
+ * Amid a text saving is refused. Loading refuses another model's session and, by its checksums, a truncated or
+ * altered file; the session is then as it was. */
+enum ltn_status ltn_session_save(struct ltn_session *session, const char *path, struct ltn_error *err);
+enum ltn_status ltn_session_load(struct ltn_session *session, const char *path, struct ltn_error *err);
+
+/* The same to and from memory: the bytes of the file. */
 enum ltn_status ltn_session_export(struct ltn_session *session, void *buffer, size_t bytes,
                                    struct ltn_error *err);
 enum ltn_status ltn_session_import(struct ltn_session *session, const void *buffer, size_t bytes,

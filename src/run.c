@@ -1,12 +1,16 @@
 /* ltn-run: continue a text. */
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "src/bandwidth.h"
 #include "src/cli.h"
+#include "src/ingest.h"
+#include "src/prefix_cache.h"
+#include "src/session_file.h"
 
 /* Long prompts on the command line are fed in slices, so that a signal is seen in time. */
 enum { SLICE = 16384 };
@@ -22,12 +26,18 @@ struct options {
     bool ignore_eos, echo, stats, quiet;
     int64_t threads;
     const char *device;
+    const char *save, *load, *prefix_cache;
+    int64_t prefix_mb;
+    bool ingest;
+    const char *every; /* "N" or "Ns" */
 };
 
 struct run {
     const struct options *options;
     struct ltn_engine *engine;
     struct ltn_session *session;
+    struct ltn_prefix_cache *cache; /* the prompt goes through it; NULL: straight into the session */
+    int64_t start;                  /* position before the prompt is read */
     bool terminal;       /* stdout is one */
     int64_t ids_printed; /* with --tokens */
     double prefill_seconds;
@@ -52,7 +62,10 @@ static enum ltn_status feed_text(void *ctx, const char *text, size_t bytes, stru
 {
     struct run *run = ctx;
     double begin = now();
-    LTN_TRY(ltn_session_feed_text(run->session, text, bytes, err));
+    if (run->cache)
+        LTN_TRY(ltn_prefix_feed_text(run->cache, text, bytes, err));
+    else
+        LTN_TRY(ltn_session_feed_text(run->session, text, bytes, err));
     run->prefill_seconds += now() - begin;
     return run->options->echo ? ltn_cli_write(text, bytes, err) : LTN_OK;
 }
@@ -61,7 +74,10 @@ static enum ltn_status feed_id(void *ctx, int32_t id, struct ltn_error *err)
 {
     struct run *run = ctx;
     double begin = now();
-    LTN_TRY(ltn_session_feed(run->session, &id, 1, err));
+    if (run->cache)
+        LTN_TRY(ltn_prefix_feed(run->cache, &id, 1, err));
+    else
+        LTN_TRY(ltn_session_feed(run->session, &id, 1, err));
     run->prefill_seconds += now() - begin;
     return run->options->echo ? print_id(run, id, err) : LTN_OK;
 }
@@ -99,9 +115,26 @@ static enum ltn_status read_prompt(struct run *run, struct ltn_error *err)
     }
     if (o->prompt)
         LTN_TRY(read_string(o->prompt, feed_text, run, err));
-    else
+    else if (o->file || !o->load)
         LTN_TRY(ltn_cli_read(o->file ? o->file : "-", feed_text, run, err));
     return ltn_session_end_text(run->session, err);
+}
+
+/* The prompt by way of the prefix cache. */
+static enum ltn_status resume_prompt(struct run *run, struct ltn_error *err)
+{
+    const struct options *o = run->options;
+    LTN_TRY(ltn_prefix_open(&run->cache, run->session, o->prefix_cache, (uint64_t)o->prefix_mb << 20, err));
+    LTN_TRY(read_prompt(run, err));
+    double begin = now();
+    LTN_TRY(ltn_prefix_finish(run->cache, &run->start, err));
+    run->prefill_seconds += now() - begin;
+    if (!o->quiet)
+        ltn_cli_note("%s: resumed %lld of %lld prompt tokens", o->prefix_cache, (long long)run->start,
+                     (long long)ltn_session_position(run->session));
+    if (ltn_prefix_warning(run->cache) && !o->quiet)
+        ltn_cli_note("prefix cache: not stored: %s", ltn_prefix_warning(run->cache));
+    return LTN_OK;
 }
 
 static enum ltn_status prefill(struct run *run, struct ltn_error *err)
@@ -109,10 +142,10 @@ static enum ltn_status prefill(struct run *run, struct ltn_error *err)
     const struct ltn_engine_info *info = ltn_engine_info(run->engine);
     const float *logits;
 
-    if (!run->options->tokens && !info->has_tokenizer)
+    if (!run->options->tokens && !run->options->load && !info->has_tokenizer)
         return ltn_fail(err, LTN_ERR_UNSUPPORTED,
                         "the model has no tokenizer: expected token ids by --tokens, found text");
-    LTN_TRY(read_prompt(run, err));
+    LTN_TRY(run->options->prefix_cache ? resume_prompt(run, err) : read_prompt(run, err));
     if (ltn_session_position(run->session) == 0) {
         if (info->bos_id < 0)
             return ltn_fail(err, LTN_ERR_INPUT,
@@ -172,6 +205,8 @@ static void choose_seed(struct run *run)
 {
     const struct options *o = run->options;
     uint64_t seed = o->seed.value;
+    if (o->load && !o->seed.given) /* the session goes on with its own draws */
+        return;
     if (!o->seed.given) {
         struct timespec t;
         clock_gettime(CLOCK_REALTIME, &t);
@@ -192,19 +227,94 @@ static enum ltn_status generate(struct run *run, struct ltn_error *err)
         .ignore_eos = o->ignore_eos,
         .stop = o->stop.v,
         .n_stop = o->stop.n,
+        .keep_open = o->save && !o->ingest, /* the run that resumes completes it */
         .piece = print_piece,
         .ctx = run,
     };
     struct ltn_generated made = {0};
-    int64_t n_prompt = ltn_session_position(run->session);
+    int64_t n_prompt = ltn_session_position(run->session) - run->start;
 
-    choose_seed(run);
     LTN_TRY(ltn_generate(run->session, &options, &made, err));
-    if (o->tokens || run->terminal) /* ids make a line; text is left as it is, but for a terminal */
+    if (o->tokens || run->terminal || o->ingest) /* ids and answers make lines; text is left as it is */
         LTN_TRY(ltn_cli_write("\n", 1, err));
-    if (o->stats)
+    if (o->stats && !o->ingest)
         print_stats(run, n_prompt, &made);
     return made.end == LTN_END_STOPPED ? ltn_fail(err, LTN_ERR_STOPPED, "stopped") : LTN_OK;
+}
+
+/* ---- endless input ------------------------------------------------------------------------------------- */
+
+/* "N" or "Ns": tokens or seconds, 1 or more. */
+static bool parse_every(const char *text, int64_t *tokens, double *seconds)
+{
+    char *end;
+    long long n = strtoll(text, &end, 10);
+    *tokens = *end ? 0 : n;
+    *seconds = *end ? (double)n : 0;
+    return text[0] >= '1' && text[0] <= '9' && n < 1000000000000000 && (*end == 0 || strcmp(end, "s") == 0);
+}
+
+static enum ltn_status print_answer(void *ctx, struct ltn_session *fork, struct ltn_error *err)
+{
+    struct run *run = ctx;
+    struct ltn_session *session = run->session;
+    run->session = fork;
+    run->ids_printed = 0;
+    enum ltn_status status = generate(run, err);
+    run->session = session;
+    return status;
+}
+
+static enum ltn_status keep_id(void *next, int32_t id, struct ltn_error *err)
+{
+    (void)err;
+    *(*(int32_t **)next)++ = id;
+    return LTN_OK;
+}
+
+/* *ids is malloc'd. */
+static enum ltn_status read_question(const struct run *run, int32_t **ids, size_t *n, struct ltn_error *err)
+{
+    const struct options *o = run->options;
+    if (o->prompt)
+        return ltn_engine_tokenize(run->engine, o->prompt, strlen(o->prompt), ids, n, err);
+    if (!o->tokens)
+        return LTN_OK;
+    *ids = malloc((strlen(o->tokens) / 2 + 1) * sizeof **ids); /* a digit and a comma each */
+    if (!*ids)
+        return ltn_fail(err, LTN_ERR_MEMORY, "--tokens: no memory");
+    int32_t *next = *ids;
+    struct ltn_id_parser parser = {.fn = keep_id, .ctx = &next};
+    LTN_TRY(ltn_id_parser_feed(&parser, o->tokens, strlen(o->tokens), err));
+    LTN_TRY(ltn_id_parser_finish(&parser, err));
+    *n = (size_t)(next - *ids);
+    return LTN_OK;
+}
+
+static enum ltn_status ingest(struct run *run, struct ltn_error *err)
+{
+    const struct options *o = run->options;
+    struct ltn_ingest in = {.session = run->session,
+                            .engine = run->engine,
+                            .ids = o->tokens != NULL,
+                            .echo = o->echo,
+                            .answer = o->prompt || o->tokens ? print_answer : NULL,
+                            .ctx = run};
+    int32_t *question = NULL;
+    double begin = now();
+
+    if (o->every)
+        parse_every(o->every, &in.every_tokens, &in.every_seconds);
+    enum ltn_status status = read_question(run, &question, &in.n_question, err);
+    in.question = question;
+    if (status == LTN_OK)
+        status = ltn_ingest(&in, err);
+    free(question);
+    int64_t n = ltn_session_position(run->session) - run->start;
+    if (o->stats)
+        ltn_cli_note("%s: %lld tokens, %.1f tok/s with the answers", ltn_engine_info(run->engine)->backend,
+                     (long long)n, (double)n / (now() - begin));
+    return status;
 }
 
 /* ---- the program --------------------------------------------------------------------------------------- */
@@ -226,22 +336,67 @@ static enum ltn_status open_all(struct run *run, struct ltn_error *err)
     const char *notice = ltn_engine_info(run->engine)->notice;
     if (notice && !o->quiet)
         ltn_cli_note("%s", notice);
-    return ltn_session_create(&run->session, run->engine, NULL, err);
+    LTN_TRY(ltn_session_create(&run->session, run->engine, NULL, err));
+    if (o->save)
+        LTN_TRY(ltn_session_file_check(o->save, err));
+    if (!o->load)
+        return LTN_OK;
+    LTN_TRY(ltn_session_load(run->session, o->load, err));
+    run->start = ltn_session_position(run->session);
+    if (!o->quiet)
+        ltn_cli_note("%s: resumed at token %lld", o->load, (long long)run->start);
+    return LTN_OK;
+}
+
+static enum ltn_status save(struct run *run, struct ltn_error *err)
+{
+    const struct options *o = run->options;
+    LTN_TRY(ltn_session_save(run->session, o->save, err));
+    if (!o->quiet)
+        ltn_cli_note("%s: saved at token %lld", o->save, (long long)ltn_session_position(run->session));
+    return LTN_OK;
 }
 
 static enum ltn_status run_all(struct run *run, struct ltn_error *err)
 {
+    const struct options *o = run->options;
+
     LTN_TRY(open_all(run, err));
-    LTN_TRY(prefill(run, err));
-    return generate(run, err);
+    if (!o->ingest)
+        LTN_TRY(prefill(run, err));
+    choose_seed(run);
+    enum ltn_status status = o->ingest ? ingest(run, err) : generate(run, err);
+    /* what was read of a stream is kept, whatever ended it; a text that was cut short is not */
+    if (!o->save || (status != LTN_OK && status != LTN_ERR_STOPPED && !o->ingest))
+        return status;
+    struct ltn_error why;
+    enum ltn_status saved = save(run, &why);
+    if (saved == LTN_OK || (status != LTN_OK && status != LTN_ERR_STOPPED)) /* the first failure is told */
+        return status;
+    *err = why;
+    return saved;
 }
 
 /* What the table of options cannot see; -1 when all is well. */
 static int check(const struct options *o)
 {
+    int64_t tokens;
+    double seconds;
+
     if ((o->prompt != NULL) + (o->file != NULL) + (o->tokens != NULL) > 1)
         return ltn_cli_bad_usage("expected at most one of -p, -f and --tokens");
-    if (!o->prompt && !o->file && !o->tokens && isatty(STDIN_FILENO))
+    if (o->every && !parse_every(o->every, &tokens, &seconds))
+        return ltn_cli_bad_usage("--every: expected tokens, N, or seconds, Ns, of at least 1, found '%s'",
+                                 o->every);
+    if (o->every && (!o->ingest || !(o->prompt || o->tokens)))
+        return ltn_cli_bad_usage("--every: expected --ingest and a question by -p or --tokens with it");
+    if (o->ingest && (o->file || (o->tokens && strcmp(o->tokens, "-") == 0)))
+        return ltn_cli_bad_usage("--ingest: standard input is the stream; expected the question by -p or --tokens");
+    if (o->ingest && !o->prompt && !o->tokens && !o->save)
+        return ltn_cli_bad_usage("--ingest: expected a question by -p or --tokens, or a file by --save");
+    if (o->prefix_cache && (o->ingest || o->load))
+        return ltn_cli_bad_usage("--prefix-cache: for prompts from their beginning, not with --load or --ingest");
+    if (!o->prompt && !o->file && !o->tokens && !o->load && !o->ingest && isatty(STDIN_FILENO))
         return ltn_cli_bad_usage("no prompt: expected -p, -f, --tokens or text on standard input; see "
                                  "ltn-run --help");
     if (o->tokens && o->stop.n)
@@ -257,6 +412,7 @@ int main(int argc, char **argv)
     struct options o = {.n = 256,
                         .temperature = ltn_sampling_default.temperature,
                         .top_p = ltn_sampling_default.top_p,
+                        .prefix_mb = 2048,
                         .device = "auto"};
     // clang-format off
     const struct ltn_flag flags[] = {
@@ -286,6 +442,22 @@ int main(int argc, char **argv)
         {.name = "tokens", .argument = "IDS", .kind = LTN_FLAG_STRING, .target = &o.tokens,
          .help = "the prompt as token ids, \"5,17,9\"; -: from standard input; prints the generated ids on one "
                  "line; needs no tokenizer"},
+        {.name = "save", .argument = "FILE", .kind = LTN_FLAG_STRING, .target = &o.save,
+         .help = "save the session at the end, also after Ctrl-C: all that was read and printed, in a file of a "
+                 "size that depends on the model alone"},
+        {.name = "load", .argument = "FILE", .kind = LTN_FLAG_STRING, .target = &o.load,
+         .help = "go on from a saved session, with its draws unless --seed is given; a prompt, as a text of its "
+                 "own, is optional then"},
+        {.name = "prefix-cache", .argument = "DIR", .kind = LTN_FLAG_STRING, .target = &o.prefix_cache,
+         .help = "resume the longest beginning of the prompt that was read before, and keep this one's for later"},
+        {.name = "prefix-cache-size", .argument = "MB", .kind = LTN_FLAG_INT, .target = &o.prefix_mb, .min = 1,
+         .max = 1 << 30, .help = "remove what was unused for longest while DIR has more MiB"},
+        {.name = "ingest", .kind = LTN_FLAG_SWITCH, .target = &o.ingest,
+         .help = "read standard input for as long as it lasts; answer -p (or --tokens) at its end, each answer on "
+                 "a line, from a fork that is then dropped"},
+        {.name = "every", .argument = "N", .kind = LTN_FLAG_STRING, .target = &o.every,
+         .help = "with --ingest: answer after every N tokens, too, or, given Ns, after every N seconds in which "
+                 "something came"},
         {.letter = 't', .argument = "THREADS", .kind = LTN_FLAG_INT, .target = &o.threads, .max = 1024,
          .help = "CPU threads; 0: one per core"},
         {.name = "device", .argument = "DEVICE", .kind = LTN_FLAG_DEVICE, .target = &o.device,
@@ -302,9 +474,13 @@ int main(int argc, char **argv)
         .summary = "Continue a text with a TransNormerLLM.",
         .flags = flags,
         .n_flags = sizeof flags / sizeof *flags,
-        .notes = "Without -p, -f and --tokens the prompt is standard input. It may have any length and is "
+        .notes = "Without -p, -f, --tokens and --load the prompt is standard input. It may have any length and is "
                  "taken exactly as it is, its last newline too. An empty prompt starts from the model's BOS "
                  "token. Standard output carries the text and nothing else.\n\n"
+                 "What a run with --save prints, then one with --load and no prompt, is to the byte what one run "
+                 "would have printed: a character that is not whole at the end of the first waits for the second. "
+                 "--stop looks at the text of its own run. Nothing is saved where reading the prompt was "
+                 "interrupted.\n\n"
                  "Exit status: 0 done, 1 failure, 2 wrong usage, 130 after Ctrl-C.",
     };
     struct run run = {.options = &o};
@@ -318,6 +494,7 @@ int main(int argc, char **argv)
     ltn_cli_catch_signals();
     run.terminal = isatty(STDOUT_FILENO);
     code = run_all(&run, &err) == LTN_OK ? LTN_EXIT_OK : ltn_cli_error(&err);
+    ltn_prefix_close(run.cache);
     ltn_session_free(run.session);
     ltn_engine_close(run.engine);
     return code;

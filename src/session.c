@@ -81,8 +81,7 @@ static void drop_text(struct ltn_session *s)
     s->in_text = false;
 }
 
-/* Drops what belongs to the timeline so far, but for the recurrent state. */
-static void forget(struct ltn_session *s)
+void ltn_session_forget(struct ltn_session *s)
 {
     drop_text(s);
     s->detokenizer_current = false;
@@ -94,7 +93,7 @@ static void forget(struct ltn_session *s)
 enum ltn_status ltn_session_reset(struct ltn_session *s, struct ltn_error *err)
 {
     struct ltn_backend *be = s->engine->be;
-    forget(s);
+    ltn_session_forget(s);
     LTN_TRY(be->ops->zero(be, s->state, s->engine->info.state_bytes, err));
     s->failed = false;
     s->pos = 0;
@@ -244,6 +243,8 @@ enum ltn_status ltn_session_score(struct ltn_session *s, const int32_t *ids, siz
     if (s->score_rows == 0)
         return ltn_fail(err, LTN_ERR_INPUT, "session: created without score_rows, it cannot score");
     LTN_TRY(check_ids(s, ids, n, err));
+    if (n == 0)
+        return LTN_OK;
     LTN_TRY(run_pending(s, LTN_WANT_NONE, err));
     s->detokenizer_current = false;
     for (size_t done = 0; done < n;) {
@@ -277,25 +278,7 @@ enum ltn_status ltn_session_sample(struct ltn_session *s, const struct ltn_sampl
 
 /* ---- copies -------------------------------------------------------------------------------------------- */
 
-/* An exported session: this, then the logits, then the state. */
-struct exported {
-    char magic[8];
-    char model[32]; /* its checksum */
-    int64_t position;
-    uint64_t seed, draw;
-    int32_t has_logits;
-    int32_t recent[LTN_RECENT_IDS];
-};
-
-static const char exported_magic[8] = "ltn-ses1";
-
-uint64_t ltn_session_bytes(const struct ltn_engine_info *info)
-{
-    return sizeof(struct exported) + (uint64_t)info->vocab_size * sizeof(float) + info->state_bytes;
-}
-
-/* Brings everything up to date and the logits, where there are any, to the host. */
-static enum ltn_status settle(struct ltn_session *s, struct ltn_error *err)
+enum ltn_status ltn_session_settle(struct ltn_session *s, struct ltn_error *err)
 {
     const float *logits;
     LTN_TRY(ltn_session_ready(s, err));
@@ -310,10 +293,10 @@ enum ltn_status ltn_session_copy(struct ltn_session *dst, struct ltn_session *sr
 
     if (dst->engine != src->engine)
         return ltn_fail(err, LTN_ERR_INPUT, "session: a copy needs two sessions of one engine");
-    LTN_TRY(settle(src, err));
+    LTN_TRY(ltn_session_settle(src, err));
     if (dst == src)
         return LTN_OK;
-    forget(dst);
+    ltn_session_forget(dst);
     LTN_TRY(be->ops->copy(be, dst->state, src->state, src->engine->info.state_bytes, err));
     memcpy(dst->logits, src->logits, (size_t)src->engine->info.vocab_size * sizeof *src->logits);
     memcpy(dst->recent, src->recent, sizeof src->recent);
@@ -322,63 +305,5 @@ enum ltn_status ltn_session_copy(struct ltn_session *dst, struct ltn_session *sr
     dst->seed = src->seed;
     dst->draw = src->draw;
     dst->failed = false;
-    return LTN_OK;
-}
-
-static enum ltn_status check_size(const struct ltn_session *s, size_t bytes, struct ltn_error *err)
-{
-    if (bytes == s->engine->info.session_bytes)
-        return LTN_OK;
-    return ltn_fail(err, LTN_ERR_INPUT, "session: expected a buffer of %" PRIu64 " bytes, found %zu",
-                    s->engine->info.session_bytes, bytes);
-}
-
-enum ltn_status ltn_session_export(struct ltn_session *s, void *buffer, size_t bytes, struct ltn_error *err)
-{
-    const struct ltn_engine_info *info = &s->engine->info;
-    struct ltn_backend *be = s->engine->be;
-    const size_t logits_bytes = (size_t)info->vocab_size * sizeof *s->logits;
-    uint8_t *at = buffer;
-
-    LTN_TRY(check_size(s, bytes, err));
-    LTN_TRY(settle(s, err));
-    struct exported head = {.position = s->pos, .seed = s->seed, .draw = s->draw};
-    memcpy(head.magic, exported_magic, sizeof head.magic);
-    memcpy(head.model, info->checksum, sizeof head.model);
-    memcpy(head.recent, s->recent, sizeof head.recent);
-    head.has_logits = s->logits_where == LTN_ON_HOST;
-    memcpy(at, &head, sizeof head);
-    if (head.has_logits)
-        memcpy(at + sizeof head, s->logits, logits_bytes);
-    else
-        memset(at + sizeof head, 0, logits_bytes);
-    return be->ops->download(be, at + sizeof head + logits_bytes, s->state, info->state_bytes, err);
-}
-
-enum ltn_status ltn_session_import(struct ltn_session *s, const void *buffer, size_t bytes,
-                                   struct ltn_error *err)
-{
-    const struct ltn_engine_info *info = &s->engine->info;
-    struct ltn_backend *be = s->engine->be;
-    const size_t logits_bytes = (size_t)info->vocab_size * sizeof *s->logits;
-    const uint8_t *at = buffer;
-    struct exported head;
-
-    LTN_TRY(check_size(s, bytes, err));
-    memcpy(&head, at, sizeof head);
-    if (memcmp(head.magic, exported_magic, sizeof head.magic) != 0 || head.position < 0)
-        return ltn_fail(err, LTN_ERR_INPUT, "session: the buffer holds no exported session");
-    if (memcmp(head.model, info->checksum, sizeof head.model) != 0)
-        return ltn_fail(err, LTN_ERR_INPUT, "session: expected one of model %s, found one of %.32s",
-                        info->checksum, head.model);
-    forget(s);
-    LTN_TRY(be->ops->upload(be, s->state, at + sizeof head + logits_bytes, info->state_bytes, err));
-    memcpy(s->logits, at + sizeof head, logits_bytes);
-    memcpy(s->recent, head.recent, sizeof s->recent);
-    s->logits_where = head.has_logits ? LTN_ON_HOST : LTN_NOWHERE;
-    s->pos = head.position;
-    s->seed = head.seed;
-    s->draw = head.draw;
-    s->failed = false;
     return LTN_OK;
 }

@@ -5,7 +5,8 @@
 #include "src/engine.h"
 #include "src/sampling.h"
 
-/* The last ids of the timeline are kept: from them a fresh detokenizer finds its way back into the text. */
+/* The last ids of the timeline are kept, in session files too (src/session_file.h): from them a fresh
+ * detokenizer finds its way back into the text. What else looks back at past ids must do with as many. */
 enum { LTN_RECENT_IDS = 64 };
 
 enum ltn_where { LTN_NOWHERE, LTN_ON_BACKEND, LTN_ON_HOST };
@@ -36,5 +37,13 @@ struct ltn_session {
 
 /* Refuses where the session cannot go on: after a failure, or amid a text. */
 enum ltn_status ltn_session_ready(const struct ltn_session *session, struct ltn_error *err);
+
+/* Brings everything up to date and the logits, where there are any, to the host: wherever the position is not
+ * 0, they are there afterwards. */
+enum ltn_status ltn_session_settle(struct ltn_session *session, struct ltn_error *err);
+
+/* Drops what belongs to the timeline so far, but for the recurrent state: that, position, logits and recent ids
+ * are to be set anew, then `failed` cleared. */
+void ltn_session_forget(struct ltn_session *session);
 
 #endif

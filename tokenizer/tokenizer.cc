@@ -382,6 +382,7 @@ struct ltn_encoder {
     enum ltn_status append(std::string_view c, struct ltn_error *err);
     enum ltn_status end_run(struct ltn_error *err);
     enum ltn_status flush(struct ltn_error *err);
+    enum ltn_status settle(struct ltn_error *err);
     enum ltn_status encode(std::string_view word, struct ltn_error *err);
     enum ltn_status emit_one(int32_t id, struct ltn_error *err)
     {
@@ -565,6 +566,25 @@ enum ltn_status ltn_encoder::flush(struct ltn_error *err)
     return ids.empty() ? LTN_OK : emit(ctx, ids.data(), ids.size(), err);
 }
 
+/* Flushes the segment up to its last safe place. */
+enum ltn_status ltn_encoder::settle(struct ltn_error *err)
+{
+    size_t cut = 0;
+    uint32_t before = 0, c = 0;
+
+    for (size_t at = 0; at < segment.size(); before = c) {
+        const size_t n = ltn_utf8_decode(segment.data() + at, segment.size() - at, &c);
+        if (at > 0 && t->cuts.safe(before, c))
+            cut = at;
+        at += n;
+    }
+    const std::string rest = segment.substr(cut);
+    segment.resize(cut);
+    LTN_TRY(flush(err));
+    segment = rest;
+    return LTN_OK;
+}
+
 enum ltn_status ltn_encoder::encode(std::string_view word, struct ltn_error *err)
 {
     Words::Slot *slot = words.slot(word);
@@ -608,6 +628,11 @@ enum ltn_status ltn_encoder_feed(struct ltn_encoder *encoder, const char *text, 
         }
         return LTN_OK;
     });
+}
+
+enum ltn_status ltn_encoder_settle(struct ltn_encoder *encoder, struct ltn_error *err)
+{
+    return guarded(err, [&] { return encoder->settle(err); });
 }
 
 enum ltn_status ltn_encoder_finish(struct ltn_encoder *encoder, struct ltn_error *err)
