@@ -11,7 +11,7 @@ BIN     := $(if $(filter release,$(VARIANT)),.,$(B))
 
 NVCC    ?= $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 COMMON  := -I. -O3 -g -fPIC -pthread -fno-math-errno -Wall -Wextra -Werror -DLTN_VERSION='"$(VERSION)"'
-LDLIBS  := -lcjson -lsentencepiece -lxxhash -lstdc++ -ldl -lm -pthread
+LDLIBS  := -lcjson -lsentencepiece -lpcre2-8 -lxxhash -lstdc++ -ldl -lm -pthread
 ifeq ($(VARIANT),asan)
 COMMON  += -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 LDFLAGS += -fsanitize=address,undefined

@@ -5,78 +5,20 @@
  * not set skip. */
 #include "tokenizer/tokenizer.h"
 
-#include "tests/test_tokenizer.h"
+#include "tests/tokenizer_fixture.h"
 
 #include <pthread.h>
 #include <sys/resource.h>
 #include <unistd.h>
-
-#define DATA "tests/data/tokenizer/"
 
 static const char plain_json[] =
     "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false,\"special\":[]}";
 
 /* ---- helpers ---- */
 
-static struct ids encode(const struct ltn_tokenizer *t, const char *text, size_t bytes)
-{
-    struct ids out = {0};
-    struct ltn_error err;
-
-    if (ltn_tokenize(t, text, bytes, &out.data, &out.n, &err) != LTN_OK)
-        fail_msg("%s", err.text);
-    return out;
-}
-
-/* Fed in pieces of 0 to most bytes. */
-static void feed_split(struct ltn_encoder *encoder, const char *text, size_t bytes, size_t most,
-                       struct random *r)
-{
-    for (size_t at = 0, n; at < bytes; at += n) {
-        n = most == 1 ? 1 : random_below(r, (uint32_t)most + 1);
-        n = n < bytes - at ? n : bytes - at;
-        assert_int_equal(ltn_encoder_feed(encoder, text + at, n, NULL), LTN_OK);
-    }
-    assert_int_equal(ltn_encoder_finish(encoder, NULL), LTN_OK);
-}
-
-static struct ids encode_split(const struct ltn_tokenizer *t, const char *text, size_t bytes, size_t most,
-                               struct random *r)
-{
-    struct ltn_encoder *encoder;
-    struct ids out = {0};
-
-    assert_int_equal(ltn_encoder_create(&encoder, t, ids_emit, &out, NULL), LTN_OK);
-    feed_split(encoder, text, bytes, most, r);
-    ltn_encoder_free(encoder);
-    return out;
-}
-
-/* Every push must return whole characters. */
-static struct text decode(const struct ltn_tokenizer *t, const int32_t *ids, size_t n)
-{
-    struct ltn_detokenizer *d;
-    struct text out = {0};
-    struct ltn_error err;
-    const char *part;
-    size_t bytes;
-
-    assert_int_equal(ltn_detokenizer_create(&d, t, &err), LTN_OK);
-    for (size_t i = 0; i <= n; i++) {
-        if (i < n)
-            assert_int_equal(ltn_detokenizer_push(d, ids[i], &part, &bytes, &err), LTN_OK);
-        else
-            assert_int_equal(ltn_detokenizer_finish(d, &part, &bytes, &err), LTN_OK);
-        assert_int_equal(ltn_utf8_check(part, bytes), bytes);
-        text_add(&out, part, bytes);
-    }
-    ltn_detokenizer_free(d);
-    return out;
-}
-
 static void assert_decodes(const struct ltn_tokenizer *t, const int32_t *ids, size_t n, const char *expected)
 {
-    struct text got = decode(t, ids, n);
+    struct text got = tok_decode(t, ids, n);
 
     text_add(&got, "", 1);
     assert_string_equal(got.data, expected);
@@ -85,7 +27,7 @@ static void assert_decodes(const struct ltn_tokenizer *t, const int32_t *ids, si
 
 static struct ltn_tokenizer *open_json(const char *model, const char *json)
 {
-    struct text bytes = read_file(DATA, model);
+    struct text bytes = read_file(TOK_DATA, model);
     struct ltn_tokenizer *t;
     struct ltn_error err;
 
@@ -97,240 +39,24 @@ static struct ltn_tokenizer *open_json(const char *model, const char *json)
 
 /* ---- fixtures ---- */
 
-struct texts {
-    struct text *data; /* [n] */
-    size_t n;
-};
-
-static struct texts read_texts(void)
+static void check_model(const char *name, const char *folder, bool with_val)
 {
-    struct text file = read_file(DATA, "texts.hex");
-    struct texts all = {0};
+    char model[64];
 
-    for (char *line = file.data, *end;
-         (end = memchr(line, '\n', (size_t)(file.data + file.n - line))) != NULL; line = end + 1) {
-        all.data = realloc(all.data, (all.n + 1) * sizeof *all.data);
-        assert_non_null(all.data);
-        all.data[all.n++] = from_hex(line, (size_t)(end - line));
-    }
-    free(file.data);
-    assert_true(all.n > 150);
-    return all;
-}
-
-static void free_texts(struct texts *texts)
-{
-    for (size_t i = 0; i < texts->n; i++)
-        free(texts->data[i].data);
-    free(texts->data);
-}
-
-static void hash_ids(struct hash *h, const struct ids *ids)
-{
-    hash_add(h, ids->data, ids->n * sizeof *ids->data, ids->n);
-    hash_add(h, &(int32_t){-1}, sizeof(int32_t), 0);
-}
-
-static void hash_encode(struct hash *h, const struct ltn_tokenizer *t, const char *text, size_t bytes)
-{
-    struct ids ids = encode(t, text, bytes);
-
-    hash_ids(h, &ids);
-    free(ids.data);
-}
-
-static struct text random_text(struct random *r, const struct texts *texts)
-{
-    struct text out = {0};
-
-    for (uint32_t n = random_below(r, 24); n > 0; n--) {
-        const struct text *part = &texts->data[random_below(r, (uint32_t)texts->n)];
-        text_add(&out, part->data, part->n);
-    }
-    return out;
-}
-
-static void check_text(const struct ltn_tokenizer *t, const struct text *text, char *line)
-{
-    struct random r = {3};
-    struct ids want = {0};
-
-    for (char *word = strtok(line, " "); word != NULL; word = strtok(NULL, " "))
-        ids_add(&want, &(int32_t){(int32_t)strtol(word, NULL, 10)}, 1);
-    struct ids got = encode(t, text->data, text->n);
-    assert_ids(&got, &want);
-    free(got.data);
-    got = encode_split(t, text->data, text->n, 1, &r);
-    assert_ids(&got, &want);
-    free(got.data);
-    got = encode_split(t, text->data, text->n, 5, &r);
-    assert_ids(&got, &want);
-    free(got.data);
-    free(want.data);
-}
-
-/* Each text by itself, and all of them split and through one encoder, which has read a long text before. */
-static void check_random_encode(const struct ltn_tokenizer *t, const struct texts *texts, unsigned n,
-                                const char *want)
-{
-    struct random r = {1}, split = {4};
-    struct text long_text = {0};
-    struct ltn_encoder *encoder;
-    struct ids ids = {0};
-    struct hash h, h_split;
-
-    hash_begin(&h);
-    hash_begin(&h_split);
-    while (long_text.n < 10000)
-        for (size_t i = 0; i < texts->n; i++)
-            text_add(&long_text, texts->data[i].data, texts->data[i].n);
-    assert_int_equal(ltn_encoder_create(&encoder, t, ids_emit, &ids, NULL), LTN_OK);
-    feed_split(encoder, long_text.data, long_text.n, 9, &split);
-    free(long_text.data);
-    for (unsigned i = 0; i < n; i++) {
-        struct text text = random_text(&r, texts);
-        hash_encode(&h, t, text.data, text.n);
-        ids.n = 0;
-        feed_split(encoder, text.data, text.n, 9, &split);
-        hash_ids(&h_split, &ids);
-        free(text.data);
-    }
-    hash_check(&h, want);
-    hash_check(&h_split, want);
-    ltn_encoder_free(encoder);
-    free(ids.data);
-}
-
-static void check_random_decode(const struct ltn_tokenizer *t, unsigned n, const char *want)
-{
-    const uint32_t size = (uint32_t)ltn_tokenizer_size(t), near = size < 300 ? size : 300;
-    struct random r = {2};
-    struct hash h;
-
-    hash_begin(&h);
-    for (unsigned i = 0; i < n; i++) {
-        int32_t ids[24];
-        const bool is_near = random_below(&r, 2);
-        const size_t n_ids = random_below(&r, 24);
-        for (size_t j = 0; j < n_ids; j++)
-            ids[j] = (int32_t)random_below(&r, is_near ? near : size);
-        struct text text = decode(t, ids, n_ids);
-        text_add(&text, "", 1);
-        hash_add(&h, text.data, text.n, text.n - 1);
-        free(text.data);
-    }
-    hash_check(&h, want);
-}
-
-static void check_run(const struct ltn_tokenizer *t, const char *hex, size_t times, const char *want)
-{
-    struct text part = from_hex(hex, strlen(hex)), text = {0};
-    struct hash h;
-
-    for (size_t i = 0; i < times; i++)
-        text_add(&text, part.data, part.n);
-    hash_begin(&h);
-    hash_encode(&h, t, text.data, text.n);
-    hash_check(&h, want);
-    free(part.data);
-    free(text.data);
-}
-
-static void check_val_lines(const struct ltn_tokenizer *t, const struct text *val, const char *want)
-{
-    struct hash h;
-
-    hash_begin(&h);
-    for (size_t at = 0; at <= val->n;) {
-        const char *line = val->data + at;
-        const char *end = at < val->n ? memchr(line, '\n', val->n - at) : NULL;
-        const size_t n = end != NULL ? (size_t)(end - line) : val->n - at;
-        hash_encode(&h, t, line, n);
-        at += n + 1;
-    }
-    hash_check(&h, want);
-}
-
-static void check_val_whole(const struct ltn_tokenizer *t, const struct text *val, const char *want)
-{
-    struct random r = {5};
-    struct hash h;
-
-    hash_begin(&h);
-    struct ids ids = encode_split(t, val->data, val->n, 3000, &r);
-    hash_ids(&h, &ids);
-    free(ids.data);
-    hash_check(&h, want);
-}
-
-/* Every line of NAME.ids; val: its lines about val.txt, and nothing else. */
-static void check_fixture(const char *name, const char *folder, bool with_val)
-{
-    char file_name[64], hex[64], word[32], rest[64];
-    struct ltn_tokenizer *t;
-    struct ltn_error err;
-    size_t n_text = 0, n_checked = 0;
-    unsigned n;
-    int at;
-
-    snprintf(file_name, sizeof file_name, "%s.model", name);
-    struct text model = read_file(folder, file_name);
-    snprintf(file_name, sizeof file_name, "%s.ids", name);
-    struct text file = read_file(DATA, file_name);
-    struct text val = with_val ? read_val() : (struct text){0};
-    struct texts texts = read_texts();
-    if (ltn_tokenizer_open(&t, model.data, model.n, plain_json, &err) != LTN_OK)
-        fail_msg("%s", err.text);
-
-    text_add(&file, "", 1);
-    for (char *line = file.data, *end; (end = strchr(line, '\n')) != NULL; line = end + 1) {
-        *end = '\0';
-        at = 0;
-        if (sscanf(line, "%31s%n", word, &at) != 1)
-            fail_msg("an empty line");
-        if (strcmp(word, "model") == 0) {
-            struct hash h;
-            hash_begin(&h);
-            hash_add(&h, model.data, model.n, model.n);
-            snprintf(rest, sizeof rest, "%zu%s", model.n, line + at);
-            hash_check(&h, rest); /* else these fixtures are another model's */
-        } else if (strncmp(word, "val-", 4) == 0) {
-            if (with_val)
-                (word[4] == 'l' ? check_val_lines : check_val_whole)(t, &val, line + at + 1);
-        } else if (with_val) {
-            continue;
-        } else if (strcmp(word, "text") == 0) {
-            assert_true(n_text < texts.n);
-            check_text(t, &texts.data[n_text++], line + at);
-        } else if (sscanf(line, "random-encode %u %n", &n, &at) == 1) {
-            check_random_encode(t, &texts, n, line + at);
-        } else if (sscanf(line, "random-decode %u %n", &n, &at) == 1) {
-            check_random_decode(t, n, line + at);
-        } else if (sscanf(line, "run %63s %u %n", hex, &n, &at) == 2) {
-            check_run(t, hex, n, line + at);
-        } else {
-            fail_msg("an unknown line: %s", line);
-        }
-        n_checked++;
-    }
-    assert_true(with_val ? n_checked >= 2 : n_text == texts.n && n_checked > n_text + 8);
-    ltn_tokenizer_close(t);
-    free_texts(&texts);
-    free(file.data);
-    free(model.data);
-    free(val.data);
+    snprintf(model, sizeof model, "%s.model", name);
+    tok_check(folder, model, name, plain_json, with_val);
 }
 
 static void test_own_model(void **state)
 {
-    check_fixture(*state, DATA, false);
+    check_model(*state, TOK_DATA, false);
 }
 
 static void test_own_model_val(void **state)
 {
     if (getenv("LTN_TEST_CORPUS") == NULL)
         skip();
-    check_fixture(*state, DATA, true);
+    check_model(*state, TOK_DATA, true);
 }
 
 static void test_third_party(void **state)
@@ -339,7 +65,7 @@ static void test_third_party(void **state)
 
     if (folder == NULL)
         skip();
-    check_fixture(*state, folder, false);
+    check_model(*state, folder, false);
 }
 
 static void test_third_party_val(void **state)
@@ -348,7 +74,7 @@ static void test_third_party_val(void **state)
 
     if (folder == NULL || getenv("LTN_TEST_CORPUS") == NULL)
         skip();
-    check_fixture(*state, folder, true);
+    check_model(*state, folder, true);
 }
 
 /* ---- streams ---- */
@@ -363,7 +89,7 @@ static void test_split_invariance(void **state)
 {
     static const char *const models[] = {"tiny_bpe.model", "tiny_unigram.model", "tiny_suffix.model",
                                          "tiny_plain.model"};
-    struct texts texts = read_texts();
+    struct texts texts = tok_read_texts();
     (void)state;
 
     for (size_t m = 0; m < 4; m++) {
@@ -371,14 +97,14 @@ static void test_split_invariance(void **state)
         struct random r = {m + 1};
         struct text text = {0};
         while (text.n < 60000) {
-            struct text part = random_text(&r, &texts);
+            struct text part = tok_random_text(&r, &texts);
             text_add(&text, part.data, part.n);
             free(part.data);
         }
-        struct ids want = encode(t, text.data, text.n);
+        struct ids want = tok_encode(t, text.data, text.n);
         static const size_t most[] = {1, 2, 30, 5000, 100000};
         for (size_t i = 0; i < sizeof most / sizeof *most; i++) {
-            struct ids got = encode_split(t, text.data, text.n, most[i], &r);
+            struct ids got = tok_encode_split(t, text.data, text.n, most[i], &r);
             assert_ids(&got, &want);
             free(got.data);
         }
@@ -386,7 +112,7 @@ static void test_split_invariance(void **state)
         free(text.data);
         ltn_tokenizer_close(t);
     }
-    free_texts(&texts);
+    tok_free_texts(&texts);
 }
 
 /* More words than the encoder of a long text remembers, many in each other's place. */
@@ -402,12 +128,12 @@ static void test_many_words(void **state)
         char word[4] = " xy";
         for (int k = 1; k < 4; k++)
             word[k] = (char)('a' + random_below(&r, 26));
-        struct ids ids = encode(t, word, 4); /* a short text, of which nothing is remembered */
+        struct ids ids = tok_encode(t, word, 4); /* a short text, of which nothing is remembered */
         ids_add(&want, ids.data, ids.n);
         text_add(&text, word, 4);
         free(ids.data);
     }
-    struct ids got = encode(t, text.data, text.n);
+    struct ids got = tok_encode(t, text.data, text.n);
     assert_ids(&got, &want);
     free(got.data);
     free(want.data);
@@ -426,14 +152,14 @@ static void test_forced_cut(void **state)
 
     for (size_t i = 0; i < N; i++)
         text_add(&text, "\u2581", 3); /* pieces of several spaces: no cut between two is safe */
-    struct ids want = encode(t, text.data, text.n);
-    struct ids got = encode_split(t, text.data, text.n, 70000, &r);
+    struct ids want = tok_encode(t, text.data, text.n);
+    struct ids got = tok_encode_split(t, text.data, text.n, 70000, &r);
     assert_ids(&got, &want);
     const size_t cut = (WINDOW + 2) / 3 * 3;
-    struct ids left = encode(t, text.data, cut), right = encode(t, text.data + cut, text.n - cut);
+    struct ids left = tok_encode(t, text.data, cut), right = tok_encode(t, text.data + cut, text.n - cut);
     ids_add(&left, right.data, right.n);
     assert_ids(&left, &want);
-    struct text back = decode(t, want.data, want.n);
+    struct text back = tok_decode(t, want.data, want.n);
     assert_int_equal(back.n, N);
     for (size_t i = 0; i < N; i++)
         assert_int_equal(back.data[i], ' ');
@@ -463,7 +189,7 @@ static long max_rss_kib(void)
 
 static void test_constant_memory(void **state)
 {
-    struct texts texts = read_texts();
+    struct texts texts = tok_read_texts();
     struct ltn_tokenizer *t = open_json("tiny_bpe.model", special_json);
     struct ltn_encoder *encoder;
     struct random r = {7};
@@ -473,7 +199,7 @@ static void test_constant_memory(void **state)
     (void)state;
 
     while (text.n < 300000) {
-        struct text part = random_text(&r, &texts);
+        struct text part = tok_random_text(&r, &texts);
         text_add(&text, part.data, part.n);
         free(part.data);
     }
@@ -495,7 +221,7 @@ static void test_constant_memory(void **state)
 #endif
     ltn_encoder_free(encoder);
     free(text.data);
-    free_texts(&texts);
+    tok_free_texts(&texts);
     ltn_tokenizer_close(t);
 }
 
@@ -592,7 +318,7 @@ static void test_special(void **state)
         struct ids want = {0};
         ids_add(&want, &(int32_t){1}, 1);
         for (size_t j = 0;; j++) {
-            struct ids run = encode(runs, cases[i].parts[j].run, strlen(cases[i].parts[j].run));
+            struct ids run = tok_encode(runs, cases[i].parts[j].run, strlen(cases[i].parts[j].run));
             if (run.n > 0)
                 ids_add(&want, run.data, run.n);
             free(run.data);
@@ -602,7 +328,7 @@ static void test_special(void **state)
         }
         ids_add(&want, &(int32_t){2}, 1);
         for (size_t most = 1; most < 20; most += 3) {
-            struct ids got = encode_split(t, cases[i].text, strlen(cases[i].text), most, &r);
+            struct ids got = tok_encode_split(t, cases[i].text, strlen(cases[i].text), most, &r);
             assert_ids(&got, &want);
             free(got.data);
         }
@@ -679,7 +405,7 @@ static void test_pieces(void **state)
 
 static void test_describe(void **state)
 {
-    struct text model = read_file(DATA, "tiny_bpe.model");
+    struct text model = read_file(TOK_DATA, "tiny_bpe.model");
     struct ltn_tokenizer *t;
     struct ltn_error err;
     char *json;

@@ -1,4 +1,5 @@
-/* Ids to text: SentencePieceProcessor::Decode of SentencePiece 0.2, id by id. */
+/* Ids to text, id by id: SentencePieceProcessor::Decode of SentencePiece 0.2, or the bytes of tiktoken's
+ * tokens. */
 #include "tokenizer/tokens.h"
 #include "tokenizer/utf8.h"
 
@@ -10,8 +11,8 @@ static const char replacement[] = "\xEF\xBF\xBD"; /* U+FFFD */
 
 struct ltn_detokenizer {
     const struct ltn_tokenizer *tokenizer;
-    const struct ltn_sp_model *model;
-    bool first; /* no id has come */
+    const struct ltn_sp_model *model; /* NULL: tokens are bytes, of the rest only `held` and `out` are used */
+    bool first;                       /* no id has come */
     bool after_special;
     /* Since the last special token: */
     bool has_text;
@@ -19,8 +20,8 @@ struct ltn_detokenizer {
     bool prefix_dropped; /* the last piece has given it away */
     char held[4];        /* [n_held] bytes of a character that is not whole: at most 3 between calls */
     size_t n_held;
-    /* [n_out] what this call completes: what was held, a space, and one text */
-    char out[3 * sizeof replacement + 1 + LTN_TOKENIZER_MAX_PIECE];
+    /* [n_out] what this call completes: what was held and one text, each byte of which may become U+FFFD */
+    char out[3 * (sizeof(char[4]) + LTN_TOKENIZER_MAX_PIECE)];
     size_t n_out;
 };
 
@@ -56,6 +57,43 @@ static void put_held(struct ltn_detokenizer *d, bool last)
     }
     d->n_held -= at;
     memmove(d->held, d->held + at, d->n_held);
+}
+
+/* Whether held[0, n_held) begins a character that is not whole. */
+static bool may_go_on(const unsigned char *held, size_t n)
+{
+    const size_t length = ltn_utf8_length(held[0]);
+
+    if (length < 2 || n >= length || held[0] < 0xC2 || held[0] > 0xF4)
+        return false;
+    /* the shortest form, no surrogate, nothing above U+10FFFF: the second byte tells */
+    return n == 1 || (held[0] == 0xE0   ? held[1] >= 0xA0
+                      : held[0] == 0xED ? held[1] < 0xA0
+                      : held[0] == 0xF0 ? held[1] >= 0x90
+                      : held[0] == 0xF4 ? held[1] < 0x90
+                                        : true);
+}
+
+/* One byte of a token that is bytes. What is held is the beginning of a character; if the byte does not go on
+ * with it, it becomes one U+FFFD, and the byte begins anew. */
+static void put_byte(struct ltn_detokenizer *d, char byte)
+{
+    uint32_t c;
+
+    if (d->n_held > 0 && !ltn_utf8_is_trail((unsigned char)byte)) {
+        put(d, replacement, 3);
+        d->n_held = 0;
+    }
+    d->held[d->n_held++] = byte;
+    if (ltn_utf8_decode(d->held, d->n_held, &c) == d->n_held) {
+        put(d, d->held, d->n_held);
+        d->n_held = 0;
+    } else if (!may_go_on((const unsigned char *)d->held, d->n_held)) {
+        put(d, replacement, 3);
+        if (d->n_held > 1) /* what was held; the byte itself, which trails, begins nothing */
+            put(d, replacement, 3);
+        d->n_held = 0;
+    }
 }
 
 static int hex_digit(char c)
@@ -138,7 +176,10 @@ enum ltn_status ltn_detokenizer_push(struct ltn_detokenizer *d, int32_t id, cons
         return ltn_fail(err, LTN_ERR_INPUT, "tokenizer: id %d names no token; ids are below %d", id,
                         ltn_tokenizer_size(d->tokenizer));
     d->n_out = 0;
-    if (token.is_special) {
+    if (d->model == NULL) {
+        for (size_t i = 0; i < token.text.bytes; i++)
+            put_byte(d, token.text.data[i]);
+    } else if (token.is_special) {
         put_special(d, token.text);
         begin_run(d);
     } else {
@@ -156,6 +197,10 @@ enum ltn_status ltn_detokenizer_finish(struct ltn_detokenizer *d, const char **t
 {
     (void)err;
     d->n_out = 0;
+    if (d->model == NULL && d->n_held > 0) {
+        put(d, replacement, 3);
+        d->n_held = 0;
+    }
     put_held(d, true);
     begin_text(d);
     *text = d->out;

@@ -2,6 +2,7 @@
 
 #include "tokenizer/lookup.h"
 #include "tokenizer/sp_model.h"
+#include "tokenizer/tiktoken.h"
 #include "tokenizer/tokens.h"
 #include "tokenizer/utf8.h"
 
@@ -80,6 +81,30 @@ enum ltn_status members(const cJSON *object, const char *where, const char *cons
     return LTN_OK;
 }
 
+enum ltn_status integer(const cJSON *value, const char *what, int32_t *out, struct ltn_error *err)
+{
+    if (!cJSON_IsNumber(value) || value->valuedouble != value->valueint)
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: %s is not an integer", what);
+    *out = value->valueint;
+    return LTN_OK;
+}
+
+enum ltn_status parse(const char *json, Json *root, struct ltn_error *err)
+{
+    const size_t bytes = strnlen(json, LTN_TOKENIZER_MAX_JSON + 1);
+
+    if (bytes > LTN_TOKENIZER_MAX_JSON)
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: more than %d bytes", LTN_TOKENIZER_MAX_JSON);
+    if (strstr(json, "\\u0000") != nullptr) /* cJSON ends a string there */
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: \\u0000 is not allowed");
+    const char *end = json;
+    root->reset(cJSON_ParseWithLengthOpts(json, bytes + 1, &end, 1));
+    if (*root == nullptr)
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: not valid from byte %zu on",
+                        (size_t)(end - json));
+    return LTN_OK;
+}
+
 enum ltn_status check_special(int32_t id, const char *text, struct ltn_error *err)
 {
     const size_t bytes = strlen(text);
@@ -99,27 +124,32 @@ enum ltn_status check_special(int32_t id, const char *text, struct ltn_error *er
 } /* namespace */
 
 struct ltn_tokenizer {
+    std::unordered_map<int32_t, std::string> special; /* id -> text */
+    Literals literals;                                /* the special tokens */
+    int32_t size = 0, bos = -1, eos = -1;
+    bool add_bos = false, add_eos = false;
+    struct ltn_tiktoken *tiktoken = nullptr; /* else it is SentencePiece's, and then: */
+
     std::string bytes; /* the model; `model` points into it */
     struct ltn_sp_model model = {};
     sentencepiece::SentencePieceProcessor sp;
-    std::unordered_map<int32_t, std::string> special; /* id -> text */
     std::unordered_map<int32_t, int32_t> twins; /* id -> id of the reserved piece of the same text, which
                                                    SentencePiece decodes in its place */
-    Literals literals;                          /* the special tokens */
     Literals user_defined;                      /* these the normaliser leaves as they are */
     Cuts cuts;
     size_t segment = 0; /* bytes; from here on a segment ends at the first place that is safe. Small ones stay
                            in the cache; a unigram model's are as long as its sums stay exact enough */
     size_t longest_unit = 4; /* bytes; the most that the normaliser looks at to take one step */
-    int32_t size = 0, bos = -1, eos = -1;
-    bool add_bos = false, add_eos = false;
 
     ~ltn_tokenizer()
     {
+        ltn_tiktoken_close(tiktoken);
         ltn_sp_model_free(&model);
     }
+    enum ltn_status open(const void *data, size_t n, const char *json, struct ltn_error *err);
     enum ltn_status open_model(const void *data, size_t n, struct ltn_error *err);
-    enum ltn_status open_json(const char *json, struct ltn_error *err);
+    enum ltn_status open_tiktoken(const void *data, size_t n, struct ltn_error *err);
+    enum ltn_status open_json(const cJSON *root, struct ltn_error *err);
     enum ltn_status add_special(const cJSON *list, struct ltn_error *err);
     int32_t piece_id(std::string_view text) const;
 };
@@ -127,6 +157,8 @@ struct ltn_tokenizer {
 /* -1: not a piece. */
 int32_t ltn_tokenizer::piece_id(std::string_view text) const
 {
+    if (tiktoken != nullptr)
+        return ltn_bpe_find(ltn_tiktoken_bpe(tiktoken), text.data(), text.size());
     if (text.empty())
         return -1;
     const int id = sp.PieceToId(text); /* the unknown piece where there is none */
@@ -184,13 +216,11 @@ enum ltn_status ltn_tokenizer::add_special(const cJSON *list, struct ltn_error *
         return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: \"special\" is not an array");
     for (const cJSON *entry = list->child; entry != nullptr; entry = entry->next) {
         LTN_TRY(members(entry, "an entry of \"special\"", names, value, 2, err));
-        if (!cJSON_IsNumber(value[0]) || value[0]->valuedouble != value[0]->valueint)
-            return ltn_fail(err, LTN_ERR_INPUT,
-                            "tokenizer JSON: the id of a special token is not an integer");
+        int32_t id = -1;
+        LTN_TRY(integer(value[0], "the id of a special token", &id, err));
         if (!cJSON_IsString(value[1]))
             return ltn_fail(err, LTN_ERR_INPUT,
                             "tokenizer JSON: the text of a special token is not a string");
-        const int32_t id = value[0]->valueint;
         LTN_TRY(check_special(id, value[1]->valuestring, err));
         const auto added = special.emplace(id, value[1]->valuestring);
         if (!added.second || !texts.insert(added.first->second).second)
@@ -206,34 +236,57 @@ enum ltn_status ltn_tokenizer::add_special(const cJSON *list, struct ltn_error *
     return LTN_OK;
 }
 
-enum ltn_status ltn_tokenizer::open_json(const char *json, struct ltn_error *err)
+enum ltn_status ltn_tokenizer::open_tiktoken(const void *data, size_t n, struct ltn_error *err)
 {
-    static const char *const names[] = {"type", "add_bos", "add_eos", "special"};
-    const cJSON *value[4];
-    const size_t bytes = strnlen(json, LTN_TOKENIZER_MAX_JSON + 1);
+    LTN_TRY(ltn_tiktoken_open(&tiktoken, data, n, err));
+    size = ltn_tiktoken_bpe(tiktoken)->n;
+    return LTN_OK;
+}
 
-    if (bytes > LTN_TOKENIZER_MAX_JSON)
-        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: more than %d bytes", LTN_TOKENIZER_MAX_JSON);
-    if (strstr(json, "\\u0000") != nullptr) /* cJSON ends a string there */
-        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: \\u0000 is not allowed");
-    const char *end = json;
-    const Json root(cJSON_ParseWithLengthOpts(json, bytes + 1, &end, 1), cJSON_Delete);
-    if (!root)
-        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: not valid from byte %zu on",
-                        (size_t)(end - json));
-    LTN_TRY(members(root.get(), "it", names, value, 4, err));
-    if (!cJSON_IsString(value[0]) || strcmp(value[0]->valuestring, "sentencepiece") != 0)
-        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: \"type\" is not \"sentencepiece\"");
+/* The model is open. */
+enum ltn_status ltn_tokenizer::open_json(const cJSON *root, struct ltn_error *err)
+{
+    static const char *const names[] = {"type", "add_bos", "add_eos", "special", "pattern", "bos", "eos"};
+    const char *const type = tiktoken != nullptr ? "tiktoken" : "sentencepiece";
+    const cJSON *value[7];
+
+    LTN_TRY(members(root, "it", names, value, tiktoken != nullptr ? 7 : 4, err));
+    if (!cJSON_IsString(value[0]) || strcmp(value[0]->valuestring, type) != 0)
+        return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: \"type\" is not \"%s\"", type);
     for (int i = 1; i <= 2; i++)
         if (!cJSON_IsBool(value[i]))
             return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: \"%s\" is neither true nor false", names[i]);
     add_bos = cJSON_IsTrue(value[1]);
     add_eos = cJSON_IsTrue(value[2]);
+    LTN_TRY(add_special(value[3], err));
+    if (tiktoken != nullptr) {
+        if (!cJSON_IsString(value[4]) || strcmp(value[4]->valuestring, LTN_TIKTOKEN_PATTERN) != 0)
+            return ltn_fail(err, LTN_ERR_UNSUPPORTED,
+                            "tokenizer JSON: \"pattern\" is not the one that is known, %s",
+                            LTN_TIKTOKEN_PATTERN);
+        LTN_TRY(integer(value[5], "\"bos\"", &bos, err));
+        LTN_TRY(integer(value[6], "\"eos\"", &eos, err));
+        for (const int32_t id : {bos, eos})
+            if (id != -1 && special.count(id) == 0)
+                return ltn_fail(err, LTN_ERR_INPUT, "tokenizer JSON: \"%s\" %d is no special token",
+                                id == bos ? "bos" : "eos", id);
+    }
     if ((add_bos && bos < 0) || (add_eos && eos < 0))
         return ltn_fail(err, LTN_ERR_INPUT,
                         "tokenizer JSON: \"add_%s\" is true, but the model has no such piece",
                         add_bos && bos < 0 ? "bos" : "eos");
-    return add_special(value[3], err);
+    return LTN_OK;
+}
+
+enum ltn_status ltn_tokenizer::open(const void *data, size_t n, const char *json, struct ltn_error *err)
+{
+    Json root(nullptr, cJSON_Delete);
+
+    LTN_TRY(parse(json, &root, err));
+    const cJSON *type = cJSON_GetObjectItemCaseSensitive(root.get(), "type");
+    const bool ranks = cJSON_IsString(type) && strcmp(type->valuestring, "tiktoken") == 0;
+    LTN_TRY(ranks ? open_tiktoken(data, n, err) : open_model(data, n, err));
+    return open_json(root.get(), err);
 }
 
 enum ltn_status ltn_tokenizer_open(struct ltn_tokenizer **out, const void *model, size_t bytes,
@@ -242,8 +295,7 @@ enum ltn_status ltn_tokenizer_open(struct ltn_tokenizer **out, const void *model
     *out = nullptr;
     return guarded(err, [&] {
         auto tokenizer = std::make_unique<ltn_tokenizer>();
-        LTN_TRY(tokenizer->open_model(model, bytes, err));
-        LTN_TRY(tokenizer->open_json(json, err));
+        LTN_TRY(tokenizer->open(model, bytes, json, err));
         *out = tokenizer.release();
         return LTN_OK;
     });
@@ -294,6 +346,12 @@ bool ltn_tokenizer_token(const struct ltn_tokenizer *tokenizer, int32_t id, stru
         *token = {{special->second.data(), special->second.size()}, true, LTN_SP_CONTROL};
         return true;
     }
+    if (id >= 0 && tokenizer->tiktoken != nullptr) {
+        const struct ltn_bpe *bpe = ltn_tiktoken_bpe(tokenizer->tiktoken);
+        if (id < bpe->n)
+            *token = {{bpe->bytes + bpe->from[id], bpe->from[id + 1] - bpe->from[id]}, false, LTN_SP_NORMAL};
+        return id < bpe->n;
+    }
     if (id < 0 || (size_t)id >= tokenizer->model.n_pieces)
         return false;
     const auto twin = tokenizer->twins.find(id);
@@ -305,7 +363,43 @@ bool ltn_tokenizer_token(const struct ltn_tokenizer *tokenizer, int32_t id, stru
 
 const struct ltn_sp_model *ltn_tokenizer_model(const struct ltn_tokenizer *tokenizer)
 {
-    return &tokenizer->model;
+    return tokenizer->tiktoken != nullptr ? nullptr : &tokenizer->model;
+}
+
+/* What both kinds of JSON have. */
+static bool add_common(cJSON *root, const char *type, bool add_bos, bool add_eos)
+{
+    return root != nullptr && cJSON_AddStringToObject(root, "type", type) != nullptr &&
+           cJSON_AddBoolToObject(root, "add_bos", add_bos) != nullptr &&
+           cJSON_AddBoolToObject(root, "add_eos", add_eos) != nullptr;
+}
+
+static bool add_entry(cJSON *list, int32_t id, const char *text)
+{
+    cJSON *entry = cJSON_CreateObject();
+    return entry != nullptr && cJSON_AddItemToArray(list, entry) &&
+           cJSON_AddNumberToObject(entry, "id", id) != nullptr &&
+           cJSON_AddStringToObject(entry, "text", text) != nullptr;
+}
+
+/* Prints the tree, unless !ok, and sees that the tokenizer, whose model is open, takes it: bos, eos, texts
+ * given twice. */
+static enum ltn_status print(ltn_tokenizer *tokenizer, const cJSON *root, bool ok, char **json,
+                             struct ltn_error *err)
+{
+    char *text = ok ? cJSON_PrintUnformatted(root) : nullptr;
+    Json again(nullptr, cJSON_Delete);
+
+    if (text == nullptr)
+        return ltn_fail(err, LTN_ERR_MEMORY, "tokenizer: out of memory for the JSON");
+    enum ltn_status status = parse(text, &again, err);
+    if (status == LTN_OK)
+        status = tokenizer->open_json(again.get(), err);
+    if (status == LTN_OK)
+        *json = text;
+    else
+        free(text);
+    return status;
 }
 
 enum ltn_status ltn_tokenizer_describe(const void *model, size_t bytes, bool add_bos, bool add_eos,
@@ -331,33 +425,39 @@ enum ltn_status ltn_tokenizer_describe(const void *model, size_t bytes, bool add
 
         const Json root(cJSON_CreateObject(), cJSON_Delete);
         cJSON *list = nullptr;
-        bool ok = root != nullptr &&
-                  cJSON_AddStringToObject(root.get(), "type", "sentencepiece") != nullptr &&
-                  cJSON_AddBoolToObject(root.get(), "add_bos", add_bos) != nullptr &&
-                  cJSON_AddBoolToObject(root.get(), "add_eos", add_eos) != nullptr &&
+        bool ok = add_common(root.get(), "sentencepiece", add_bos, add_eos) &&
                   (list = cJSON_AddArrayToObject(root.get(), "special")) != nullptr;
-        for (size_t id = 0; ok && id < texts.size(); id++) {
-            if (texts[id].empty())
-                continue;
-            cJSON *entry = cJSON_CreateObject();
-            ok = entry != nullptr && cJSON_AddItemToArray(list, entry) &&
-                 cJSON_AddNumberToObject(entry, "id", (double)id) != nullptr &&
-                 cJSON_AddStringToObject(entry, "text", texts[id].c_str()) != nullptr;
-        }
-        char *text = ok ? cJSON_PrintUnformatted(root.get()) : nullptr;
-        if (text == nullptr)
-            return ltn_fail(err, LTN_ERR_MEMORY, "tokenizer: out of memory for the JSON");
-        const enum ltn_status status = tokenizer.open_json(text, err); /* bos, eos, texts given twice */
-        if (status == LTN_OK)
-            *json = text;
-        else
-            free(text);
-        return status;
+        for (size_t id = 0; ok && id < texts.size(); id++)
+            ok = texts[id].empty() || add_entry(list, (int32_t)id, texts[id].c_str());
+        return print(&tokenizer, root.get(), ok, json, err);
     });
 }
 
-/* ---- text to ids: special tokens are split off, what lies between is normalised, and cut into segments ----
- */
+enum ltn_status ltn_tokenizer_describe_tiktoken(const void *model, size_t bytes, bool add_bos, bool add_eos,
+                                                int32_t bos, int32_t eos, const struct ltn_special *special,
+                                                size_t n_special, char **json, struct ltn_error *err)
+{
+    *json = nullptr;
+    return guarded(err, [&] {
+        ltn_tokenizer tokenizer;
+        LTN_TRY(tokenizer.open_tiktoken(model, bytes, err));
+        const Json root(cJSON_CreateObject(), cJSON_Delete);
+        cJSON *list = nullptr;
+        bool ok = add_common(root.get(), "tiktoken", add_bos, add_eos) &&
+                  cJSON_AddStringToObject(root.get(), "pattern", LTN_TIKTOKEN_PATTERN) != nullptr &&
+                  cJSON_AddNumberToObject(root.get(), "bos", bos) != nullptr &&
+                  cJSON_AddNumberToObject(root.get(), "eos", eos) != nullptr &&
+                  (list = cJSON_AddArrayToObject(root.get(), "special")) != nullptr;
+        for (size_t i = 0; ok && i < n_special; i++) {
+            LTN_TRY(check_special(special[i].id, special[i].text, err));
+            ok = add_entry(list, special[i].id, special[i].text);
+        }
+        return print(&tokenizer, root.get(), ok, json, err);
+    });
+}
+
+/* ---- text to ids: special tokens are split off; what lies between goes to tiktoken, or is normalised and
+ * cut into segments for SentencePiece ---- */
 
 struct ltn_encoder {
     const struct ltn_tokenizer *t;
@@ -367,7 +467,8 @@ struct ltn_encoder {
     bool begun = false; /* bos is out */
     std::string text;   /* not yet searched for special tokens: less than the longest of them */
     /* The run: what lies between two special tokens. */
-    std::string run;          /* not yet normalised: less than the longest unit */
+    struct ltn_tiktoken_run *pieces = nullptr; /* NULL: SentencePiece's */
+    std::string run;          /* not yet taken in there, or normalised: less than the longest unit */
     bool run_begun = false;   /* something of it counts: the dummy prefix is out */
     bool after_space = false; /* further spaces are dropped (remove_extra_whitespaces) */
     size_t held_spaces = 0;   /* to be dropped should the run end here (remove_extra_whitespaces) */
@@ -375,7 +476,21 @@ struct ltn_encoder {
     std::vector<int> ids, word_ids;
     Words words;
 
+    ~ltn_encoder()
+    {
+        ltn_tiktoken_run_free(pieces);
+    }
+    enum ltn_status create(const struct ltn_tokenizer *tokenizer, ltn_ids_fn *fn, void *fn_ctx,
+                           struct ltn_error *err)
+    {
+        t = tokenizer;
+        emit = fn;
+        ctx = fn_ctx;
+        return t->tiktoken == nullptr ? LTN_OK
+                                      : ltn_tiktoken_run_create(&pieces, t->tiktoken, fn, fn_ctx, err);
+    }
     enum ltn_status split(bool last, struct ltn_error *err);
+    enum ltn_status advance(bool last, struct ltn_error *err);
     enum ltn_status normalize(bool last, struct ltn_error *err);
     enum ltn_status put_unit(std::string_view unit, struct ltn_error *err);
     enum ltn_status put_char(std::string_view c, struct ltn_error *err);
@@ -413,7 +528,7 @@ enum ltn_status ltn_encoder::split(bool last, struct ltn_error *err)
                 if (more && !last) { /* may yet become a longer one */
                     run.append(text, from, at - from);
                     text.erase(0, at);
-                    return normalize(false, err);
+                    return advance(false, err);
                 }
                 break;
             }
@@ -426,7 +541,18 @@ enum ltn_status ltn_encoder::split(bool last, struct ltn_error *err)
         }
     }
     text.clear();
-    return normalize(false, err);
+    return advance(false, err);
+}
+
+/* Takes in what there is of the run. */
+enum ltn_status ltn_encoder::advance(bool last, struct ltn_error *err)
+{
+    if (pieces == nullptr)
+        return normalize(last, err);
+    size_t used;
+    LTN_TRY(ltn_tiktoken_run_feed(pieces, run.data(), run.size(), last, &used, err));
+    run.erase(0, used);
+    return LTN_OK;
 }
 
 /* Normalizer::NormalizePrefix of SentencePiece, unit by unit: a user-defined piece stays as it is, else the
@@ -532,7 +658,7 @@ enum ltn_status ltn_encoder::end_run(struct ltn_error *err)
 {
     const struct ltn_sp_model &m = t->model;
 
-    LTN_TRY(normalize(true, err));
+    LTN_TRY(advance(true, err));
     if (run_begun && m.add_dummy_prefix && m.whitespace_as_suffix)
         LTN_TRY(append(m.escape_whitespaces ? kSpace : " ", err));
     run_begun = false;
@@ -609,9 +735,7 @@ enum ltn_status ltn_encoder_create(struct ltn_encoder **out, const struct ltn_to
     *out = nullptr;
     return guarded(err, [&] {
         auto encoder = std::make_unique<ltn_encoder>();
-        encoder->t = tokenizer;
-        encoder->emit = emit;
-        encoder->ctx = ctx;
+        LTN_TRY(encoder->create(tokenizer, emit, ctx, err));
         *out = encoder.release();
         return LTN_OK;
     });
@@ -667,9 +791,7 @@ enum ltn_status ltn_tokenize(const struct ltn_tokenizer *tokenizer, const char *
     return guarded(err, [&] {
         std::vector<int32_t> all;
         ltn_encoder encoder;
-        encoder.t = tokenizer;
-        encoder.emit = collect;
-        encoder.ctx = &all;
+        LTN_TRY(encoder.create(tokenizer, collect, &all, err));
         LTN_TRY(ltn_encoder_feed(&encoder, text, bytes, err));
         LTN_TRY(ltn_encoder_finish(&encoder, err));
         if (all.empty())

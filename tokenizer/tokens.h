@@ -15,8 +15,9 @@ struct ltn_token {
     enum ltn_sp_piece_type type;
 };
 
-/* How id decodes; false: it names no token. */
+/* How id decodes; false: it names no token. The type is SentencePiece's alone. */
 bool ltn_tokenizer_token(const struct ltn_tokenizer *tokenizer, int32_t id, struct ltn_token *token);
+/* NULL: tokens are bytes, as tiktoken has them. */
 const struct ltn_sp_model *ltn_tokenizer_model(const struct ltn_tokenizer *tokenizer);
 
 #ifdef __cplusplus
