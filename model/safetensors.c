@@ -279,8 +279,8 @@ const char *ltn_st_metadata(const struct ltn_st_file *file, const char *key)
 
 struct ltn_st_writer {
     char *path, *temporary;
-    int fd;             /* -1: */
-    uint8_t *memory;    /* into this, [room], [used] so far */
+    int fd;          /* -1: */
+    uint8_t *memory; /* into this, [room], [used] so far */
     size_t room, used;
     uint64_t data_bytes, written;
     off_t checksum_at; /* of the digits in the file; 0: none wanted */
@@ -293,7 +293,8 @@ static enum ltn_status write_all(struct ltn_st_writer *w, const void *data, size
     const char *p = data;
     if (w->memory) {
         if (bytes > w->room - w->used)
-            return ltn_fail(err, LTN_ERR_INPUT, "%s: does not fit into %zu bytes of memory", w->path, w->room);
+            return ltn_fail(err, LTN_ERR_INPUT, "%s: does not fit into %zu bytes of memory", w->path,
+                            w->room);
         memcpy(w->memory + w->used, data, bytes);
         w->used += bytes;
         return LTN_OK;
@@ -428,8 +429,8 @@ static enum ltn_status begin(struct ltn_st_writer *w, const struct ltn_st_tensor
     w->hash = XXH3_createState();
     if (!w->hash || XXH3_128bits_reset(w->hash) != XXH_OK)
         return ltn_fail(err, LTN_ERR_MEMORY, "%s: no memory for the checksum", w->path);
-    LTN_TRY(make_header(&header, &bytes, &w->data_bytes, w->path, tensors, n_tensors, metadata, n_metadata,
-                        err));
+    LTN_TRY(
+        make_header(&header, &bytes, &w->data_bytes, w->path, tensors, n_tensors, metadata, n_metadata, err));
     const char *field = memmem(header, bytes, CHECKSUM_FIELD, strlen(CHECKSUM_FIELD));
     w->checksum_at = field ? field - header + (off_t)strlen("\"checksum\":\"") : 0;
     enum ltn_status status = w->memory ? LTN_OK : begin_file(w, bytes + w->data_bytes, err);

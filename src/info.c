@@ -175,8 +175,8 @@ static enum ltn_status verify_session(const struct ltn_session_file *s, struct l
                          ? ltn_first_not_finite(s->file.map + t->offset, LTN_F32, elements(t))
                          : elements(t);
         if (bad < elements(t))
-            return ltn_fail(err, LTN_ERR_INPUT, "%s: tensor \"%s\" is not finite at element %zu", s->file.path,
-                            t->name, bad);
+            return ltn_fail(err, LTN_ERR_INPUT, "%s: tensor \"%s\" is not finite at element %zu",
+                            s->file.path, t->name, bad);
     }
     return LTN_OK;
 }
@@ -195,7 +195,8 @@ static enum ltn_status print_session(const struct ltn_session_file *s, bool tens
     if (strspn(s->prefix, "0") < strlen(s->prefix))
         LTN_TRY(ltn_cli_printf(err, "prefix        %s\n", s->prefix));
     LTN_TRY(ltn_cli_printf(err, "vocabulary    %s\n", grouped(number, elements(s->logits))));
-    LTN_TRY(ltn_cli_printf(err, "state         %s bytes in %d layers\n", grouped(number, state), s->n_layers));
+    LTN_TRY(
+        ltn_cli_printf(err, "state         %s bytes in %d layers\n", grouped(number, state), s->n_layers));
     for (int32_t l = 0; l < s->n_layers; l++)
         LTN_TRY(print_layer(s, l, err));
     LTN_TRY(ltn_cli_printf(err, "checksum      %s%s\n", s->checksum,

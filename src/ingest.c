@@ -15,9 +15,9 @@ struct stream {
     struct ltn_session *fork;    /* NULL: nothing is asked */
     struct ltn_encoder *encoder; /* NULL with ids */
     struct ltn_id_parser parser;
-    int64_t next;        /* position of the next question */
-    int64_t answered_at; /* of the last one; -1: none yet */
-    double deadline;     /* of the next question */
+    int64_t next;         /* position of the next question */
+    int64_t answered_at;  /* of the last one; -1: none yet */
+    double deadline;      /* of the next question */
     struct ltn_error end; /* status LTN_OK: go on; else an answer ended the reading */
 };
 
@@ -99,7 +99,8 @@ static enum ltn_status look_at_clock(struct stream *s, struct ltn_error *err)
     return LTN_OK;
 }
 
-/* Is there input? Waits for it a second at most: should a signal come just before the wait, it is seen then. */
+/* Is there input? Waits for it a second at most: should a signal come just before the wait, it is seen then.
+ */
 static bool has_input(const struct stream *s)
 {
     double seconds = fmin(fmax(s->deadline - now(), 0), 1);
@@ -143,13 +144,15 @@ static enum ltn_status run(struct stream *s, struct ltn_error *err)
     else if (ltn_engine_tokenizer(in->engine))
         LTN_TRY(ltn_encoder_create(&s->encoder, ltn_engine_tokenizer(in->engine), take_ids, s, err));
     else
-        return ltn_fail(err, LTN_ERR_UNSUPPORTED, "the model has no tokenizer: expected token ids, found text");
+        return ltn_fail(err, LTN_ERR_UNSUPPORTED,
+                        "the model has no tokenizer: expected token ids, found text");
     s->next = ltn_session_position(in->session) + in->every_tokens;
     s->deadline = in->every_seconds > 0 ? now() + in->every_seconds : INFINITY;
 
     enum ltn_status status = read_input(s, err);
-    if (status == LTN_ERR_STOPPED || status == LTN_ERR_IO || s->end.status != LTN_OK) { /* not of the encoder */
-        s->end = *err; /* nothing is asked from now on */
+    if (status == LTN_ERR_STOPPED || status == LTN_ERR_IO ||
+        s->end.status != LTN_OK) { /* not of the encoder */
+        s->end = *err;             /* nothing is asked from now on */
         finish_input(s, NULL);
         return status;
     }

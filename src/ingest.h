@@ -1,5 +1,5 @@
-/* A stream without end: text (or ids) from standard input goes into one session, in constant memory, and now and
- * then a fork of it is asked a question and dropped. */
+/* A stream without end: text (or ids) from standard input goes into one session, in constant memory, and now
+ * and then a fork of it is asked a question and dropped. */
 #ifndef LTN_INGEST_H
 #define LTN_INGEST_H
 
@@ -16,7 +16,8 @@ struct ltn_ingest {
     bool echo; /* write what was read to standard output */
     /* Ask after every so many tokens, or after so many seconds in which something came; 0: only at the end.
      * Tokens are counted from where the session stands at the beginning, so where the questions fall does not
-     * depend on how the input arrives. At a time, text counts but for its last word, which may yet grow. */
+     * depend on how the input arrives. At a time, text counts but for its last words, which may yet change.
+     */
     int64_t every_tokens;
     double every_seconds;
     const int32_t *question; /* [n_question] */
@@ -25,9 +26,9 @@ struct ltn_ingest {
     void *ctx;
 };
 
-/* Reads standard input to its end, asks a last time unless just done, and leaves the session behind all that was
- * read: also where it fails or, on a signal, returns LTN_ERR_STOPPED. The tokens are those of the whole text in
- * one piece. A question at position 0 is asked after the model's BOS token, if it has one. */
+/* Reads standard input to its end, asks a last time unless just done, and leaves the session behind all that
+ * was read: also where it fails or, on a signal, returns LTN_ERR_STOPPED. The tokens are those of the whole
+ * text in one piece. A question at position 0 is asked after the model's BOS token, if it has one. */
 enum ltn_status ltn_ingest(const struct ltn_ingest *ingest, struct ltn_error *err);
 
 #endif

@@ -136,12 +136,12 @@ typedef enum ltn_status ltn_logits_fn(void *ctx, const float *logits, int64_t po
 enum ltn_status ltn_session_score(struct ltn_session *session, const int32_t *ids, size_t n,
                                   ltn_logits_fn *each, void *ctx, struct ltn_error *err);
 
-/* The whole session as a file of info.session_bytes bytes (src/session_file.h says what is in it), however long
- * its past is. What is loaded, into any session of the same model, goes on exactly where the saved one stood:
- * its text, its draws, a character of which only the first bytes were generated. Saving appears under its name
- * complete and synced, or not at all: a file that was there stays until then, and a full disk is a failure.
- * Amid a text saving is refused. Loading refuses another model's session and, by its checksums, a truncated or
- * altered file; the session is then as it was. */
+/* The whole session as a file of info.session_bytes bytes (src/session_file.h says what is in it), however
+ * long its past is. What is loaded, into any session of the same model, goes on exactly where the saved one
+ * stood: its text, its draws, a character of which only the first bytes were generated. Saving appears under
+ * its name complete and synced, or not at all: a file that was there stays until then, and a full disk is a
+ * failure. Amid a text saving is refused. Loading refuses another model's session and, by its checksums, a
+ * truncated or altered file; the session is then as it was. */
 enum ltn_status ltn_session_save(struct ltn_session *session, const char *path, struct ltn_error *err);
 enum ltn_status ltn_session_load(struct ltn_session *session, const char *path, struct ltn_error *err);
 

@@ -16,9 +16,9 @@
 #include "src/session_file.h"
 
 enum {
-    FIRST = 256,       /* tokens before the first entry on the way */
-    STRIDE = 1 << 20,  /* the most between two of them; and the most tokens that wait */
-    STALE = 60 * 60,   /* seconds after which a temporary file is one that a killed process left */
+    FIRST = 256,      /* tokens before the first entry on the way */
+    STRIDE = 1 << 20, /* the most between two of them; and the most tokens that wait */
+    STALE = 60 * 60,  /* seconds after which a temporary file is one that a killed process left */
     HASH_DIGITS = 32,
     MAX_NAME = 80,
 };
@@ -35,7 +35,7 @@ struct ltn_prefix_cache {
     struct ltn_encoder *encoder; /* NULL until the first text */
     bool in_text;
 
-    struct entry *entries; /* [n_entries] by count; those the folder had at the beginning */
+    struct entry *entries;  /* [n_entries] by count; those the folder had at the beginning */
     size_t n_entries, next; /* entries before `next` have no more tokens than came */
     size_t *matches;        /* [n_matches] entries that are a beginning of the prompt and reach into `held` */
     size_t n_matches;
@@ -199,7 +199,8 @@ static int64_t next_boundary(int64_t position)
 }
 
 /* Gives the session ids that follow those it has. */
-static enum ltn_status advance(struct ltn_prefix_cache *c, const int32_t *ids, size_t n, struct ltn_error *err)
+static enum ltn_status advance(struct ltn_prefix_cache *c, const int32_t *ids, size_t n,
+                               struct ltn_error *err)
 {
     while (n > 0) {
         int64_t boundary = next_boundary(c->n_fed);
@@ -325,7 +326,8 @@ enum ltn_status ltn_prefix_finish(struct ltn_prefix_cache *c, int64_t *resumed, 
 
 /* ---- life ---------------------------------------------------------------------------------------------- */
 
-static enum ltn_status begin_hash(XXH3_state_t **state, const struct ltn_engine *engine, struct ltn_error *err)
+static enum ltn_status begin_hash(XXH3_state_t **state, const struct ltn_engine *engine,
+                                  struct ltn_error *err)
 {
     static const char kind[] = "ltn-prefix 1";
     *state = XXH3_createState();
@@ -359,8 +361,8 @@ static enum ltn_status open_all(struct ltn_prefix_cache *c, const char *folder, 
     return c->matches ? LTN_OK : ltn_fail(err, LTN_ERR_MEMORY, "%s: no memory for its entries", folder);
 }
 
-enum ltn_status ltn_prefix_open(struct ltn_prefix_cache **out, struct ltn_session *session, const char *folder,
-                                uint64_t max_bytes, struct ltn_error *err)
+enum ltn_status ltn_prefix_open(struct ltn_prefix_cache **out, struct ltn_session *session,
+                                const char *folder, uint64_t max_bytes, struct ltn_error *err)
 {
     *out = NULL;
     struct ltn_prefix_cache *c = calloc(1, sizeof *c);

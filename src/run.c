@@ -38,8 +38,8 @@ struct run {
     struct ltn_session *session;
     struct ltn_prefix_cache *cache; /* the prompt goes through it; NULL: straight into the session */
     int64_t start;                  /* position before the prompt is read */
-    bool terminal;       /* stdout is one */
-    int64_t ids_printed; /* with --tokens */
+    bool terminal;                  /* stdout is one */
+    int64_t ids_printed;            /* with --tokens */
     double prefill_seconds;
     double first_token, last_token; /* when they came */
 };
@@ -391,11 +391,13 @@ static int check(const struct options *o)
     if (o->every && (!o->ingest || !(o->prompt || o->tokens)))
         return ltn_cli_bad_usage("--every: expected --ingest and a question by -p or --tokens with it");
     if (o->ingest && (o->file || (o->tokens && strcmp(o->tokens, "-") == 0)))
-        return ltn_cli_bad_usage("--ingest: standard input is the stream; expected the question by -p or --tokens");
+        return ltn_cli_bad_usage(
+            "--ingest: standard input is the stream; expected the question by -p or --tokens");
     if (o->ingest && !o->prompt && !o->tokens && !o->save)
         return ltn_cli_bad_usage("--ingest: expected a question by -p or --tokens, or a file by --save");
     if (o->prefix_cache && (o->ingest || o->load))
-        return ltn_cli_bad_usage("--prefix-cache: for prompts from their beginning, not with --load or --ingest");
+        return ltn_cli_bad_usage(
+            "--prefix-cache: for prompts from their beginning, not with --load or --ingest");
     if (!o->prompt && !o->file && !o->tokens && !o->load && !o->ingest && isatty(STDIN_FILENO))
         return ltn_cli_bad_usage("no prompt: expected -p, -f, --tokens or text on standard input; see "
                                  "ltn-run --help");
@@ -474,14 +476,15 @@ int main(int argc, char **argv)
         .summary = "Continue a text with a TransNormerLLM.",
         .flags = flags,
         .n_flags = sizeof flags / sizeof *flags,
-        .notes = "Without -p, -f, --tokens and --load the prompt is standard input. It may have any length and is "
-                 "taken exactly as it is, its last newline too. An empty prompt starts from the model's BOS "
-                 "token. Standard output carries the text and nothing else.\n\n"
-                 "What a run with --save prints, then one with --load and no prompt, is to the byte what one run "
-                 "would have printed: a character that is not whole at the end of the first waits for the second. "
-                 "--stop looks at the text of its own run. Nothing is saved where reading the prompt was "
-                 "interrupted.\n\n"
-                 "Exit status: 0 done, 1 failure, 2 wrong usage, 130 after Ctrl-C.",
+        .notes =
+            "Without -p, -f, --tokens and --load the prompt is standard input. It may have any length and is "
+            "taken exactly as it is, its last newline too. An empty prompt starts from the model's BOS "
+            "token. Standard output carries the text and nothing else.\n\n"
+            "What a run with --save prints, then one with --load and no prompt, is to the byte what one run "
+            "would have printed: a character that is not whole at the end of the first waits for the second. "
+            "--stop looks at the text of its own run. Nothing is saved where reading the prompt was "
+            "interrupted.\n\n"
+            "Exit status: 0 done, 1 failure, 2 wrong usage, 130 after Ctrl-C.",
     };
     struct run run = {.options = &o};
     struct ltn_error err;

@@ -42,8 +42,8 @@ enum ltn_status ltn_session_ready(const struct ltn_session *session, struct ltn_
  * 0, they are there afterwards. */
 enum ltn_status ltn_session_settle(struct ltn_session *session, struct ltn_error *err);
 
-/* Drops what belongs to the timeline so far, but for the recurrent state: that, position, logits and recent ids
- * are to be set anew, then `failed` cleared. */
+/* Drops what belongs to the timeline so far, but for the recurrent state: that, position, logits and recent
+ * ids are to be set anew, then `failed` cleared. */
 void ltn_session_forget(struct ltn_session *session);
 
 #endif

@@ -35,12 +35,12 @@ struct header {
 static void add(struct header *h, const char *name, enum ltn_st_dtype dtype, int32_t rank, int64_t a,
                 int64_t b, int64_t c)
 {
-    h->tensors[h->n_tensors++] = (struct ltn_st_tensor){.name = name,
-                                                        .dtype = dtype,
-                                                        .rank = rank,
-                                                        .shape = {a, b, c},
-                                                        .bytes = ltn_st_dtype_size(dtype) *
-                                                                 (uint64_t)(a * b * c)};
+    h->tensors[h->n_tensors++] =
+        (struct ltn_st_tensor){.name = name,
+                               .dtype = dtype,
+                               .rank = rank,
+                               .shape = {a, b, c},
+                               .bytes = ltn_st_dtype_size(dtype) * (uint64_t)(a * b * c)};
 }
 
 static void add_tensors(struct header *h, const struct ltn_config *c)
@@ -61,14 +61,8 @@ static void make_header(struct header *h, const struct ltn_engine *engine, int64
     snprintf(h->position, sizeof h->position, "%019" PRId64, position);
     snprintf(h->seed, sizeof h->seed, "%020" PRIu64, seed);
     snprintf(h->draw, sizeof h->draw, "%020" PRIu64, draw);
-    const char *values[N_KEYS] = {"ltn-session",
-                                  "1",
-                                  engine->info.checksum,
-                                  h->position,
-                                  h->seed,
-                                  h->draw,
-                                  prefix ? prefix : ZEROS,
-                                  h->seal,
+    const char *values[N_KEYS] = {"ltn-session", "1",     engine->info.checksum,   h->position,
+                                  h->seed,       h->draw, prefix ? prefix : ZEROS, h->seal,
                                   ZEROS};
     make_seal(h->seal, values);
     for (int i = 0; i < N_KEYS; i++) {
@@ -214,8 +208,9 @@ static enum ltn_status read_metadata(struct ltn_session_file *f, struct ltn_erro
                         "%s: damaged: its metadata are not the numbers that they should be", st->path);
     make_seal(seal, values);
     if (strcmp(seal, values[SEAL]) != 0)
-        return ltn_fail(err, LTN_ERR_INPUT, "%s: damaged: the seal of its metadata is %s, the header says %.40s",
-                        st->path, seal, values[SEAL]);
+        return ltn_fail(err, LTN_ERR_INPUT,
+                        "%s: damaged: the seal of its metadata is %s, the header says %.40s", st->path, seal,
+                        values[SEAL]);
     f->position = (int64_t)position;
     return LTN_OK;
 }
@@ -229,8 +224,8 @@ static enum ltn_status check_tensor(const struct ltn_st_file *st, size_t i, cons
         return LTN_OK;
     return ltn_fail(err, LTN_ERR_INPUT,
                     "%s: tensor number %zu is \"%.100s\", %s of %d dimensions, expected \"%s\", %s of %d",
-                    st->path, i, t->name, ltn_st_dtype_name(t->dtype), t->rank, name, ltn_st_dtype_name(dtype),
-                    rank);
+                    st->path, i, t->name, ltn_st_dtype_name(t->dtype), t->rank, name,
+                    ltn_st_dtype_name(dtype), rank);
 }
 
 static enum ltn_status read_tensors(struct ltn_session_file *f, struct ltn_error *err)
@@ -252,8 +247,8 @@ static enum ltn_status read_tensors(struct ltn_session_file *f, struct ltn_error
     f->logits = &st->tensors[f->n_layers];
     f->recent = &st->tensors[f->n_layers + 1];
     if (f->recent->shape[0] != LTN_RECENT_IDS)
-        return ltn_fail(err, LTN_ERR_INPUT, "%s: tensor \"recent\" has %" PRId64 " ids, expected %d", st->path,
-                        f->recent->shape[0], LTN_RECENT_IDS);
+        return ltn_fail(err, LTN_ERR_INPUT, "%s: tensor \"recent\" has %" PRId64 " ids, expected %d",
+                        st->path, f->recent->shape[0], LTN_RECENT_IDS);
     return LTN_OK;
 }
 
@@ -312,7 +307,8 @@ static enum ltn_status check_match(const struct ltn_session_file *f, const struc
     add_tensors(&h, &engine->model.config);
     for (size_t i = 0; i < h.n_tensors; i++)
         if (st->n_tensors != h.n_tensors || st->tensors[i].bytes != h.tensors[i].bytes ||
-            memcmp(st->tensors[i].shape, h.tensors[i].shape, (size_t)h.tensors[i].rank * sizeof(int64_t)) != 0)
+            memcmp(st->tensors[i].shape, h.tensors[i].shape, (size_t)h.tensors[i].rank * sizeof(int64_t)) !=
+                0)
             return ltn_fail(err, LTN_ERR_INPUT, "%s: tensor \"%s\" has not the shape that the model asks for",
                             st->path, h.tensors[i].name);
     LTN_TRY(ltn_session_file_verify(f, err));

@@ -12,7 +12,8 @@ unset LTN_MODEL
 try "$run" --help
 pass "--help goes to stdout" exited 0
 pass "--help names every option" sh -c 'for f in -m -p -f -n --temp --top-k --top-p --min-p --seed --stop --ignore-eos \
-    --echo --tokens -t --device --stats -q --help --version; do grep -qE "^ +$f( |\$)" "$1" || exit 1; done' sh "$tmp/out"
+    --echo --tokens --save --load --prefix-cache --prefix-cache-size --ingest --every -t --device --stats -q --help \
+    --version; do grep -qE "^ +$f( |\$)" "$1" || exit 1; done' sh "$tmp/out"
 pass "--help leaves stderr empty" test ! -s "$tmp/err"
 try "$run" --temp 0.1 --version
 pass "--version" sh -c 'grep -qE "^ltn-run \(ltn\) [0-9]+\.[0-9]+\.[0-9]+$" "$1"' sh "$tmp/out"

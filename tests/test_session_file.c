@@ -141,8 +141,9 @@ static double difference(struct ltn_session *a, struct ltn_session *b)
 
 /* ---- resuming ------------------------------------------------------------------------------------------ */
 
-/* A session that at random places is saved and loaded into a new one, exported and imported, forked, led astray
- * and brought back: to the bit it stays with one that just goes on, in its logits and in what it draws. */
+/* A session that at random places is saved and loaded into a new one, exported and imported, forked, led
+ * astray and brought back: to the bit it stays with one that just goes on, in its logits and in what it
+ * draws. */
 static void walk(const char *model, uint64_t seed)
 {
     enum { STEPS = 150, MOST = 200 };
@@ -468,7 +469,8 @@ static void test_killed(void **state)
         close(ends[0]);
 
         CHECK(ltn_session_load(session, file, &err));
-        assert_true(ltn_session_position(session) >= reported && ltn_session_position(session) <= reported + 1);
+        assert_true(ltn_session_position(session) >= reported &&
+                    ltn_session_position(session) <= reported + 1);
         later += ltn_session_position(session) > reported;
         reported = ltn_session_position(session);
         while (ltn_session_position(expected) < reported) {
@@ -765,8 +767,9 @@ static enum ltn_status answer(void *ctx, struct ltn_session *fork, struct ltn_er
 /* Some text of about so many tokens, to a file; words of many lengths, and characters of several bytes. */
 static char *make_text(const char *path, size_t bytes)
 {
-    static const char *const words[] = {"the",  "other", "thing", " and",      "so",          "\n", "in", "42,",
-                                        "ing.", "  ",    "Error", "\xc3\xa9t", "\xf0\x9f\x98\x80"};
+    static const char *const words[] = {
+        "the",   "other",     "thing",           " and", "so", "\n", "in", "42,", "ing.", "  ",
+        "Error", "\xc3\xa9t", "\xf0\x9f\x98\x80"};
     struct test_rng rng = {15};
     char *text = malloc(bytes + 16);
     size_t n = 0;

@@ -115,6 +115,57 @@ static void test_split_invariance(void **state)
     tok_free_texts(&texts);
 }
 
+/* Settling gives out all but the last words, at once, and does not change the ids. */
+static void test_settle(void **state)
+{
+    static const char *const models[] = {"tiny_bpe.model", "tiny_unigram.model", "tiny_suffix.model",
+                                         "tiny_plain.model"};
+    struct texts texts = read_texts();
+    (void)state;
+
+    for (size_t m = 0; m < 4; m++) {
+        struct ltn_tokenizer *t = open_json(models[m], m == 0 ? special_json : plain_json);
+        struct random r = {m + 21};
+        struct text text = {0};
+        while (text.n < 40000) {
+            struct text part = random_text(&r, &texts);
+            text_add(&text, part.data, part.n);
+            free(part.data);
+        }
+        struct ids want = encode(t, text.data, text.n), got = {0};
+        struct ltn_encoder *encoder;
+        assert_int_equal(ltn_encoder_create(&encoder, t, ids_emit, &got, NULL), LTN_OK);
+        for (size_t at = 0, n; at < text.n; at += n) {
+            n = 1 + random_below(&r, random_below(&r, 2) ? 3 : 400);
+            n = n < text.n - at ? n : text.n - at;
+            assert_int_equal(ltn_encoder_feed(encoder, text.data + at, n, NULL), LTN_OK);
+            if (random_below(&r, 3) == 0)
+                assert_int_equal(ltn_encoder_settle(encoder, NULL), LTN_OK);
+        }
+        assert_int_equal(ltn_encoder_finish(encoder, NULL), LTN_OK);
+        assert_ids(&got, &want);
+
+        static const char line[] = "and so on and so on, as they say, until there is nothing more to say\n";
+        got.n = 0;
+        assert_int_equal(ltn_encoder_feed(encoder, line, strlen(line), NULL), LTN_OK);
+        assert_int_equal(ltn_encoder_settle(encoder, NULL), LTN_OK);
+        struct text early = decode(t, got.data, got.n);
+        struct ids ids = encode(t, line, strlen(line));
+        struct text all = decode(t, ids.data, ids.n);
+        assert_in_range(early.n, all.n / 2, all.n);
+        assert_memory_equal(early.data, all.data, early.n);
+        free(all.data);
+        free(ids.data);
+        free(early.data);
+        ltn_encoder_free(encoder);
+        free(got.data);
+        free(want.data);
+        free(text.data);
+        ltn_tokenizer_close(t);
+    }
+    free_texts(&texts);
+}
+
 /* More words than the encoder of a long text remembers, many in each other's place. */
 static void test_many_words(void **state)
 {
@@ -463,6 +514,7 @@ int main(void)
         {"third-party model: sp-test-ja, val.txt", test_third_party_val, NULL, NULL, others[4]},
         {"third-party model: sp-test-unigram, val.txt", test_third_party_val, NULL, NULL, others[5]},
         cmocka_unit_test(test_split_invariance),
+        cmocka_unit_test(test_settle),
         cmocka_unit_test(test_many_words),
         cmocka_unit_test(test_forced_cut),
         cmocka_unit_test(test_constant_memory),

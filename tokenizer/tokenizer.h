@@ -104,7 +104,7 @@ enum ltn_status ltn_encoder_create(struct ltn_encoder **out, const struct ltn_to
                                    ltn_ids_fn *emit, void *ctx, struct ltn_error *err);
 enum ltn_status ltn_encoder_feed(struct ltn_encoder *encoder, const char *text, size_t bytes,
                                  struct ltn_error *err);
-/* Amid a text: emits what is certain by now, all but the last word or so, rather than waiting for a segment's
+/* Amid a text: emits what is certain by now, all but the last words, rather than waiting for a segment's
  * worth. The ids stay those of the whole text (a unigram model's within the rounding above). */
 enum ltn_status ltn_encoder_settle(struct ltn_encoder *encoder, struct ltn_error *err);
 /* The end of the text: emits the rest. The encoder then stands at the beginning of a new text. */
