@@ -120,7 +120,7 @@ static void test_settle(void **state)
 {
     static const char *const models[] = {"tiny_bpe.model", "tiny_unigram.model", "tiny_suffix.model",
                                          "tiny_plain.model"};
-    struct texts texts = read_texts();
+    struct texts texts = tok_read_texts();
     (void)state;
 
     for (size_t m = 0; m < 4; m++) {
@@ -128,11 +128,11 @@ static void test_settle(void **state)
         struct random r = {m + 21};
         struct text text = {0};
         while (text.n < 40000) {
-            struct text part = random_text(&r, &texts);
+            struct text part = tok_random_text(&r, &texts);
             text_add(&text, part.data, part.n);
             free(part.data);
         }
-        struct ids want = encode(t, text.data, text.n), got = {0};
+        struct ids want = tok_encode(t, text.data, text.n), got = {0};
         struct ltn_encoder *encoder;
         assert_int_equal(ltn_encoder_create(&encoder, t, ids_emit, &got, NULL), LTN_OK);
         for (size_t at = 0, n; at < text.n; at += n) {
@@ -149,9 +149,9 @@ static void test_settle(void **state)
         got.n = 0;
         assert_int_equal(ltn_encoder_feed(encoder, line, strlen(line), NULL), LTN_OK);
         assert_int_equal(ltn_encoder_settle(encoder, NULL), LTN_OK);
-        struct text early = decode(t, got.data, got.n);
-        struct ids ids = encode(t, line, strlen(line));
-        struct text all = decode(t, ids.data, ids.n);
+        struct text early = tok_decode(t, got.data, got.n);
+        struct ids ids = tok_encode(t, line, strlen(line));
+        struct text all = tok_decode(t, ids.data, ids.n);
         assert_in_range(early.n, all.n / 2, all.n);
         assert_memory_equal(early.data, all.data, early.n);
         free(all.data);
@@ -163,7 +163,7 @@ static void test_settle(void **state)
         free(text.data);
         ltn_tokenizer_close(t);
     }
-    free_texts(&texts);
+    tok_free_texts(&texts);
 }
 
 /* More words than the encoder of a long text remembers, many in each other's place. */
