@@ -355,29 +355,58 @@ static enum ltn_status check_header(const char *path, const char *json, size_t b
     return status;
 }
 
-/* Creates the temporary file beside the path: the umask applies, as it would to the file itself. */
-static enum ltn_status create_temporary(struct ltn_st_writer *w, struct ltn_error *err)
+/* The folder that path lies in, malloc'd; NULL when memory is out. */
+static char *folder_of(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    if (!slash)
+        return strdup(".");
+    return strndup(path, slash == path ? 1 : (size_t)(slash - path)); /* "/file" lies in "/" */
+}
+
+/* Finds a free name beside the path for the file: a new one, or what the descriptor has open. */
+static enum ltn_status name_temporary(struct ltn_st_writer *w, struct ltn_error *err)
+{
+    char open_file[40];
+    size_t room = strlen(w->path) + 40;
+    bool named = false, has_file = w->fd >= 0;
+
+    w->temporary = malloc(room);
+    if (!w->temporary)
+        return ltn_fail(err, LTN_ERR_MEMORY, "%s: no memory for its name", w->path);
+    snprintf(open_file, sizeof open_file, "/proc/self/fd/%d", w->fd);
+    errno = EEXIST;
+    for (int i = 0; i < 1000 && !named && errno == EEXIST; i++) {
+        snprintf(w->temporary, room, "%s.%ld-%d.tmp", w->path, (long)getpid(), i);
+        if (has_file) {
+            named = linkat(AT_FDCWD, open_file, AT_FDCWD, w->temporary, AT_SYMLINK_FOLLOW) == 0;
+        } else {
+            w->fd = open(w->temporary, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+            named = w->fd >= 0;
+        }
+    }
+    if (named)
+        return LTN_OK;
+    int error = errno;
+    free(w->temporary);
+    w->temporary = NULL; /* there is nothing to remove */
+    return ltn_fail(err, LTN_ERR_IO, "%s: cannot create: %s", w->path, strerror(error));
+}
+
+/* Creates the file in the folder of the path: the umask applies, as it would to the file itself. Where that
+ * can be had it has no name until it is complete, so that a process that is killed leaves nothing. */
+static enum ltn_status create_file(struct ltn_st_writer *w, struct ltn_error *err)
 {
     struct stat st;
     if (stat(w->path, &st) == 0 && !S_ISREG(st.st_mode)) /* or the rename would replace /dev/null */
         return ltn_fail(err, LTN_ERR_INPUT, "%s: exists and is not a regular file", w->path);
-    size_t room = strlen(w->path) + 40;
-    w->temporary = malloc(room);
-    if (!w->temporary)
-        return ltn_fail(err, LTN_ERR_MEMORY, "%s: no memory for its name", w->path);
-    for (int i = 0; i < 1000 && w->fd < 0; i++) {
-        snprintf(w->temporary, room, "%s.%ld-%d.tmp", w->path, (long)getpid(), i);
-        w->fd = open(w->temporary, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-        if (w->fd < 0 && errno != EEXIST)
-            break;
-    }
-    if (w->fd < 0) {
-        int error = errno;
-        free(w->temporary);
-        w->temporary = NULL;
-        return ltn_fail(err, LTN_ERR_IO, "%s: cannot create: %s", w->path, strerror(error));
-    }
-    return LTN_OK;
+    char *folder = folder_of(w->path);
+    if (!folder)
+        return ltn_fail(err, LTN_ERR_MEMORY, "%s: no memory for its folder's name", w->path);
+    if (access("/proc/self/fd", F_OK) == 0) /* by which it gets its name */
+        w->fd = open(folder, O_RDWR | O_TMPFILE | O_CLOEXEC, 0666);
+    free(folder);
+    return w->fd >= 0 ? LTN_OK : name_temporary(w, err);
 }
 
 /* The file up to its data: *header is malloc'd, [*bytes], a multiple of ALIGNMENT. */
@@ -409,11 +438,11 @@ static enum ltn_status make_header(char **header, size_t *bytes, uint64_t *data_
     return status;
 }
 
-/* The file under its temporary name. Reserving the room tells of a full disk now rather than after an hour.
+/* Reserving the room tells of a full disk now rather than after an hour.
  */
 static enum ltn_status begin_file(struct ltn_st_writer *w, uint64_t bytes, struct ltn_error *err)
 {
-    LTN_TRY(create_temporary(w, err));
+    LTN_TRY(create_file(w, err));
     if (fallocate(w->fd, 0, 0, (off_t)bytes) != 0 && (errno == ENOSPC || errno == EDQUOT || errno == EFBIG))
         return ltn_fail(err, LTN_ERR_IO, "%s: cannot reserve %" PRIu64 " bytes: %s", w->path, bytes,
                         strerror(errno));
@@ -507,13 +536,10 @@ void ltn_st_checksum_text(char text[33], uint64_t high, uint64_t low)
 /* The name is durable only when its directory is. */
 static enum ltn_status sync_directory(const char *path, struct ltn_error *err)
 {
-    char *directory = strdup(path);
+    char *directory = folder_of(path);
     if (!directory)
         return ltn_fail(err, LTN_ERR_MEMORY, "%s: no memory for its directory's name", path);
-    char *slash = strrchr(directory, '/');
-    if (slash)
-        slash[slash == directory] = 0; /* "/file" lies in "/" */
-    int fd = open(slash ? directory : ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     free(directory);
     if (fd < 0)
         return LTN_OK; /* a directory one may write in but not read */
@@ -542,6 +568,8 @@ static enum ltn_status complete(struct ltn_st_writer *w, struct ltn_error *err)
         return LTN_OK;
     if (fsync(w->fd) != 0)
         return ltn_fail(err, LTN_ERR_IO, "%s: cannot sync: %s", w->path, strerror(errno));
+    if (!w->temporary)
+        LTN_TRY(name_temporary(w, err));
     int fd = w->fd;
     w->fd = -1;
     if (close(fd) != 0)

@@ -70,8 +70,9 @@ const char *ltn_st_metadata(const struct ltn_st_file *file, const char *key);   
 
 struct ltn_st_writer;
 
-/* Writes to a temporary file beside `path`; the file appears under its name, synced, in ltn_st_finish. The
- * header is padded with spaces to a multiple of 64 bytes, so that the first tensor is aligned.
+/* Writes to a file in the folder of `path`, without a name where the system can, so that a process that is
+ * killed leaves nothing, else under a temporary one; it appears under its own name, synced, in ltn_st_finish.
+ * The header is padded with spaces to a multiple of 64 bytes, so that the first tensor is aligned.
  * tensors[i].offset is ignored and computed; tensors[i].bytes must agree with dtype and shape. metadata: [2 *
  * n_metadata] as above. A metadata value of 32 zeros under the key "checksum" is replaced by the XXH3-128 of
  * the data in hexadecimal. */

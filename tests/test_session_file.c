@@ -482,7 +482,8 @@ static void test_killed(void **state)
         if (reported > 0)
             assert_true(same_logits(session, expected));
     }
-    print_message("# %d kills, %lld saves, %d of them not reported yet\n", KILLS, (long long)saves, later);
+    print_message("# %d kills, %lld saves, %d of them not reported yet; %d temporary files left\n", KILLS,
+                  (long long)saves, later, files_in(test_folder(), ".tmp"));
     assert_true(saves > KILLS);
     ltn_session_free(session);
     ltn_session_free(expected);
