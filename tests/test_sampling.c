@@ -14,6 +14,7 @@
 #include "src/sampling.h"
 #include "src/stop.h"
 #include "tests/support.h"
+#include "tests/text_model.h"
 
 /* ---- Philox: known answers of the authors' Random123 distribution ---------------------------------------
  */
@@ -547,6 +548,161 @@ static void test_empty_stop_string(void **state)
     assert_non_null(strstr(err.text, "stop string 2"));
 }
 
+/* ---- in a session ---------------------------------------------------------------------------------------
+ */
+
+enum { N_TOKENS = 1500, V = 360 };
+
+struct history {
+    int32_t ids[N_TOKENS];
+    int32_t n;
+};
+
+/* Every choice of a session is the one that its logits, its last tokens and its draws call for, also in a
+ * copy and after an export; the window reaches back into the prompt and is never longer than asked for. */
+static void test_session_penalties(void **state)
+{
+    static const int32_t windows[] = {0, 1, 2, 63, 64, 65, 1000, LTN_MAX_REPEAT_LAST};
+    static const struct ltn_logit_bias bias[] = {{17, -INFINITY}, {5, 1.5f}};
+    static struct history h;
+    struct test_rng rng = {14};
+    struct ltn_engine *engine;
+    struct ltn_session *session, *other;
+    struct ltn_error err;
+    char path[512];
+    (void)state;
+    snprintf(path, sizeof path, "%s/tokens.ltn", test_folder());
+    test_write_token_model(path, 1, 2);
+    const struct ltn_engine_options options = {.device = "cpu", .n_threads = 1};
+    assert_int_equal(ltn_engine_open(&engine, path, &options, &err), LTN_OK);
+    assert_int_equal(ltn_session_create(&session, engine, NULL, &err), LTN_OK);
+    assert_int_equal(ltn_session_create(&other, engine, NULL, &err), LTN_OK);
+    size_t bytes = ltn_engine_info(engine)->session_bytes;
+    void *exported = malloc(bytes);
+    assert_non_null(exported);
+    ltn_session_seed(session, 9);
+    h.n = 0;
+    for (uint64_t draw = 0; h.n < N_TOKENS; draw++) {
+        for (int i = test_below(&rng, 8) ? 1 : test_below(&rng, 100); i > 0 && h.n < N_TOKENS; i--) {
+            h.ids[h.n] = test_below(&rng, 30); /* fed by us; often the same ones */
+            assert_int_equal(ltn_session_feed(session, &h.ids[h.n++], 1, &err), LTN_OK);
+        }
+        if (test_below(&rng, 20) == 0) { /* to go on elsewhere is to go on */
+            struct ltn_session *swap = session;
+            if (test_below(&rng, 2)) {
+                assert_int_equal(ltn_session_copy(other, session, &err), LTN_OK);
+            } else {
+                assert_int_equal(ltn_session_export(session, exported, bytes, &err), LTN_OK);
+                assert_int_equal(ltn_session_import(other, exported, bytes, &err), LTN_OK);
+            }
+            session = other;
+            other = swap;
+        }
+        const struct ltn_sampling s = {.temperature = test_below(&rng, 2) ? 0.8 : 0,
+                                       .top_p = 0.95,
+                                       .repeat_last = windows[test_below(&rng, 8)],
+                                       .repeat_penalty = 1.5,
+                                       .presence_penalty = 0.4,
+                                       .frequency_penalty = 0.3,
+                                       .bias = bias,
+                                       .n_bias = 2};
+        const int32_t n_recent = s.repeat_last < h.n ? s.repeat_last : h.n;
+        const float *logits;
+        int32_t id;
+        assert_int_equal(ltn_session_logits(session, &logits, &err), LTN_OK);
+        const int32_t expected =
+            plain_sample(logits, V, &s, h.ids + h.n - n_recent, n_recent, ltn_uniform(9, draw));
+        assert_int_equal(ltn_session_sample(session, &s, &id, &err), LTN_OK);
+        assert_int_equal(id, expected);
+        assert_true(id != 17);
+        if (h.n < N_TOKENS) {
+            h.ids[h.n++] = id;
+            assert_int_equal(ltn_session_feed(session, &id, 1, &err), LTN_OK);
+        }
+    }
+    int32_t id;
+    const struct ltn_sampling bad = {.top_p = 1, .repeat_penalty = 2, .repeat_last = LTN_MAX_REPEAT_LAST + 1};
+    assert_int_equal(ltn_session_sample(session, &bad, &id, &err), LTN_ERR_INPUT);
+    free(exported);
+    ltn_session_free(session);
+    ltn_session_free(other);
+    ltn_engine_close(engine);
+}
+
+struct trace {
+    int32_t ids[64], drawn[64];
+    int32_t n, n_drawn;
+    double sum;
+};
+
+static enum ltn_status note_piece(void *ctx, int32_t id, const char *text, size_t bytes,
+                                  struct ltn_error *err)
+{
+    struct trace *t = ctx;
+    (void)text, (void)bytes, (void)err;
+    if (id >= 0)
+        t->ids[t->n++] = id;
+    return LTN_OK;
+}
+
+static enum ltn_status note_drawn(void *ctx, int32_t id, const float *logits, struct ltn_error *err)
+{
+    struct trace *t = ctx;
+    (void)err;
+    assert_int_equal(t->n, t->n_drawn); /* before its piece */
+    t->drawn[t->n_drawn++] = id;
+    t->sum += ltn_logprobs(logits, V, id, NULL, 0);
+    return LTN_OK;
+}
+
+/* Forks draw from numbers of their own, and `drawn` sees the logits of the model. */
+static void test_forks(void **state)
+{
+    static const struct ltn_logit_bias bias[] = {{7, 2}};
+    const struct ltn_sampling sampling = {.temperature = 1, .top_p = 1, .bias = bias, .n_bias = 1};
+    const int32_t prompt[] = {5, 17, 9};
+    struct ltn_session *session, *fork;
+    struct trace t[3] = {0};
+    struct ltn_engine *engine;
+    struct ltn_error err;
+    char path[512];
+    (void)state;
+    snprintf(path, sizeof path, "%s/forks.ltn", test_folder());
+    test_write_token_model(path, 1, -1);
+    const struct ltn_engine_options options = {.device = "cpu", .n_threads = 1};
+    assert_int_equal(ltn_engine_open(&engine, path, &options, &err), LTN_OK);
+    assert_int_equal(ltn_session_create(&session, engine, NULL, &err), LTN_OK);
+    assert_int_equal(ltn_session_create(&fork, engine, NULL, &err), LTN_OK);
+    ltn_session_seed(session, 21);
+    assert_int_equal(ltn_session_feed(session, prompt, 3, &err), LTN_OK);
+    for (uint64_t i = 0; i < 3; i++) {
+        const struct ltn_generate_options o = {
+            .sampling = &sampling, .max_tokens = 64, .piece = note_piece, .drawn = note_drawn, .ctx = &t[i]};
+        assert_int_equal(ltn_session_copy(fork, session, &err), LTN_OK);
+        ltn_session_skip(fork, i * LTN_FORK_DRAWS);
+        assert_int_equal(ltn_generate(fork, &o, NULL, &err), LTN_OK);
+        assert_int_equal(t[i].n, 64);
+        assert_memory_equal(t[i].ids, t[i].drawn, sizeof t[i].ids);
+
+        double sum = 0; /* token by token, by hand */
+        assert_int_equal(ltn_session_copy(fork, session, &err), LTN_OK);
+        for (uint64_t k = 0; k < 64; k++) {
+            const float *logits;
+            assert_int_equal(ltn_session_logits(fork, &logits, &err), LTN_OK);
+            int32_t id = plain_sample(logits, V, &sampling, NULL, 0, ltn_uniform(21, i * LTN_FORK_DRAWS + k));
+            assert_int_equal(id, t[i].ids[k]);
+            sum += ltn_logprobs(logits, V, id, NULL, 0);
+            assert_int_equal(ltn_session_feed(fork, &id, 1, &err), LTN_OK);
+        }
+        assert_true(sum == t[i].sum);
+    }
+    assert_memory_not_equal(t[0].ids, t[1].ids, sizeof t[0].ids);
+    assert_memory_not_equal(t[1].ids, t[2].ids, sizeof t[0].ids);
+    ltn_session_free(fork);
+    ltn_session_free(session);
+    ltn_engine_close(engine);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -560,6 +716,8 @@ int main(void)
         cmocka_unit_test(test_greedy_takes_lowest_id),
         cmocka_unit_test(test_bad_logits_and_parameters),
         cmocka_unit_test(test_logprobs),
+        cmocka_unit_test(test_session_penalties),
+        cmocka_unit_test(test_forks),
         cmocka_unit_test(test_stop_strings),
         cmocka_unit_test(test_empty_stop_string),
     };

@@ -5,7 +5,6 @@
  * $LTN_TEST_CORPUS: a directory with val.txt or val.txt.xz; without it the test that needs it skips. */
 #include "tests/tokenizer_fixture.h"
 
-#include "tests/hf.h"
 #include "tests/support.h"
 #include "tokenizer/bpe.h"
 #include "tools/hf_tokenizer.h"
@@ -195,6 +194,50 @@ static void test_split_invariance(void **state)
         assert_ids(&got, &want);
         free(got.data);
     }
+    free(want.data);
+    free(text.data);
+    tok_free_texts(&texts);
+    ltn_tokenizer_close(t);
+}
+
+/* Settling gives out all pieces but the last, and does not change the ids. */
+static void test_settle(void **state)
+{
+    struct ltn_tokenizer *t = open_tiny(make_json("false", "-1", SPECIAL));
+    struct texts texts = tok_read_texts();
+    struct ltn_encoder *encoder;
+    struct text text = {0};
+    struct random r = {7};
+    struct ids got = {0};
+    (void)state;
+
+    while (text.n < 40000) {
+        struct text part = tok_random_text(&r, &texts);
+        text_add(&text, part.data, part.n);
+        free(part.data);
+    }
+    struct ids want = tok_encode(t, text.data, text.n);
+    assert_int_equal(ltn_encoder_create(&encoder, t, ids_emit, &got, NULL), LTN_OK);
+    for (size_t at = 0, n; at < text.n; at += n) {
+        n = 1 + random_below(&r, random_below(&r, 2) ? 3 : 400);
+        n = n < text.n - at ? n : text.n - at;
+        assert_int_equal(ltn_encoder_feed(encoder, text.data + at, n, NULL), LTN_OK);
+        if (random_below(&r, 3) == 0)
+            assert_int_equal(ltn_encoder_settle(encoder, NULL), LTN_OK);
+    }
+    assert_int_equal(ltn_encoder_finish(encoder, NULL), LTN_OK);
+    assert_ids(&got, &want);
+
+    got.n = 0;
+    for (int i = 0; i < 1000; i++) /* a long piece, whose end then comes */
+        assert_int_equal(ltn_encoder_feed(encoder, "x", 1, NULL), LTN_OK);
+    assert_int_equal(ltn_encoder_feed(encoder, " and", 4, NULL), LTN_OK);
+    assert_int_equal(ltn_encoder_settle(encoder, NULL), LTN_OK);
+    struct text early = tok_decode(t, got.data, got.n);
+    assert_int_equal(early.n, 1000);
+    free(early.data);
+    ltn_encoder_free(encoder);
+    free(got.data);
     free(want.data);
     free(text.data);
     tok_free_texts(&texts);
@@ -572,19 +615,27 @@ static void test_describe(void **state)
 
 /* ---- a checkpoint's folder ---- */
 
-static const char *in_folder(const char *name)
+/* A file of test_folder(). */
+static const char *path_of(const char *name)
 {
-    static char paths[4][512];
-    static int next;
-    char *path = paths[next++ % 4];
+    static char path[512];
 
-    snprintf(path, sizeof paths[0], "%s/%s", test_folder(), name);
+    snprintf(path, sizeof path, "%s/%s", test_folder(), name);
     return path;
+}
+
+static void write_bytes(const char *name, const void *data, size_t bytes)
+{
+    FILE *file = fopen(path_of(name), "wb");
+
+    assert_non_null(file);
+    assert_int_equal(fwrite(data, 1, bytes, file), bytes);
+    assert_int_equal(fclose(file), 0);
 }
 
 static void write_text(const char *name, const char *text)
 {
-    test_write_file(in_folder(name), text, strlen(text));
+    write_bytes(name, text, strlen(text));
 }
 
 /* NULL: it must go well; *out is the caller's. */
@@ -612,7 +663,7 @@ static void test_checkpoint(void **state)
 
     read_folder(&hf, 300, NULL);
     assert_null(hf.model);
-    test_write_file(in_folder("any.tiktoken"), file.data, file.n);
+    write_bytes("any.tiktoken", file.data, file.n);
     read_folder(&hf, 300, "any.tiktoken: 257 ranks: expected their special tokens as added_tokens_decoder");
     write_text("tokenizer_config.json", "{\"bos_token\": \"<s>\", \"eos_token\": {\"content\": \"</s>\"},"
                                         " \"pad_token\": null, \"unk_token\": \"nowhere\"}");
@@ -641,15 +692,15 @@ static void test_checkpoint(void **state)
     read_folder(&hf, 256, "any.tiktoken: 257 pieces, but the model's vocab_size is 256");
     write_text("b.tiktoken", "");
     read_folder(&hf, 300, "expected one tokenizer, found");
-    assert_int_equal(remove(in_folder("b.tiktoken")), 0);
+    assert_int_equal(remove(path_of("b.tiktoken")), 0);
     write_text("tokenizer.model", "");
     read_folder(&hf, 300, "expected one tokenizer, found any.tiktoken beside tokenizer.model");
-    assert_int_equal(remove(in_folder("tokenizer.model")), 0);
+    assert_int_equal(remove(path_of("tokenizer.model")), 0);
     write_text("any.tiktoken", "YQ== 1\n");
     read_folder(&hf, 300, "any.tiktoken: tiktoken file: line 1: expected rank 0, found '1'");
-    assert_int_equal(remove(in_folder("any.tiktoken")), 0);
-    assert_int_equal(remove(in_folder("tokenizer_config.json")), 0);
-    assert_int_equal(remove(in_folder("added_tokens.json")), 0);
+    assert_int_equal(remove(path_of("any.tiktoken")), 0);
+    assert_int_equal(remove(path_of("tokenizer_config.json")), 0);
+    assert_int_equal(remove(path_of("added_tokens.json")), 0);
     free(file.data);
 }
 
@@ -668,7 +719,7 @@ static void test_tnl3(void **state)
         text_add(&file, line,
                  (size_t)snprintf(line, sizeof line, "%c%c%c%c %d\n", digits[i >> 18], digits[i >> 12 & 63],
                                   digits[i >> 6 & 63], digits[i & 63], 256 + i));
-    test_write_file(in_folder("tnl3.tiktoken"), file.data, file.n);
+    write_bytes("tnl3.tiktoken", file.data, file.n);
     read_folder(&hf, 100280, NULL);
     assert_int_equal(ltn_tokenizer_open(&t, hf.model, hf.bytes, hf.json, &err), LTN_OK);
     assert_int_equal(ltn_tokenizer_size(t), 100277);
@@ -690,7 +741,7 @@ static void test_tnl3(void **state)
     free(ids.data);
     ltn_tokenizer_close(t);
     ltn_hf_tokenizer_free(&hf);
-    assert_int_equal(remove(in_folder("tnl3.tiktoken")), 0);
+    assert_int_equal(remove(path_of("tnl3.tiktoken")), 0);
     free(file.data);
 }
 
@@ -702,6 +753,7 @@ int main(void)
         cmocka_unit_test(test_merging),
         cmocka_unit_test(test_long_piece),
         cmocka_unit_test(test_split_invariance),
+        cmocka_unit_test(test_settle),
         cmocka_unit_test(test_forced_cut),
         cmocka_unit_test(test_constant_memory),
         cmocka_unit_test(test_stop),
