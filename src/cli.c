@@ -162,7 +162,8 @@ static void print_default(FILE *out, const struct ltn_flag *f)
 {
     switch (f->kind) {
     case LTN_FLAG_INT:
-        fprintf(out, " (default: %lld)", (long long)*(int64_t *)f->target);
+        if ((double)*(int64_t *)f->target >= f->min) /* else it is that of a flag not given */
+            fprintf(out, " (default: %lld)", (long long)*(int64_t *)f->target);
         break;
     case LTN_FLAG_REAL:
         fprintf(out, " (default: %g)", *(double *)f->target);

@@ -3,6 +3,10 @@
 
 #include <string.h>
 
+/* From so many of the last ids a fresh detokenizer finds its way back into the text: no piece's bytes depend
+ * on more than a few before it. */
+enum { DETOKENIZER_IDS = 64 };
+
 /* One generation on its way out: model -> detokenizer -> stop strings -> piece. */
 struct generation {
     struct ltn_session *session;
@@ -20,7 +24,7 @@ static bool has_text(const struct ltn_session *s, int32_t id)
 }
 
 /* The detokenizer of a session stands where its timeline stands. After other feeds it starts over from the
- * last ids: what they say has gone out before, and no piece's bytes depend on more than a few. */
+ * last ids: what they say has gone out before. */
 static enum ltn_status ready_detokenizer(struct ltn_session *s, struct ltn_error *err)
 {
     const char *text;
@@ -31,7 +35,7 @@ static enum ltn_status ready_detokenizer(struct ltn_session *s, struct ltn_error
     if (!s->detokenizer)
         LTN_TRY(ltn_detokenizer_create(&s->detokenizer, s->engine->tokenizer, err));
     LTN_TRY(ltn_detokenizer_finish(s->detokenizer, &text, &bytes, err)); /* a new text begins */
-    int64_t end = ltn_session_position(s), begin = end > LTN_RECENT_IDS ? end - LTN_RECENT_IDS : 0;
+    int64_t end = ltn_session_position(s), begin = end > DETOKENIZER_IDS ? end - DETOKENIZER_IDS : 0;
     for (int64_t i = begin; i < end; i++)
         if (has_text(s, s->recent[i % LTN_RECENT_IDS]))
             LTN_TRY(ltn_detokenizer_push(s->detokenizer, s->recent[i % LTN_RECENT_IDS], &text, &bytes, err));
@@ -113,6 +117,11 @@ static enum ltn_status loop(struct generation *g, struct ltn_error *err)
         if (id == s->engine->info.eos_id && !o->ignore_eos) {
             end(g, LTN_END_EOS);
             break;
+        }
+        if (o->drawn) {
+            const float *logits;
+            LTN_TRY(ltn_session_logits(s, &logits, err));
+            LTN_TRY(o->drawn(o->ctx, id, logits, err));
         }
         bool current = s->detokenizer_current; /* feeding does not put it out of step here: emit follows */
         LTN_TRY(ltn_session_feed(s, &id, 1, err));

@@ -153,18 +153,46 @@ enum ltn_status ltn_session_import(struct ltn_session *session, const void *buff
 
 /* ---- sampling and generation --------------------------------------------------------------------------- */
 
-/* The order is temperature, top_k, top_p, min_p. */
+struct ltn_logit_bias {
+    int32_t id;
+    float value; /* added to the token's logit; -INFINITY: it never comes */
+};
+
+enum { LTN_MAX_REPEAT_LAST = 1024 }; /* so many of its last tokens a session knows */
+
+/* The order is penalties, bias, temperature, top_k, typical, top_p, min_p; each takes what the one before it
+ * left, and shares are of that. A struct of zeros but for top_p = 1 is the plain choice of the likeliest
+ * token. */
 struct ltn_sampling {
     double temperature; /* 0: always the likeliest token, of equals the one with the lowest id */
     int32_t top_k;      /* keep the k likeliest; 0: all */
     double top_p;       /* keep the fewest likeliest that together reach this share; 1: all */
     double min_p;       /* keep those at least this share of the likeliest; 0: all */
+    /* Keep the fewest that together reach this share, those first whose -log p is nearest to the entropy; 0
+     * or 1: all (Meister, Pimentel, Wiher, Cotterell: Locally typical sampling, arXiv 2202.00666, equation
+     * 9). */
+    double typical;
+    /* Penalties look at the last repeat_last tokens of the timeline, the prompt's too; 0: at none. The logit
+     * l of a token that is n times among them becomes (l > 0 ? l / repeat : l * repeat) - presence - n *
+     * frequency (the first part: Keskar et al., CTRL, arXiv 1909.05858, section 4.1, as it is commonly done).
+     */
+    int32_t repeat_last;               /* 0 to LTN_MAX_REPEAT_LAST */
+    double repeat_penalty;             /* above 1: less of it; 0 or 1: none */
+    double presence_penalty;           /* 0: none */
+    double frequency_penalty;          /* 0: none */
+    const struct ltn_logit_bias *bias; /* [n_bias] borrowed; of a token that is there twice the sum counts */
+    size_t n_bias;
 };
 
-extern const struct ltn_sampling ltn_sampling_default; /* temperature 0.8, top_p 0.95 */
+extern const struct ltn_sampling ltn_sampling_default; /* temperature 0.8, top_p 0.95, repeat_last 64 */
 
 /* Draw number i is a function of seed and i alone (Philox4x32-10). Sets the seed and starts at draw 0. */
 void ltn_session_seed(struct ltn_session *session, uint64_t seed);
+
+/* Leaves out so many draws. Forks of one session that leave out different multiples of LTN_FORK_DRAWS go on
+ * independently of each other: number i of ltn-run --n-best leaves out i times as many. */
+void ltn_session_skip(struct ltn_session *session, uint64_t draws);
+#define LTN_FORK_DRAWS ((uint64_t)1 << 48)
 
 /* Draws the next token from the logits of the last. It is not fed. */
 enum ltn_status ltn_session_sample(struct ltn_session *session, const struct ltn_sampling *sampling,
@@ -177,6 +205,11 @@ enum ltn_status ltn_session_sample(struct ltn_session *session, const struct ltn
 typedef enum ltn_status ltn_piece_fn(void *ctx, int32_t id, const char *text, size_t bytes,
                                      struct ltn_error *err);
 
+/* Receives each token before it is fed, with the logits, [vocab_size], that it was drawn from: as the model
+ * gave them, before penalties, bias and temperature. Anything but LTN_OK ends the generation, which returns
+ * it. */
+typedef enum ltn_status ltn_drawn_fn(void *ctx, int32_t id, const float *logits, struct ltn_error *err);
+
 struct ltn_generate_options {
     const struct ltn_sampling *sampling; /* NULL: ltn_sampling_default */
     int64_t max_tokens;                  /* -1: until something else ends it */
@@ -185,7 +218,8 @@ struct ltn_generate_options {
     const char *const *stop; /* [n_stop] the text ends before the first of these strings; none is empty */
     size_t n_stop;
     ltn_piece_fn *piece; /* may be NULL */
-    void *ctx;
+    ltn_drawn_fn *drawn; /* may be NULL; called before piece, not for an end token that ends it */
+    void *ctx;           /* of both */
 };
 
 enum ltn_end {

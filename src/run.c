@@ -9,6 +9,7 @@
 #include "src/bandwidth.h"
 #include "src/cli.h"
 #include "src/ingest.h"
+#include "src/jsonl.h"
 #include "src/prefix_cache.h"
 #include "src/session_file.h"
 
@@ -20,7 +21,13 @@ struct options {
     int64_t n;
     double temperature;
     int64_t top_k;
-    double top_p, min_p;
+    double top_p, min_p, typical;
+    int64_t repeat_last;
+    double repeat_penalty, presence_penalty, frequency_penalty;
+    struct ltn_strings bias_texts;               /* "ID=VALUE" */
+    struct ltn_logit_bias bias[LTN_MAX_REPEATS]; /* [bias_texts.n] what they say */
+    int64_t n_best, logprobs;                    /* logprobs -1: none are printed */
+    bool json;
     struct ltn_seed seed;
     struct ltn_strings stop;
     bool ignore_eos, echo, stats, quiet;
@@ -40,6 +47,7 @@ struct run {
     int64_t start;                  /* position before the prompt is read */
     bool terminal;                  /* stdout is one */
     int64_t ids_printed;            /* with --tokens */
+    struct ltn_jsonl jsonl;
     double prefill_seconds;
     double first_token, last_token; /* when they came */
 };
@@ -169,7 +177,9 @@ static enum ltn_status print_piece(void *ctx, int32_t id, const char *text, size
         if (run->first_token == 0)
             run->first_token = run->last_token;
     }
-    if (run->options->tokens) {
+    if (run->jsonl.form != LTN_JSONL_NONE) {
+        LTN_TRY(ltn_jsonl_piece(&run->jsonl, id, text, bytes, err));
+    } else if (run->options->tokens) {
         if (id >= 0)
             LTN_TRY(print_id(run, id, err));
     } else if (bytes > 0) {
@@ -178,6 +188,12 @@ static enum ltn_status print_piece(void *ctx, int32_t id, const char *text, size
     if (ltn_cli_interrupted())
         return ltn_fail(err, LTN_ERR_STOPPED, "interrupted");
     return LTN_OK;
+}
+
+static enum ltn_status note_drawn(void *ctx, int32_t id, const float *logits, struct ltn_error *err)
+{
+    struct run *run = ctx;
+    return ltn_jsonl_drawn(&run->jsonl, id, logits, err);
 }
 
 static void print_stats(const struct run *run, int64_t n_prompt, const struct ltn_generated *made)
@@ -217,10 +233,23 @@ static void choose_seed(struct run *run)
     ltn_session_seed(run->session, seed);
 }
 
-static enum ltn_status generate(struct run *run, struct ltn_error *err)
+/* One text, from run->session on; `index` of several (else 0). */
+static enum ltn_status generate_one(struct run *run, int64_t index, struct ltn_generated *made,
+                                    struct ltn_error *err)
 {
     const struct options *o = run->options;
-    const struct ltn_sampling sampling = {o->temperature, (int32_t)o->top_k, o->top_p, o->min_p};
+    const bool json = run->jsonl.form != LTN_JSONL_NONE;
+    const struct ltn_sampling sampling = {.temperature = o->temperature,
+                                          .top_k = (int32_t)o->top_k,
+                                          .top_p = o->top_p,
+                                          .min_p = o->min_p,
+                                          .typical = o->typical,
+                                          .repeat_last = (int32_t)o->repeat_last,
+                                          .repeat_penalty = o->repeat_penalty,
+                                          .presence_penalty = o->presence_penalty,
+                                          .frequency_penalty = o->frequency_penalty,
+                                          .bias = o->bias,
+                                          .n_bias = o->bias_texts.n};
     const struct ltn_generate_options options = {
         .sampling = &sampling,
         .max_tokens = o->n,
@@ -229,14 +258,54 @@ static enum ltn_status generate(struct run *run, struct ltn_error *err)
         .n_stop = o->stop.n,
         .keep_open = o->save && !o->ingest, /* the run that resumes completes it */
         .piece = print_piece,
+        .drawn = json ? note_drawn : NULL,
         .ctx = run,
     };
+
+    if (json)
+        LTN_TRY(ltn_jsonl_begin(&run->jsonl, index, err));
+    else if (o->n_best > 1 && !o->tokens) /* as head(1) and tail(1) tell texts apart */
+        LTN_TRY(ltn_cli_printf(err, "%s==> %lld of %lld <==\n", index ? "\n" : "", (long long)index + 1,
+                               (long long)o->n_best));
+    LTN_TRY(ltn_generate(run->session, &options, made, err));
+    if (json)
+        return ltn_jsonl_end(&run->jsonl, made->end, err);
+    /* ids, answers and texts of several make lines; one text is left as it is, but for a terminal */
+    if (o->tokens || run->terminal || o->ingest || o->n_best > 1)
+        return ltn_cli_write("\n", 1, err);
+    return LTN_OK;
+}
+
+/* Several texts, each from a fork of the session. */
+static enum ltn_status generate_forks(struct run *run, struct ltn_generated *made, struct ltn_error *err)
+{
+    struct ltn_session *session = run->session, *fork;
+    int64_t n_tokens = 0;
+
+    LTN_TRY(ltn_session_create(&fork, run->engine, NULL, err));
+    enum ltn_status status = LTN_OK;
+    run->session = fork;
+    for (int64_t i = 0; i < run->options->n_best && status == LTN_OK && made->end != LTN_END_STOPPED; i++) {
+        status = ltn_session_copy(fork, session, err);
+        ltn_session_skip(fork, (uint64_t)i * LTN_FORK_DRAWS);
+        run->ids_printed = 0;
+        if (status == LTN_OK)
+            status = generate_one(run, i, made, err);
+        n_tokens += made->n_tokens;
+    }
+    made->n_tokens = n_tokens;
+    run->session = session;
+    ltn_session_free(fork);
+    return status;
+}
+
+static enum ltn_status generate(struct run *run, struct ltn_error *err)
+{
+    const struct options *o = run->options;
     struct ltn_generated made = {0};
     int64_t n_prompt = ltn_session_position(run->session) - run->start;
 
-    LTN_TRY(ltn_generate(run->session, &options, &made, err));
-    if (o->tokens || run->terminal || o->ingest) /* ids and answers make lines; text is left as it is */
-        LTN_TRY(ltn_cli_write("\n", 1, err));
+    LTN_TRY(o->n_best > 1 ? generate_forks(run, &made, err) : generate_one(run, 0, &made, err));
     if (o->stats && !o->ingest)
         print_stats(run, n_prompt, &made);
     return made.end == LTN_END_STOPPED ? ltn_fail(err, LTN_ERR_STOPPED, "stopped") : LTN_OK;
@@ -336,6 +405,18 @@ static enum ltn_status open_all(struct run *run, struct ltn_error *err)
     const char *notice = ltn_engine_info(run->engine)->notice;
     if (notice && !o->quiet)
         ltn_cli_note("%s", notice);
+    const int32_t V = ltn_engine_info(run->engine)->vocab_size;
+    for (size_t i = 0; i < o->bias_texts.n; i++)
+        if (o->bias[i].id >= V)
+            return ltn_fail(err, LTN_ERR_INPUT, "--logit-bias: expected an id from 0 to %d, found %d", V - 1,
+                            o->bias[i].id);
+    run->jsonl = (struct ltn_jsonl){.engine = run->engine,
+                                    .form = o->json            ? LTN_JSONL_TEXT
+                                            : o->logprobs >= 0 ? LTN_JSONL_TOKENS
+                                                               : LTN_JSONL_NONE,
+                                    .ids = o->tokens != NULL,
+                                    .indexed = o->n_best > 1,
+                                    .n_top = o->logprobs > 0 ? (int32_t)o->logprobs : 0};
     LTN_TRY(ltn_session_create(&run->session, run->engine, NULL, err));
     if (o->save)
         LTN_TRY(ltn_session_file_check(o->save, err));
@@ -377,11 +458,53 @@ static enum ltn_status run_all(struct run *run, struct ltn_error *err)
     return saved;
 }
 
-/* What the table of options cannot see; -1 when all is well. */
-static int check(const struct options *o)
+/* "ID=VALUE" */
+static bool parse_bias(const char *text, struct ltn_logit_bias *bias)
+{
+    const char *value = strchr(text, '=');
+    size_t digits = strspn(text, "0123456789");
+    char *end = NULL;
+
+    if (!value++ || digits == 0 || digits > 9 || text + digits + 1 != value)
+        return false;
+    bias->id = (int32_t)strtol(text, NULL, 10);
+    bias->value = -INFINITY;
+    if (strcmp(value, "-inf") == 0)
+        return true;
+    if (!*value || value[strspn(value, "+-.0123456789eE")])
+        return false;
+    bias->value = strtof(value, &end);
+    return *end == 0 && isfinite(bias->value);
+}
+
+/* What the table of options cannot see of how and what to print. */
+static int check_choice(struct options *o)
+{
+    for (size_t i = 0; i < o->bias_texts.n; i++)
+        if (!parse_bias(o->bias_texts.v[i], &o->bias[i]))
+            return ltn_cli_bad_usage(
+                "--logit-bias: expected ID=VALUE, a number or -inf for VALUE, found '%s'",
+                o->bias_texts.v[i]);
+    if (o->json && o->logprobs >= 0)
+        return ltn_cli_bad_usage("expected at most one of --json and --logprobs");
+    if (o->echo && (o->json || o->logprobs >= 0 || o->n_best > 1))
+        return ltn_cli_bad_usage(
+            "--echo: prints the prompt as it is, not with --json, --logprobs or --n-best");
+    if (o->n_best > 1 && (o->save || o->ingest))
+        return ltn_cli_bad_usage("--n-best: has no one session to go on with, not with --save or --ingest");
+    if (o->n_best > 1 && o->temperature == 0)
+        return ltn_cli_bad_usage("--n-best: with --temp 0 all texts would be the same");
+    return -1;
+}
+
+/* What else it cannot see; -1 when all is well. */
+static int check(struct options *o)
 {
     int64_t tokens;
     double seconds;
+    int code = check_choice(o);
+    if (code >= 0)
+        return code;
 
     if ((o->prompt != NULL) + (o->file != NULL) + (o->tokens != NULL) > 1)
         return ltn_cli_bad_usage("expected at most one of -p, -f and --tokens");
@@ -414,6 +537,11 @@ int main(int argc, char **argv)
     struct options o = {.n = 256,
                         .temperature = ltn_sampling_default.temperature,
                         .top_p = ltn_sampling_default.top_p,
+                        .typical = 1,
+                        .repeat_last = ltn_sampling_default.repeat_last,
+                        .repeat_penalty = 1,
+                        .n_best = 1,
+                        .logprobs = -1,
                         .prefix_mb = 2048,
                         .device = "auto"};
     // clang-format off
@@ -433,11 +561,32 @@ int main(int argc, char **argv)
          .help = "draw from the likeliest tokens that together have probability P; 1: from all"},
         {.name = "min-p", .argument = "P", .kind = LTN_FLAG_REAL, .target = &o.min_p, .max = 1,
          .help = "draw from tokens at least P times as likely as the likeliest; 0: from all"},
+        {.name = "typical", .argument = "P", .kind = LTN_FLAG_REAL, .target = &o.typical, .max = 1,
+         .help = "draw from the tokens of the most typical likelihood that together have probability P; 1: from "
+                 "all"},
+        {.name = "repeat-penalty", .argument = "R", .kind = LTN_FLAG_REAL, .target = &o.repeat_penalty, .min = 0.01,
+         .max = 100, .help = "divide the logits of recent tokens by R, multiply negative ones; 1: leave them"},
+        {.name = "presence-penalty", .argument = "X", .kind = LTN_FLAG_REAL, .target = &o.presence_penalty,
+         .min = -100, .max = 100, .help = "subtract X from the logits of recent tokens"},
+        {.name = "frequency-penalty", .argument = "X", .kind = LTN_FLAG_REAL, .target = &o.frequency_penalty,
+         .min = -100, .max = 100, .help = "subtract X for each time that the token is among the recent ones"},
+        {.name = "repeat-last", .argument = "N", .kind = LTN_FLAG_INT, .target = &o.repeat_last,
+         .max = LTN_MAX_REPEAT_LAST, .help = "recent are the last N tokens, the prompt's too"},
+        {.name = "logit-bias", .argument = "ID=VALUE", .kind = LTN_FLAG_STRINGS, .target = &o.bias_texts,
+         .help = "add VALUE to the logit of a token, -inf: it never comes; may be given more than once"},
         {.name = "seed", .argument = "S", .kind = LTN_FLAG_SEED, .target = &o.seed,
          .help = "seed of the draws: the same seed, the same text; without it one is taken from the clock and "
                  "named on standard error"},
         {.name = "stop", .argument = "TEXT", .kind = LTN_FLAG_STRINGS, .target = &o.stop,
          .help = "end before this text; may be given more than once"},
+        {.name = "n-best", .argument = "K", .kind = LTN_FLAG_INT, .target = &o.n_best, .min = 1, .max = 65536,
+         .help = "K texts, each continuing the prompt with other draws, one after another under a line that "
+                 "numbers it; the first is the one that is printed without this"},
+        {.name = "json", .kind = LTN_FLAG_SWITCH, .target = &o.json,
+         .help = "print each text as a line of JSON: text (or ids), tokens, logprob, end, with --n-best index"},
+        {.name = "logprobs", .argument = "K", .kind = LTN_FLAG_INT, .target = &o.logprobs, .min = 0,
+         .max = LTN_JSONL_MAX_TOP,
+         .help = "print each token as a line of JSON: id, text, logprob, and the K likeliest as top"},
         {.name = "ignore-eos", .kind = LTN_FLAG_SWITCH, .target = &o.ignore_eos,
          .help = "go on past the end token"},
         {.name = "echo", .kind = LTN_FLAG_SWITCH, .target = &o.echo, .help = "print the prompt too"},
@@ -484,6 +633,9 @@ int main(int argc, char **argv)
             "would have printed: a character that is not whole at the end of the first waits for the second. "
             "--stop looks at the text of its own run. Nothing is saved where reading the prompt was "
             "interrupted.\n\n"
+            "What a token may be is settled in this order: penalties, bias, temperature, top-k, typical, "
+            "top-p, "
+            "min-p. Log-probabilities are the model's own, before all of these.\n\n"
             "Exit status: 0 done, 1 failure, 2 wrong usage, 130 after Ctrl-C.",
     };
     struct run run = {.options = &o};
@@ -499,6 +651,7 @@ int main(int argc, char **argv)
     code = run_all(&run, &err) == LTN_OK ? LTN_EXIT_OK : ltn_cli_error(&err);
     ltn_prefix_close(run.cache);
     ltn_session_free(run.session);
+    ltn_jsonl_free(&run.jsonl);
     ltn_engine_close(run.engine);
     return code;
 }

@@ -8,14 +8,16 @@
  * equal width instead; only the bucket in which a cut lies is sorted. */
 enum { N_BUCKETS = 1024 };
 
-const struct ltn_sampling ltn_sampling_default = {.temperature = 0.8, .top_p = 0.95};
+const struct ltn_sampling ltn_sampling_default = {.temperature = 0.8, .top_p = 0.95, .repeat_last = 64};
 
 enum ltn_status ltn_sampler_create(struct ltn_sampler *sampler, int32_t n, struct ltn_error *err)
 {
     sampler->n = n;
     sampler->weight = malloc((size_t)n * sizeof *sampler->weight);
+    sampler->adjusted = malloc((size_t)n * sizeof *sampler->adjusted);
     sampler->boundary = malloc((size_t)n * sizeof *sampler->boundary);
-    if (sampler->weight && sampler->boundary)
+    sampler->nearness = malloc((size_t)n * sizeof *sampler->nearness);
+    if (sampler->weight && sampler->adjusted && sampler->nearness && sampler->boundary)
         return LTN_OK;
     ltn_sampler_free(sampler);
     return ltn_fail(err, LTN_ERR_MEMORY, "sampling: no memory for %d candidates", n);
@@ -24,8 +26,17 @@ enum ltn_status ltn_sampler_create(struct ltn_sampler *sampler, int32_t n, struc
 void ltn_sampler_free(struct ltn_sampler *sampler)
 {
     free(sampler->weight);
+    free(sampler->adjusted);
+    free(sampler->nearness);
     free(sampler->boundary);
     *sampler = (struct ltn_sampler){0};
+}
+
+static enum ltn_status check_share(const char *name, double share, struct ltn_error *err)
+{
+    if (share >= 0 && share <= 1)
+        return LTN_OK;
+    return ltn_fail(err, LTN_ERR_INPUT, "%s: expected 0 to 1, found %g", name, share);
 }
 
 enum ltn_status ltn_sampling_check(const struct ltn_sampling *s, struct ltn_error *err)
@@ -34,95 +45,204 @@ enum ltn_status ltn_sampling_check(const struct ltn_sampling *s, struct ltn_erro
         return ltn_fail(err, LTN_ERR_INPUT, "temperature: expected 0 or more, found %g", s->temperature);
     if (s->top_k < 0)
         return ltn_fail(err, LTN_ERR_INPUT, "top_k: expected 0 or more, found %d", s->top_k);
-    if (!(s->top_p >= 0 && s->top_p <= 1))
-        return ltn_fail(err, LTN_ERR_INPUT, "top_p: expected 0 to 1, found %g", s->top_p);
-    if (!(s->min_p >= 0 && s->min_p <= 1))
-        return ltn_fail(err, LTN_ERR_INPUT, "min_p: expected 0 to 1, found %g", s->min_p);
+    LTN_TRY(check_share("top_p", s->top_p, err));
+    LTN_TRY(check_share("min_p", s->min_p, err));
+    LTN_TRY(check_share("typical", s->typical, err));
+    if (s->repeat_last < 0 || s->repeat_last > LTN_MAX_REPEAT_LAST)
+        return ltn_fail(err, LTN_ERR_INPUT, "repeat_last: expected 0 to %d, found %d", LTN_MAX_REPEAT_LAST,
+                        s->repeat_last);
+    if (!(s->repeat_penalty >= 0) || isinf(s->repeat_penalty))
+        return ltn_fail(err, LTN_ERR_INPUT, "repeat_penalty: expected 0 or more, found %g",
+                        s->repeat_penalty);
+    if (!isfinite(s->presence_penalty) || !isfinite(s->frequency_penalty))
+        return ltn_fail(err, LTN_ERR_INPUT, "%s_penalty: expected a finite number, found %g",
+                        isfinite(s->presence_penalty) ? "frequency" : "presence",
+                        isfinite(s->presence_penalty) ? s->frequency_penalty : s->presence_penalty);
+    for (size_t i = 0; i < s->n_bias; i++)
+        if (isnan(s->bias[i].value) || s->bias[i].value == INFINITY)
+            return ltn_fail(err, LTN_ERR_INPUT, "bias of token %d: expected a number or -infinity, found %g",
+                            s->bias[i].id, (double)s->bias[i].value);
     return LTN_OK;
 }
 
-/* Where the kept tokens end: the last one kept. */
+/* ---- what is kept: tokens of weight 0 are out ---- */
+
+/* The last token kept, in the order "larger key first, of equals the lower id first". */
 struct cut {
-    float logit;
+    float key;
     int32_t id;
 };
 
-static bool kept(const struct cut *cut, float logit, int32_t id)
+/* Takes out what comes after the cut. */
+static void apply(struct ltn_sampler *sampler, const float *keys, struct cut cut)
 {
-    return logit > cut->logit || (logit == cut->logit && id <= cut->id);
+    for (int32_t i = 0; i < sampler->n; i++)
+        if (keys[i] < cut.key || (keys[i] == cut.key && i > cut.id))
+            sampler->weight[i] = 0;
 }
 
-struct scale { /* logit -> bucket; the largest logits in bucket 0 */
+struct scale { /* key -> bucket; the largest keys in bucket 0 */
     float largest;
-    double per_logit;
+    double per_key;
 };
 
-static int bucket_of(const struct scale *scale, float logit)
+static struct scale make_scale(float largest, float lowest)
 {
-    double b = ((double)scale->largest - logit) * scale->per_logit;
+    double range = (double)largest - lowest;
+    return (struct scale){largest, range > 0 ? N_BUCKETS / range : 0};
+}
+
+static int bucket_of(const struct scale *scale, float key)
+{
+    double b = ((double)scale->largest - key) * scale->per_key;
     return b < N_BUCKETS - 1 ? (int)b : N_BUCKETS - 1;
 }
 
-static int by_logit_then_id(const void *a, const void *b, void *logits)
+static int by_key_then_id(const void *a, const void *b, void *keys)
 {
     int32_t ia = *(const int32_t *)a, ib = *(const int32_t *)b;
-    float la = ((const float *)logits)[ia], lb = ((const float *)logits)[ib];
-    if (la != lb)
-        return la > lb ? -1 : 1;
+    float ka = ((const float *)keys)[ia], kb = ((const float *)keys)[ib];
+    if (ka != kb)
+        return ka > kb ? -1 : 1;
     return ia < ib ? -1 : ia > ib;
 }
 
-/* Sorts the kept tokens of one bucket into sampler->boundary; returns how many. */
-static int32_t sort_bucket(struct ltn_sampler *sampler, const float *logits, const struct scale *scale,
-                           const struct cut *cut, int bucket)
+/* Sorts the tokens of one bucket into sampler->boundary; returns how many. */
+static int32_t sort_bucket(struct ltn_sampler *sampler, const float *keys, const struct scale *scale,
+                           int bucket)
 {
     int32_t n = 0;
     for (int32_t i = 0; i < sampler->n; i++)
-        if (bucket_of(scale, logits[i]) == bucket && kept(cut, logits[i], i))
+        if (sampler->weight[i] > 0 && bucket_of(scale, keys[i]) == bucket)
             sampler->boundary[n++] = i;
-    qsort_r(sampler->boundary, (size_t)n, sizeof *sampler->boundary, by_logit_then_id, (void *)logits);
+    qsort_r(sampler->boundary, (size_t)n, sizeof *sampler->boundary, by_key_then_id, (void *)keys);
     return n;
 }
 
-static void cut_top_k(struct ltn_sampler *sampler, const float *logits, const struct scale *scale, int32_t k,
-                      struct cut *cut)
+/* Keeps the first k tokens. */
+static void keep_count(struct ltn_sampler *sampler, const float *keys, struct scale scale, int32_t k)
 {
     int32_t count[N_BUCKETS] = {0};
     for (int32_t i = 0; i < sampler->n; i++)
-        if (kept(cut, logits[i], i))
-            count[bucket_of(scale, logits[i])]++;
+        if (sampler->weight[i] > 0)
+            count[bucket_of(&scale, keys[i])]++;
     int bucket = 0;
     for (; bucket < N_BUCKETS && k > count[bucket]; bucket++)
         k -= count[bucket];
     if (bucket == N_BUCKETS) /* fewer than k tokens are possible at all */
         return;
-    sort_bucket(sampler, logits, scale, cut, bucket);
-    cut->id = sampler->boundary[k - 1];
-    cut->logit = logits[cut->id];
+    sort_bucket(sampler, keys, &scale, bucket);
+    const int32_t last = sampler->boundary[k - 1];
+    apply(sampler, keys, (struct cut){keys[last], last});
 }
 
-static void cut_top_p(struct ltn_sampler *sampler, const float *logits, const struct scale *scale, double p,
-                      struct cut *cut)
+/* Keeps the first tokens that together reach this share, one at least. */
+static void keep_share(struct ltn_sampler *sampler, const float *keys, struct scale scale, double share)
 {
     double mass[N_BUCKETS] = {0}, total = 0;
     for (int32_t i = 0; i < sampler->n; i++)
-        if (kept(cut, logits[i], i))
-            mass[bucket_of(scale, logits[i])] += sampler->weight[i];
-    for (int b = 0; b < N_BUCKETS; b++)
+        if (sampler->weight[i] > 0)
+            mass[bucket_of(&scale, keys[i])] += sampler->weight[i];
+    int last_bucket = 0;
+    for (int b = 0; b < N_BUCKETS; b++) {
         total += mass[b];
-    double goal = p * total, sum = 0;
+        last_bucket = mass[b] > 0 ? b : last_bucket;
+    }
+    double goal = share * total, sum = 0;
     int bucket = 0;
-    for (; bucket < N_BUCKETS - 1 && sum + mass[bucket] < goal; bucket++)
+    for (; bucket < last_bucket && (mass[bucket] == 0 || sum + mass[bucket] < goal); bucket++)
         sum += mass[bucket];
-    int32_t n = sort_bucket(sampler, logits, scale, cut, bucket);
-    for (int32_t i = 0; i < n; i++) {
-        sum += sampler->weight[sampler->boundary[i]];
-        if (sum >= goal || i == n - 1) {
-            *cut = (struct cut){logits[sampler->boundary[i]], sampler->boundary[i]};
-            return;
+    int32_t n = sort_bucket(sampler, keys, &scale, bucket), i = 0;
+    while (sum += sampler->weight[sampler->boundary[i]], sum < goal && i < n - 1)
+        i++;
+    const int32_t last = sampler->boundary[i];
+    apply(sampler, keys, (struct cut){keys[last], last});
+}
+
+/* -log p less the entropy is, but for its sign, log weight less its mean: the logarithm of the total is in
+ * both. */
+static void keep_typical(struct ltn_sampler *sampler, const float *logits, float likeliest,
+                         double temperature, double share)
+{
+    double total = 0, mean = 0;
+    float largest = -INFINITY, lowest = 0, *nearness = sampler->nearness;
+    for (int32_t i = 0; i < sampler->n; i++)
+        if (sampler->weight[i] > 0) {
+            total += sampler->weight[i];
+            mean += sampler->weight[i] * (((double)logits[i] - likeliest) / temperature);
         }
+    mean /= total;
+    for (int32_t i = 0; i < sampler->n; i++) {
+        nearness[i] = -INFINITY;
+        if (sampler->weight[i] == 0)
+            continue;
+        nearness[i] = -(float)fabs(((double)logits[i] - likeliest) / temperature - mean);
+        largest = nearness[i] > largest ? nearness[i] : largest;
+        lowest = nearness[i] < lowest ? nearness[i] : lowest;
+    }
+    keep_share(sampler, nearness, make_scale(largest, lowest), share);
+}
+
+static void keep_min(struct ltn_sampler *sampler, double share)
+{
+    double largest = 0;
+    for (int32_t i = 0; i < sampler->n; i++)
+        largest = sampler->weight[i] > largest ? sampler->weight[i] : largest;
+    for (int32_t i = 0; i < sampler->n; i++)
+        if (sampler->weight[i] < share * largest)
+            sampler->weight[i] = 0;
+}
+
+/* ---- penalties and bias ---- */
+
+bool ltn_sampling_has_penalties(const struct ltn_sampling *s)
+{
+    return s->repeat_last > 0 && ((s->repeat_penalty != 0 && s->repeat_penalty != 1) ||
+                                  s->presence_penalty != 0 || s->frequency_penalty != 0);
+}
+
+static void penalise(struct ltn_sampler *sampler, const struct ltn_sampling *s, const int32_t *recent,
+                     int32_t n_recent)
+{
+    const double repeat = s->repeat_penalty == 0 ? 1 : s->repeat_penalty;
+    int32_t *count = sampler->boundary;
+    for (int32_t i = 0; i < n_recent; i++)
+        count[recent[i]] = 0;
+    for (int32_t i = 0; i < n_recent; i++)
+        count[recent[i]]++;
+    for (int32_t i = 0; i < n_recent; i++) {
+        const int32_t id = recent[i], n = count[id];
+        const double logit = sampler->adjusted[id];
+        if (n == 0) /* done */
+            continue;
+        sampler->adjusted[id] = (float)((logit > 0 ? logit / repeat : logit * repeat) - s->presence_penalty -
+                                        n * s->frequency_penalty);
+        count[id] = 0;
     }
 }
+
+/* *logits becomes what the choice is made from. */
+static enum ltn_status adjust(struct ltn_sampler *sampler, const struct ltn_sampling *s,
+                              const int32_t *recent, int32_t n_recent, const float **logits,
+                              struct ltn_error *err)
+{
+    const bool penalties = n_recent > 0 && ltn_sampling_has_penalties(s);
+    if (!penalties && s->n_bias == 0)
+        return LTN_OK;
+    memcpy(sampler->adjusted, *logits, (size_t)sampler->n * sizeof *sampler->adjusted);
+    *logits = sampler->adjusted;
+    if (penalties)
+        penalise(sampler, s, recent, n_recent);
+    for (size_t i = 0; i < s->n_bias; i++) {
+        if (s->bias[i].id < 0 || s->bias[i].id >= sampler->n)
+            return ltn_fail(err, LTN_ERR_INPUT, "bias: expected an id from 0 to %d, found %d", sampler->n - 1,
+                            s->bias[i].id);
+        sampler->adjusted[s->bias[i].id] += s->bias[i].value;
+    }
+    return LTN_OK;
+}
+
+/* ---- the choice ---- */
 
 /* The extremes of the logits; refuses those that no choice can be made from. */
 static enum ltn_status survey(const float *logits, int32_t n, int32_t *best, float *lowest,
@@ -145,34 +265,35 @@ static enum ltn_status survey(const float *logits, int32_t n, int32_t *best, flo
 }
 
 enum ltn_status ltn_sample(struct ltn_sampler *sampler, const float *logits,
-                           const struct ltn_sampling *sampling, double u, int32_t *id, struct ltn_error *err)
+                           const struct ltn_sampling *sampling, const int32_t *recent, int32_t n_recent,
+                           double u, int32_t *id, struct ltn_error *err)
 {
     int32_t n = sampler->n, best;
     float lowest;
     LTN_TRY(ltn_sampling_check(sampling, err));
+    LTN_TRY(adjust(sampler, sampling, recent, n_recent, &logits, err));
     LTN_TRY(survey(logits, n, &best, &lowest, err));
     *id = best;
     if (sampling->temperature == 0)
         return LTN_OK;
 
-    float largest = logits[best];
+    const float largest = logits[best];
     for (int32_t i = 0; i < n; i++)
         sampler->weight[i] = exp(((double)logits[i] - largest) / sampling->temperature);
 
-    double range = (double)largest - lowest;
-    struct scale scale = {largest, range > 0 ? N_BUCKETS / range : 0};
-    struct cut cut = {lowest, n - 1}; /* everything that is possible */
+    const struct scale scale = make_scale(largest, lowest);
     if (sampling->top_k > 0 && sampling->top_k < n)
-        cut_top_k(sampler, logits, &scale, sampling->top_k, &cut);
+        keep_count(sampler, logits, scale, sampling->top_k);
+    if (sampling->typical > 0 && sampling->typical < 1)
+        keep_typical(sampler, logits, largest, sampling->temperature, sampling->typical);
     if (sampling->top_p < 1)
-        cut_top_p(sampler, logits, &scale, sampling->top_p, &cut);
+        keep_share(sampler, logits, scale, sampling->top_p);
+    if (sampling->min_p > 0)
+        keep_min(sampler, sampling->min_p);
 
     double total = 0, sum = 0;
-    for (int32_t i = 0; i < n; i++) {
-        if (!kept(&cut, logits[i], i) || sampler->weight[i] < sampling->min_p)
-            sampler->weight[i] = 0;
+    for (int32_t i = 0; i < n; i++)
         total += sampler->weight[i];
-    }
     for (int32_t i = 0; i < n; i++) {
         if (sampler->weight[i] == 0)
             continue;

@@ -112,6 +112,11 @@ void ltn_session_seed(struct ltn_session *s, uint64_t seed)
     s->draw = 0;
 }
 
+void ltn_session_skip(struct ltn_session *s, uint64_t draws)
+{
+    s->draw += draws;
+}
+
 enum ltn_status ltn_session_ready(const struct ltn_session *s, struct ltn_error *err)
 {
     if (s->failed)
@@ -269,9 +274,13 @@ enum ltn_status ltn_session_score(struct ltn_session *s, const int32_t *ids, siz
 enum ltn_status ltn_session_sample(struct ltn_session *s, const struct ltn_sampling *sampling, int32_t *id,
                                    struct ltn_error *err)
 {
+    int32_t recent[LTN_RECENT_IDS], n = 0;
     const float *logits;
     LTN_TRY(ltn_session_logits(s, &logits, err));
-    LTN_TRY(ltn_sample(&s->sampler, logits, sampling, ltn_uniform(s->seed, s->draw), id, err));
+    LTN_TRY(ltn_sampling_check(sampling, err)); /* repeat_last, before it is used */
+    for (; ltn_sampling_has_penalties(sampling) && n < sampling->repeat_last && n < s->pos; n++)
+        recent[n] = s->recent[(s->pos - 1 - n) % LTN_RECENT_IDS];
+    LTN_TRY(ltn_sample(&s->sampler, logits, sampling, recent, n, ltn_uniform(s->seed, s->draw), id, err));
     s->draw++;
     return LTN_OK;
 }

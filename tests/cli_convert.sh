@@ -46,6 +46,20 @@ pass "--dtype, over an existing file" grep -qE '^matrices +BF16$' "$tmp/out"
 "$convert" "$golden/" "$tmp/c.ltn" 2>/dev/null
 pass "the same twice gives the same bytes" same "$tmp/b.ltn" "$tmp/c.ltn"
 
+# ---- a checkpoint with a tiktoken vocabulary ----
+"$LTN_TESTS/test_convert" generate "$tmp/tt" 64 2 2 96 1204 1 f32
+cp tests/data/tokenizer/tiny.tiktoken "$tmp/tt"
+try "$convert" "$tmp/tt" "$tmp/tt.ltn"
+pass "without its special tokens: status 1, one line" refused 1 "tiny.tiktoken: 1200 ranks: expected their special tokens"
+echo '{"<|endoftext|>": 1200, "<s>": 1201}' >"$tmp/tt/added_tokens.json"
+try "$convert" "$tmp/tt" "$tmp/tt.ltn"
+pass "with them: status 0, no word" sh -c '[ "$1" = 0 ] && [ ! -s "$2" ]' sh "$status" "$tmp/err"
+try "$info" "$tmp/tt.ltn"
+pass "the vocabulary is inside" grep -qE "^tokenizer +14,354 bytes$" "$tmp/out"
+try "$LTN_BIN/ltn-run" --device cpu -m "$tmp/tt.ltn" -p "It's 3 o'clock" -n 60 --seed 1 --echo
+pass "and the model speaks: whole characters" sh -c '[ "$1" = 0 ] && iconv -f UTF-8 -t UTF-8 "$2" >/dev/null' sh "$status" "$tmp/out"
+pass "after the prompt" grep -q "^It's 3 o'clock" "$tmp/out"
+
 # ---- failing ----
 cp "$tmp/b.ltn" "$tmp/kept.ltn"
 try "$convert" "$tmp/nowhere" "$tmp/kept.ltn"

@@ -11,9 +11,10 @@ unset LTN_MODEL
 # ---- help, version ----
 try "$run" --help
 pass "--help goes to stdout" exited 0
-pass "--help names every option" sh -c 'for f in -m -p -f -n --temp --top-k --top-p --min-p --seed --stop --ignore-eos \
-    --echo --tokens --save --load --prefix-cache --prefix-cache-size --ingest --every -t --device --stats -q --help \
-    --version; do grep -qE "^ +$f( |\$)" "$1" || exit 1; done' sh "$tmp/out"
+pass "--help names every option" sh -c 'for f in -m -p -f -n --temp --top-k --top-p --min-p --typical \
+    --repeat-penalty --presence-penalty --frequency-penalty --repeat-last --logit-bias --n-best --json --logprobs \
+    --seed --stop --ignore-eos --echo --tokens --save --load --prefix-cache --prefix-cache-size --ingest --every -t \
+    --device --stats -q --help --version; do grep -qE "^ +$f( |\$)" "$1" || exit 1; done' sh "$tmp/out"
 pass "--help leaves stderr empty" test ! -s "$tmp/err"
 try "$run" --temp 0.1 --version
 pass "--version" sh -c 'grep -qE "^ltn-run \(ltn\) [0-9]+\.[0-9]+\.[0-9]+$" "$1"' sh "$tmp/out"
@@ -68,6 +69,106 @@ for flags in "--top-k 1" "--top-p 0" "--min-p 1"; do
     try "$run" -m "$m" -p hello -n 40 --top-p 1 $flags --seed 3
     pass "$flags leaves the likeliest token" same "$tmp/out" "$tmp/expected"
 done
+
+# ---- what else steers the choice ----
+try "$run" -m "$m" -p hello -n 40 --temp 0 --repeat-penalty 1 --presence-penalty 0 --frequency-penalty 0 --typical 1 --repeat-last 1024
+pass "penalties that are none change nothing" same "$tmp/out" "$tmp/expected"
+try "$run" -m "$m" -p hello -n 40 --temp 0 --repeat-penalty 1.3 --repeat-last 0
+pass "--repeat-last 0 looks at nothing" same "$tmp/out" "$tmp/expected"
+try "$run" -m "$m" -p hello -n 40 --seed 1 --typical 0.3
+pass "--typical changes the text" sh -c '[ "$1" = 0 ] && ! cmp -s "$2" "$3"' sh "$status" "$tmp/out" "$tmp/text"
+cp "$tmp/out" "$tmp/typical"
+try "$run" -m "$m" -p hello -n 40 --seed 1 --typical 0.3 -t 3
+pass "the same with 3 threads" same "$tmp/out" "$tmp/typical"
+try "$run" -m "$tmp/ids.ltn" --tokens 5,17,9 -n 50 --temp 0 --ignore-eos
+repeats=$(tr ' ' '\n' <"$tmp/out" | sort | uniq -d | wc -l)
+pass "greedy ids repeat" test "$repeats" -gt 0
+for flags in "--presence-penalty 100" "--frequency-penalty 100"; do
+    # shellcheck disable=SC2086
+    try "$run" -m "$tmp/ids.ltn" --tokens 5,17,9 -n 50 --temp 0 --ignore-eos --repeat-last 64 $flags
+    pass "$flags: none comes twice, nor one of the prompt" is \
+        "$(tr ' ' '\n' <"$tmp/out" | grep -vxE '5|17|9' | sort -u | wc -l)" 50
+done
+try "$run" -m "$tmp/ids.ltn" --tokens 5,17,9 -n 50 --temp 0 --ignore-eos --repeat-last 2 --presence-penalty 100
+pass "--repeat-last 2: never twice in three, yet again later" sh -c 'tr " " "\n" <"$1" | awk "
+    \$1 == a || \$1 == b { exit 1 } { b = a; a = \$1; n[a]++ } END { for (i in n) if (n[i] > 1) exit 0; exit 1 }"' sh "$tmp/out"
+try "$run" -m "$tmp/ids.ltn" --tokens 5,17,9 -n 30 --seed 1 --ignore-eos --logit-bias 44=1e6
+pass "--logit-bias to one token" is "$(tr ' ' '\n' <"$tmp/out" | sort -u)" 44
+try "$run" -m "$tmp/ids.ltn" --tokens 5,17,9 -n 50 --temp 0 --ignore-eos
+ban=$(cut -d' ' -f1 "$tmp/out")
+try "$run" -m "$tmp/ids.ltn" --tokens 5,17,9 -n 50 --temp 0 --ignore-eos --logit-bias "$ban=-inf" --logit-bias 3=-0.5
+pass "--logit-bias -inf: it never comes" sh -c '[ "$1" = 0 ] && ! tr " " "\n" <"$2" | grep -qx "$3"' sh "$status" "$tmp/out" "$ban"
+
+# ---- several texts, lines of JSON ----
+try "$run" -m "$m" -p hello -n 40 --seed 1 --n-best 3
+{ echo "==> 1 of 3 <=="; cat "$tmp/text"; echo; echo; echo "==> 2 of 3 <=="; } >"$tmp/expected"
+head -c "$(wc -c <"$tmp/expected")" "$tmp/out" >"$tmp/begin"
+pass "--n-best: the first text is the one without it" same "$tmp/begin" "$tmp/expected"
+pass "under a line for each" is "$(grep -ac '^==> [123] of 3 <==$' "$tmp/out")" 3
+cp "$tmp/out" "$tmp/best"
+try "$run" -m "$m" -p hello -n 40 --seed 1 --n-best 3 -t 3
+pass "the same with 3 threads" same "$tmp/out" "$tmp/best"
+try "$run" -m "$m" --tokens 5,17 -n 20 --seed 1 --n-best 4
+pass "ids: a line for each text, all different" is "$(sort -u "$tmp/out" | wc -l)" 4
+try "$run" -m "$m" --tokens 5,17 -n 20 --seed 1
+head -n 1 "$tmp/out" >"$tmp/expected"
+try "$run" -m "$m" --tokens 5,17 -n 20 --seed 1 --n-best 2
+pass "--n-best 2 begins as --n-best 4 and 1 do" is "$(head -n 1 "$tmp/out")" "$(cat "$tmp/expected")"
+if command -v python3 >/dev/null; then
+    try "$run" -m "$m" -p hello -n 40 --seed 1 --json
+    pass "--json: one line with the text" python3 -c '
+import json, sys
+(line,) = open(sys.argv[1], "rb").read().splitlines()
+j = json.loads(line)
+assert list(j) == ["text", "tokens", "logprob", "end"], j
+assert j["text"].encode() == open(sys.argv[2], "rb").read() and j["tokens"] == 40 and j["end"] == "length"
+assert -40 * 20 < j["logprob"] < 0' "$tmp/out" "$tmp/text"
+    cp "$tmp/out" "$tmp/json"
+    try "$run" -m "$m" -p hello -n 40 --seed 1 --n-best 3 --json
+    pass "--json --n-best: one line each, with its number" python3 -c '
+import json, sys
+lines = [json.loads(l) for l in open(sys.argv[1], "rb")]
+one = json.load(open(sys.argv[2]))
+assert [l.pop("index") for l in lines] == [0, 1, 2] and lines[0] == one
+assert len({l["text"] for l in lines}) == 3' "$tmp/out" "$tmp/json"
+    try "$run" -m "$m" -p hello -n 40 --seed 1 --logprobs 5
+    pass "--logprobs: a line for each token" python3 -c '
+import json, math, sys
+lines = [json.loads(l) for l in open(sys.argv[1], "rb")]
+one = json.load(open(sys.argv[2]))
+assert "".join(l["text"] for l in lines).encode() == open(sys.argv[3], "rb").read()
+tokens = [l for l in lines if "id" in l]
+assert len(tokens) == 40 and all(list(l) == ["id", "text", "logprob", "top"] for l in tokens)
+assert abs(sum(l["logprob"] for l in tokens) - one["logprob"]) < 1e-4
+for l in tokens:
+    top = l["top"]
+    assert len(top) == 5 and all(list(t) == ["id", "piece", "logprob"] for t in top)
+    assert [t["logprob"] for t in top] == sorted((t["logprob"] for t in top), reverse=True)
+    assert sum(math.exp(t["logprob"]) for t in top) < 1 and l["logprob"] <= top[0]["logprob"] < 0
+    assert all(t["logprob"] == l["logprob"] for t in top if t["id"] == l["id"])' "$tmp/out" "$tmp/json" "$tmp/text"
+    try "$run" -m "$m" -p hello -n 40 --seed 1 --logprobs 100 --temp 0 --logit-bias 300=5 --repeat-penalty 1.2
+    pass "log-probabilities are the model's own" python3 -c '
+import json, sys
+for line in open(sys.argv[1], "rb"):
+    l = json.loads(line)
+    if "id" in l and l["id"] != l["top"][0]["id"]:
+        sys.exit(0) # the choice is another one than the likeliest
+sys.exit(1)' "$tmp/out"
+    try "$run" -m "$tmp/ids.ltn" --tokens 5,17 -n 5 --seed 1 --json
+    pass "--json with --tokens: ids" python3 -c '
+import json, sys
+j = json.loads(open(sys.argv[1]).read())
+assert list(j) == ["ids", "tokens", "logprob", "end"] and len(j["ids"]) == 5' "$tmp/out"
+    try "$run" -m "$tmp/ids.ltn" --tokens 5,17 -n 2 --seed 1 --logprobs 1
+    pass "--logprobs of a model without a tokenizer" python3 -c '
+import json, sys
+lines = [json.loads(l) for l in open(sys.argv[1])]
+assert len(lines) == 2 and lines[0]["text"] == "" and lines[0]["top"][0]["piece"] is None' "$tmp/out"
+    try "$run" -m "$m" -p hello -n 0 --seed 1 --json
+    pass "--json of no tokens" is "$(cat "$tmp/out")" '{"text": "", "tokens": 0, "logprob": 0, "end": "length"}'
+else
+    skip "lines of JSON" "no python3 here"
+fi
 
 # ---- token ids ----
 try "$run" -m "$tmp/ids.ltn" --tokens 5,17,9 -n 6 --temp 0
@@ -210,6 +311,21 @@ refuses_usage "--temp: expected a number of at least 0, found ''" -p a --temp ""
 refuses_usage "--top-k: expected a whole number from 0 to 2147483647, found '-3'" -p a --top-k -3
 refuses_usage "--top-p: expected a number from 0 to 1, found '1.5'" -p a --top-p 1.5
 refuses_usage "--min-p: expected a number from 0 to 1, found '2'" -p a --min-p 2
+refuses_usage "--typical: expected a number from 0 to 1, found '1.5'" -p a --typical 1.5
+refuses_usage "--repeat-penalty: expected a number from 0.01 to 100, found '0'" -p a --repeat-penalty 0
+refuses_usage "--presence-penalty: expected a number from -100 to 100, found 'nan'" -p a --presence-penalty nan
+refuses_usage "--frequency-penalty: expected a number from -100 to 100, found '101'" -p a --frequency-penalty 101
+refuses_usage "--repeat-last: expected a whole number from 0 to 1024, found '1025'" -p a --repeat-last 1025
+for bias in 5 5= =5 x=1 5=x -5=1 5=inf 5=nan 5=1x 5=1e99 1234567890=1 5:1 " 5=1"; do
+    refuses_usage "--logit-bias: expected ID=VALUE, a number or -inf for VALUE, found '$bias'" -p a --logit-bias "$bias"
+done
+refuses_usage "--n-best: expected a whole number from 1 to 65536, found '0'" -p a --n-best 0
+refuses_usage "--n-best: with --temp 0 all texts would be the same" -p a --n-best 2 --temp 0
+refuses_usage "--n-best: has no one session" -p a --n-best 2 --save "$tmp/x"
+refuses_usage "--logprobs: expected a whole number from 0 to 100, found '101'" -p a --logprobs 101
+refuses_usage "--logprobs: expected a whole number from 0 to 100, found '-1'" -p a --logprobs -1
+refuses_usage "at most one of --json and --logprobs" -p a --json --logprobs 1
+refuses_usage "--echo: prints the prompt as it is" -p a --json --echo
 refuses_usage "--seed: expected a whole number from 0 to 18446744073709551615, found '-1'" -p a --seed -1
 refuses_usage "--seed: expected a whole number from 0 to 18446744073709551615, found '18446744073709551616'" -p a --seed 18446744073709551616
 refuses_usage "-t: expected a whole number from 0 to 1024, found 'many'" -p a -t many
@@ -247,6 +363,8 @@ try "$run" -m "$m" -f "$tmp" --seed 1
 pass "a folder for a prompt" refused 1 "cannot read: Is a directory"
 try "$run" -m "$m" --tokens 1,400 --seed 1
 pass "an id beyond the vocabulary" refused 1 "token 1: expected an id from 0 to 359, found 400"
+try "$run" -m "$m" -p a --logit-bias 360=1 --seed 1
+pass "a bias for an id beyond the vocabulary" refused 1 "--logit-bias: expected an id from 0 to 359, found 360"
 echo "1 2 x" | "$run" -m "$m" --tokens - --seed 1 >"$tmp/out" 2>"$tmp/err"
 status=$?
 pass "a bad id on standard input" refused 1 "token 2: expected an id, found 'x'"

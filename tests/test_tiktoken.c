@@ -5,7 +5,9 @@
  * $LTN_TEST_CORPUS: a directory with val.txt or val.txt.xz; without it the test that needs it skips. */
 #include "tests/tokenizer_fixture.h"
 
+#include "tests/support.h"
 #include "tokenizer/bpe.h"
+#include "tools/hf_tokenizer.h"
 
 #include <sys/resource.h>
 #include <time.h>
@@ -192,6 +194,50 @@ static void test_split_invariance(void **state)
         assert_ids(&got, &want);
         free(got.data);
     }
+    free(want.data);
+    free(text.data);
+    tok_free_texts(&texts);
+    ltn_tokenizer_close(t);
+}
+
+/* Settling gives out all pieces but the last, and does not change the ids. */
+static void test_settle(void **state)
+{
+    struct ltn_tokenizer *t = open_tiny(make_json("false", "-1", SPECIAL));
+    struct texts texts = tok_read_texts();
+    struct ltn_encoder *encoder;
+    struct text text = {0};
+    struct random r = {7};
+    struct ids got = {0};
+    (void)state;
+
+    while (text.n < 40000) {
+        struct text part = tok_random_text(&r, &texts);
+        text_add(&text, part.data, part.n);
+        free(part.data);
+    }
+    struct ids want = tok_encode(t, text.data, text.n);
+    assert_int_equal(ltn_encoder_create(&encoder, t, ids_emit, &got, NULL), LTN_OK);
+    for (size_t at = 0, n; at < text.n; at += n) {
+        n = 1 + random_below(&r, random_below(&r, 2) ? 3 : 400);
+        n = n < text.n - at ? n : text.n - at;
+        assert_int_equal(ltn_encoder_feed(encoder, text.data + at, n, NULL), LTN_OK);
+        if (random_below(&r, 3) == 0)
+            assert_int_equal(ltn_encoder_settle(encoder, NULL), LTN_OK);
+    }
+    assert_int_equal(ltn_encoder_finish(encoder, NULL), LTN_OK);
+    assert_ids(&got, &want);
+
+    got.n = 0;
+    for (int i = 0; i < 1000; i++) /* a long piece, whose end then comes */
+        assert_int_equal(ltn_encoder_feed(encoder, "x", 1, NULL), LTN_OK);
+    assert_int_equal(ltn_encoder_feed(encoder, " and", 4, NULL), LTN_OK);
+    assert_int_equal(ltn_encoder_settle(encoder, NULL), LTN_OK);
+    struct text early = tok_decode(t, got.data, got.n);
+    assert_int_equal(early.n, 1000);
+    free(early.data);
+    ltn_encoder_free(encoder);
+    free(got.data);
     free(want.data);
     free(text.data);
     tok_free_texts(&texts);
@@ -567,16 +613,157 @@ static void test_describe(void **state)
     free(file.data);
 }
 
+/* ---- a checkpoint's folder ---- */
+
+/* A file of test_folder(). */
+static const char *path_of(const char *name)
+{
+    static char path[512];
+
+    snprintf(path, sizeof path, "%s/%s", test_folder(), name);
+    return path;
+}
+
+static void write_bytes(const char *name, const void *data, size_t bytes)
+{
+    FILE *file = fopen(path_of(name), "wb");
+
+    assert_non_null(file);
+    assert_int_equal(fwrite(data, 1, bytes, file), bytes);
+    assert_int_equal(fclose(file), 0);
+}
+
+static void write_text(const char *name, const char *text)
+{
+    write_bytes(name, text, strlen(text));
+}
+
+/* NULL: it must go well; *out is the caller's. */
+static void read_folder(struct ltn_hf_tokenizer *out, int32_t vocab_size, const char *complaint)
+{
+    struct ltn_error err = {0};
+    const enum ltn_status status = ltn_hf_tokenizer_read(out, test_folder(), vocab_size, &err);
+
+    if (complaint == NULL) {
+        if (status != LTN_OK)
+            fail_msg("%s", err.text);
+        return;
+    }
+    assert_int_equal(status, LTN_ERR_INPUT);
+    if (strstr(err.text, complaint) == NULL)
+        fail_msg("expected \"%s\", found \"%s\"", complaint, err.text);
+}
+
+static void test_checkpoint(void **state)
+{
+    struct text file = make_file("YWI= 256\n");
+    struct ltn_hf_tokenizer hf;
+    char want[1024];
+    (void)state;
+
+    read_folder(&hf, 300, NULL);
+    assert_null(hf.model);
+    write_bytes("any.tiktoken", file.data, file.n);
+    read_folder(&hf, 300, "any.tiktoken: 257 ranks: expected their special tokens as added_tokens_decoder");
+    write_text("tokenizer_config.json", "{\"bos_token\": \"<s>\", \"eos_token\": {\"content\": \"</s>\"},"
+                                        " \"pad_token\": null, \"unk_token\": \"nowhere\"}");
+    read_folder(&hf, 300, "257 ranks: expected their special tokens");
+    write_text("added_tokens.json", "{\"<s>\": 260, \"</s>\": 258, \"<far>\": 300}");
+    read_folder(&hf, 300, NULL);
+    snprintf(
+        want, sizeof want,
+        "{\"type\":\"tiktoken\",\"add_bos\":false,\"add_eos\":false,\"pattern\":%s,\"bos\":260,\"eos\":258,"
+        "\"special\":[{\"id\":260,\"text\":\"<s>\"},{\"id\":258,\"text\":\"</s>\"}]}",
+        pattern);
+    assert_string_equal(hf.json, want);
+    assert_int_equal(hf.beyond, 1);
+    assert_int_equal(hf.bytes, file.n);
+    assert_memory_equal(hf.model, file.data, file.n);
+    ltn_hf_tokenizer_free(&hf);
+    write_text("tokenizer_config.json",
+               "{\"add_bos_token\": true, \"bos_token\": \"<b>\","
+               " \"added_tokens_decoder\": {\"259\": {\"content\": \"<b>\", \"special\": true}}}");
+    read_folder(&hf, 300, NULL);
+    assert_non_null(strstr(hf.json, "\"add_bos\":true"));
+    assert_non_null(strstr(hf.json, "\"bos\":259,\"eos\":-1"));
+    ltn_hf_tokenizer_free(&hf);
+    write_text("tokenizer_config.json", "{\"add_bos_token\": true}");
+    read_folder(&hf, 300, "\"add_bos\" is true");
+    read_folder(&hf, 256, "any.tiktoken: 257 pieces, but the model's vocab_size is 256");
+    write_text("b.tiktoken", "");
+    read_folder(&hf, 300, "expected one tokenizer, found");
+    assert_int_equal(remove(path_of("b.tiktoken")), 0);
+    write_text("tokenizer.model", "");
+    read_folder(&hf, 300, "expected one tokenizer, found any.tiktoken beside tokenizer.model");
+    assert_int_equal(remove(path_of("tokenizer.model")), 0);
+    write_text("any.tiktoken", "YQ== 1\n");
+    read_folder(&hf, 300, "any.tiktoken: tiktoken file: line 1: expected rank 0, found '1'");
+    assert_int_equal(remove(path_of("any.tiktoken")), 0);
+    assert_int_equal(remove(path_of("tokenizer_config.json")), 0);
+    assert_int_equal(remove(path_of("added_tokens.json")), 0);
+    free(file.data);
+}
+
+/* As many ranks as TransNormerLLM3 has: its special tokens are known. */
+static void test_tnl3(void **state)
+{
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    struct text file = make_file("");
+    struct ltn_hf_tokenizer hf;
+    struct ltn_tokenizer *t;
+    struct ltn_error err;
+    char line[32];
+    (void)state;
+
+    for (int i = 0; i < 100000; i++) /* three bytes each */
+        text_add(&file, line,
+                 (size_t)snprintf(line, sizeof line, "%c%c%c%c %d\n", digits[i >> 18], digits[i >> 12 & 63],
+                                  digits[i >> 6 & 63], digits[i & 63], 256 + i));
+    write_bytes("tnl3.tiktoken", file.data, file.n);
+    read_folder(&hf, 100280, NULL);
+    assert_int_equal(ltn_tokenizer_open(&t, hf.model, hf.bytes, hf.json, &err), LTN_OK);
+    assert_int_equal(ltn_tokenizer_size(t), 100277);
+    assert_int_equal(ltn_tokenizer_bos(t), 100261);
+    assert_int_equal(ltn_tokenizer_eos(t), 100257);
+    static const struct {
+        const char *text;
+        int32_t id;
+    } known[] = {{"<|J2PM|>", 100256}, {"<|endoftext|>", 100257}, {"<|fim_suffix|>", 100260},
+                 {"<pad>", 100262},    {"<mask>", 100264},        {"<|endofprompt|>", 100276}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        struct ids ids = tok_encode(t, known[i].text, strlen(known[i].text));
+        assert_int_equal(ids.n, 1);
+        assert_int_equal(ids.data[0], known[i].id);
+        free(ids.data);
+    }
+    struct ids ids = tok_encode(t, "ab", 2); /* nothing is put around a text */
+    assert_int_equal(ids.n, 2);
+    free(ids.data);
+    ltn_tokenizer_close(t);
+    ltn_hf_tokenizer_free(&hf);
+    assert_int_equal(remove(path_of("tnl3.tiktoken")), 0);
+    free(file.data);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_against_python),   cmocka_unit_test(test_against_python_val),
-        cmocka_unit_test(test_merging),          cmocka_unit_test(test_long_piece),
-        cmocka_unit_test(test_split_invariance), cmocka_unit_test(test_forced_cut),
-        cmocka_unit_test(test_constant_memory),  cmocka_unit_test(test_stop),
-        cmocka_unit_test(test_decode),           cmocka_unit_test(test_broken_files),
-        cmocka_unit_test(test_mutations),        cmocka_unit_test(test_json),
+        cmocka_unit_test(test_against_python),
+        cmocka_unit_test(test_against_python_val),
+        cmocka_unit_test(test_merging),
+        cmocka_unit_test(test_long_piece),
+        cmocka_unit_test(test_split_invariance),
+        cmocka_unit_test(test_settle),
+        cmocka_unit_test(test_forced_cut),
+        cmocka_unit_test(test_constant_memory),
+        cmocka_unit_test(test_stop),
+        cmocka_unit_test(test_decode),
+        cmocka_unit_test(test_broken_files),
+        cmocka_unit_test(test_mutations),
+        cmocka_unit_test(test_json),
         cmocka_unit_test(test_describe),
+        cmocka_unit_test(test_checkpoint),
+        cmocka_unit_test(test_tnl3),
     };
 
     return cmocka_run_group_tests_name("tiktoken", tests, NULL, NULL);

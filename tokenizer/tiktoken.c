@@ -227,3 +227,9 @@ enum ltn_status ltn_tiktoken_run_feed(struct ltn_tiktoken_run *run, const char *
     *used = take_characters(run, text, bytes, last);
     return encode(run, last, err);
 }
+
+enum ltn_status ltn_tiktoken_run_settle(struct ltn_tiktoken_run *run, struct ltn_error *err)
+{
+    run->retry = 0;
+    return encode(run, false, err);
+}

@@ -41,6 +41,9 @@ void ltn_tiktoken_run_free(struct ltn_tiktoken_run *run); /* NULL is allowed */
 enum ltn_status ltn_tiktoken_run_feed(struct ltn_tiktoken_run *run, const char *text, size_t bytes, bool last,
                                       size_t *used, struct ltn_error *err);
 
+/* Emits every piece that is certain by now: a feed does not look for the end of a long one each time. */
+enum ltn_status ltn_tiktoken_run_settle(struct ltn_tiktoken_run *run, struct ltn_error *err);
+
 #ifdef __cplusplus
 }
 #endif

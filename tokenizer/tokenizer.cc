@@ -698,6 +698,8 @@ enum ltn_status ltn_encoder::settle(struct ltn_error *err)
     size_t cut = 0;
     uint32_t before = 0, c = 0;
 
+    if (pieces != nullptr)
+        return ltn_tiktoken_run_settle(pieces, err);
     for (size_t at = 0; at < segment.size(); before = c) {
         const size_t n = ltn_utf8_decode(segment.data() + at, segment.size() - at, &c);
         if (at > 0 && t->cuts.safe(before, c))

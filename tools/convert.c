@@ -37,7 +37,8 @@ int main(int argc, char **argv)
         .n_flags = sizeof flags / sizeof *flags,
         .notes =
             "SRC_DIR holds config.json and model.safetensors or pytorch_model.bin, whole or in parts with an"
-            " index; tokenizer.model is taken in where it is there. Nothing in the checkpoint is executed. An"
+            " index; tokenizer.model or *.tiktoken is taken in where it is there. Nothing in the checkpoint "
+            "is executed. An"
             " OUT.ltn that exists is replaced only once all went well.",
     };
     int first = 0, code = ltn_cli_parse(&program, argc, argv, &first);

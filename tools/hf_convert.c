@@ -347,7 +347,7 @@ static void tell(const struct conversion *c)
         note(c, "%s: linear_act_fun \"%s\" is unknown, which means the identity in the official code", dir,
              c->hf.act_name);
     if (!c->tokenizer.model)
-        note(c, "%s: no tokenizer.model, so the .ltn takes token ids only (--tokens)", dir);
+        note(c, "%s: no tokenizer.model and no *.tiktoken, so the .ltn takes token ids only (--tokens)", dir);
     if (c->tokenizer.beyond)
         note(c, "%s: %d added tokens left out, their ids are not below the vocabulary's %d", dir,
              c->tokenizer.beyond, c->hf.config.vocab_size);

@@ -1,13 +1,19 @@
-/* The tokenizer of a Hugging Face checkpoint: its SentencePiece model and what the files beside it say about
- * it.
+/* The tokenizer of a Hugging Face checkpoint: its model and what the files beside it say about it.
  *
- * tokenizer.model           the SentencePiece model; without it the checkpoint has no tokenizer that ltn
+ * tokenizer.model           the SentencePiece model, or
+ * NAME.tiktoken             TransNormerLLM3's ranks; without either the checkpoint has no tokenizer that ltn
  * knows tokenizer_config.json     add_bos_token, add_eos_token; added_tokens_decoder; names of special tokens
  * special_tokens_map.json   names of special tokens
  * added_tokens.json         texts and ids of added tokens
- * Special are the unknown and control pieces of the model, the added tokens, and the pieces that are named as
- * unk, bos, eos, pad, ... token or as additional ones. Without tokenizer_config.json neither bos nor eos is
- * added; where it is there but silent, the official class adds bos and not eos.
+ *
+ * SentencePiece: special are the unknown and control pieces of the model, the added tokens, and the pieces
+ * that are named as unk, bos, eos, pad, ... token or as additional ones. Without tokenizer_config.json
+ * neither bos nor eos is added; where it is there but silent, the official class adds bos and not eos.
+ *
+ * tiktoken: special are the added tokens; bos and eos are those that tokenizer_config.json names, and are put
+ * around a text only where it says so. Where there are no added tokens and the file has the 100,256 ranks of
+ * TransNormerLLM3, its special tokens are known (bos <s>, eos <|endoftext|>); with other ranks that is an
+ * error.
  */
 #ifndef LTN_HF_TOKENIZER_H
 #define LTN_HF_TOKENIZER_H
