@@ -15,7 +15,7 @@ run() { # run NAME COMMAND...
     name=$1
     shift
     begin=$(date +%s)
-    "$@" >"$work/out" 2>"$work/err"
+    timeout 900 "$@" >"$work/out" 2>"$work/err" </dev/null
     status=$?
     planned=$(sed -n 's/^1\.\.\([0-9]*\).*/\1/p' "$work/out" | tail -n 1)
     ran=$(grep -cE '^(not )?ok ' "$work/out")
