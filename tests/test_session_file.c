@@ -344,11 +344,17 @@ static void test_killed(void **state)
             save_for_ever(engine, ends[1]);
         }
         close(ends[1]);
+        int64_t position;
+        if (i % 2) { /* every other time not before it has saved once, however slow this machine is */
+            assert_int_equal(read(ends[0], &position, sizeof position), sizeof position);
+            reported = position;
+            saves++;
+        }
         usleep((useconds_t)test_below(&rng, 25000));
         kill(child, SIGKILL);
         assert_int_equal(waitpid(child, &status, 0), child);
         assert_true(WIFSIGNALED(status)); /* it did not fail by itself */
-        for (int64_t position; read(ends[0], &position, sizeof position) == sizeof position; saves++)
+        for (; read(ends[0], &position, sizeof position) == sizeof position; saves++)
             reported = position;
         close(ends[0]);
 
@@ -368,7 +374,7 @@ static void test_killed(void **state)
     }
     print_message("# %d kills, %lld saves, %d of them not reported yet; %d temporary files left\n", KILLS,
                   (long long)saves, later, files_in(test_folder(), ".tmp"));
-    assert_true(saves > KILLS);
+    assert_true(saves >= KILLS / 2);
     ltn_session_free(session);
     ltn_session_free(expected);
     ltn_engine_close(engine);
