@@ -258,7 +258,13 @@ static void test_end_beyond_window(void **state)
     while (text.n < WINDOW + 1000)
         text_add(&text, " and the engine", 15);
     text_add(&text, "<|endoftext|>", 13);
-    struct ids got = tok_encode(t, text.data, text.n), parts = {0};
+    struct ids got = {0}, parts = {0};
+    struct ltn_encoder *encoder;
+    assert_int_equal(ltn_encoder_create(&encoder, t, ids_emit, &got, NULL), LTN_OK);
+    assert_int_equal(ltn_encoder_feed(encoder, text.data, 10000, NULL), LTN_OK); /* out of step with slices */
+    assert_int_equal(ltn_encoder_feed(encoder, text.data + 10000, text.n - 10000, NULL), LTN_OK);
+    assert_int_equal(ltn_encoder_finish(encoder, NULL), LTN_OK);
+    ltn_encoder_free(encoder);
     for (size_t at = 0; at < text.n;) { /* word by word */
         const char *from = text.data + at, *next = memchr(from + 1, ' ', text.n - at - 1);
         const size_t n = next != NULL ? (size_t)(next - from) : text.n - at;
