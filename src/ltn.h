@@ -169,12 +169,11 @@ struct ltn_sampling {
     double top_p;       /* keep the fewest likeliest that together reach this share; 1: all */
     double min_p;       /* keep those at least this share of the likeliest; 0: all */
     /* Keep the fewest that together reach this share, those first whose -log p is nearest to the entropy; 0
-     * or 1: all (Meister, Pimentel, Wiher, Cotterell: Locally typical sampling, arXiv 2202.00666, equation
-     * 9). */
+     * or 1: all (Meister, Pimentel, Wiher, Cotterell: Locally typical sampling, arXiv 2202.00666). */
     double typical;
     /* Penalties look at the last repeat_last tokens of the timeline, the prompt's too; 0: at none. The logit
      * l of a token that is n times among them becomes (l > 0 ? l / repeat : l * repeat) - presence - n *
-     * frequency (the first part: Keskar et al., CTRL, arXiv 1909.05858, section 4.1, as it is commonly done).
+     * frequency (the first part: Keskar et al., CTRL, arXiv 1909.05858, as it is commonly done).
      */
     int32_t repeat_last;               /* 0 to LTN_MAX_REPEAT_LAST */
     double repeat_penalty;             /* above 1: less of it; 0 or 1: none */

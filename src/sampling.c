@@ -159,24 +159,23 @@ static void keep_share(struct ltn_sampler *sampler, const float *keys, struct sc
     apply(sampler, keys, (struct cut){keys[last], last});
 }
 
-/* -log p less the entropy is, but for its sign, log weight less its mean: the logarithm of the total is in
- * both. */
-static void keep_typical(struct ltn_sampler *sampler, const float *logits, float likeliest,
-                         double temperature, double share)
+/* -log p less the entropy is, but for sign and temperature, the logit less its mean: the logarithm of the
+ * total is in both. */
+static void keep_typical(struct ltn_sampler *sampler, const float *logits, double share)
 {
     double total = 0, mean = 0;
     float largest = -INFINITY, lowest = 0, *nearness = sampler->nearness;
     for (int32_t i = 0; i < sampler->n; i++)
         if (sampler->weight[i] > 0) {
             total += sampler->weight[i];
-            mean += sampler->weight[i] * (((double)logits[i] - likeliest) / temperature);
+            mean += sampler->weight[i] * logits[i];
         }
     mean /= total;
     for (int32_t i = 0; i < sampler->n; i++) {
         nearness[i] = -INFINITY;
         if (sampler->weight[i] == 0)
             continue;
-        nearness[i] = -(float)fabs(((double)logits[i] - likeliest) / temperature - mean);
+        nearness[i] = -(float)fabs(logits[i] - mean);
         largest = nearness[i] > largest ? nearness[i] : largest;
         lowest = nearness[i] < lowest ? nearness[i] : lowest;
     }
@@ -285,7 +284,7 @@ enum ltn_status ltn_sample(struct ltn_sampler *sampler, const float *logits,
     if (sampling->top_k > 0 && sampling->top_k < n)
         keep_count(sampler, logits, scale, sampling->top_k);
     if (sampling->typical > 0 && sampling->typical < 1)
-        keep_typical(sampler, logits, largest, sampling->temperature, sampling->typical);
+        keep_typical(sampler, logits, sampling->typical);
     if (sampling->top_p < 1)
         keep_share(sampler, logits, scale, sampling->top_p);
     if (sampling->min_p > 0)

@@ -9,7 +9,7 @@ struct ltn_sampler {
     int32_t n;         /* size of the vocabulary */
     double *weight;    /* [n] exp((logit - largest) / temperature); 0: the token is out */
     float *adjusted;   /* [n] logits after penalties and bias */
-    float *nearness;   /* [n] how typical a token is; 0: as typical as can be, else negative */
+    float *nearness;   /* [n] how typical a token is: 0 at most; -infinity: it is out */
     int32_t *boundary; /* [n] the candidates of one bucket, sorted; or counts of tokens */
 };
 

@@ -55,7 +55,7 @@ echo '{"<|endoftext|>": 1200, "<s>": 1201}' >"$tmp/tt/added_tokens.json"
 try "$convert" "$tmp/tt" "$tmp/tt.ltn"
 pass "with them: status 0, no word" sh -c '[ "$1" = 0 ] && [ ! -s "$2" ]' sh "$status" "$tmp/err"
 try "$info" "$tmp/tt.ltn"
-pass "the vocabulary is inside" grep -qE "^tokenizer +14,354 bytes$" "$tmp/out"
+pass "the vocabulary is inside" grep -qE "^tokenizer +[0-9,]+ bytes$" "$tmp/out"
 try "$LTN_BIN/ltn-run" --device cpu -m "$tmp/tt.ltn" -p "It's 3 o'clock" -n 60 --seed 1 --echo
 pass "and the model speaks: whole characters" sh -c '[ "$1" = 0 ] && iconv -f UTF-8 -t UTF-8 "$2" >/dev/null' sh "$status" "$tmp/out"
 pass "after the prompt" grep -q "^It's 3 o'clock" "$tmp/out"

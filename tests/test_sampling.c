@@ -675,6 +675,10 @@ static void test_forks(void **state)
     assert_int_equal(ltn_session_create(&fork, engine, NULL, &err), LTN_OK);
     ltn_session_seed(session, 21);
     assert_int_equal(ltn_session_feed(session, prompt, 3, &err), LTN_OK);
+    for (int k = 0; k < 2; k++) { /* forks go on from these draws */
+        int32_t id;
+        assert_int_equal(ltn_session_sample(session, &sampling, &id, &err), LTN_OK);
+    }
     for (uint64_t i = 0; i < 3; i++) {
         const struct ltn_generate_options o = {
             .sampling = &sampling, .max_tokens = 64, .piece = note_piece, .drawn = note_drawn, .ctx = &t[i]};
@@ -689,7 +693,8 @@ static void test_forks(void **state)
         for (uint64_t k = 0; k < 64; k++) {
             const float *logits;
             assert_int_equal(ltn_session_logits(fork, &logits, &err), LTN_OK);
-            int32_t id = plain_sample(logits, V, &sampling, NULL, 0, ltn_uniform(21, i * LTN_FORK_DRAWS + k));
+            int32_t id =
+                plain_sample(logits, V, &sampling, NULL, 0, ltn_uniform(21, 2 + i * LTN_FORK_DRAWS + k));
             assert_int_equal(id, t[i].ids[k]);
             sum += ltn_logprobs(logits, V, id, NULL, 0);
             assert_int_equal(ltn_session_feed(fork, &id, 1, &err), LTN_OK);

@@ -244,6 +244,43 @@ static void test_settle(void **state)
     ltn_tokenizer_close(t);
 }
 
+/* A run that a special token ends while more than a window of it waits: not all of it is one long piece. */
+static void test_end_beyond_window(void **state)
+{
+    enum { WINDOW = 256 << 10 };
+    struct ltn_tokenizer *t = open_tiny(make_json("false", "-1", SPECIAL));
+    struct random r = {8};
+    struct text text = {0};
+    (void)state;
+
+    while (text.n < WINDOW - 100)
+        text_add(&text, "x", 1);
+    while (text.n < WINDOW + 1000)
+        text_add(&text, " and the engine", 15);
+    text_add(&text, "<|endoftext|>", 13);
+    struct ids got = {0}, parts = {0};
+    struct ltn_encoder *encoder;
+    assert_int_equal(ltn_encoder_create(&encoder, t, ids_emit, &got, NULL), LTN_OK);
+    assert_int_equal(ltn_encoder_feed(encoder, text.data, 10000, NULL), LTN_OK); /* out of step with slices */
+    assert_int_equal(ltn_encoder_feed(encoder, text.data + 10000, text.n - 10000, NULL), LTN_OK);
+    assert_int_equal(ltn_encoder_finish(encoder, NULL), LTN_OK);
+    ltn_encoder_free(encoder);
+    for (size_t at = 0; at < text.n;) { /* word by word */
+        const char *from = text.data + at, *next = memchr(from + 1, ' ', text.n - at - 1);
+        const size_t n = next != NULL ? (size_t)(next - from) : text.n - at;
+        struct ids word = tok_encode(t, from, n);
+        ids_add(&parts, word.data, word.n);
+        free(word.data);
+        at += n;
+    }
+    assert_ids(&got, &parts);
+    free(got.data);
+    got = tok_encode_split(t, text.data, text.n, 1000, &r);
+    assert_ids(&got, &parts);
+    free(got.data), free(parts.data), free(text.data);
+    ltn_tokenizer_close(t);
+}
+
 /* A stretch of one kind that is longer than the window is cut there, wherever feeds end. */
 static void test_forced_cut(void **state)
 {
@@ -754,6 +791,7 @@ int main(void)
         cmocka_unit_test(test_long_piece),
         cmocka_unit_test(test_split_invariance),
         cmocka_unit_test(test_settle),
+        cmocka_unit_test(test_end_beyond_window),
         cmocka_unit_test(test_forced_cut),
         cmocka_unit_test(test_constant_memory),
         cmocka_unit_test(test_stop),

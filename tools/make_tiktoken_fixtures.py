@@ -26,6 +26,8 @@ import make_tokenizer_fixtures as common
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 VOCABULARY = 1200
+# Tokens that no merging leads to: they come only where the pattern has just this as a piece.
+WHOLE = [".\u180e", "\u180e\u180e", "'\u017f", ".\u0085", "qzxqz", " \u200b", "\u2028\u2028", "1\u00bd"]
 SPECIAL = ["<|endoftext|>", "<s>", "<pad>", "\u6771\u4eac"]  # their ids follow the ranks
 
 MORE = """I'll say we've seen that she'd be there; they're sure it isn't so, I'm told. HE'S, WE'LL, YOU'RE, I'VE, DON'T, I'D.
@@ -42,6 +44,8 @@ La petite locomotive était très contente; le corbeau, lui, ne l'était pas. O�
 """ * 2
 
 PIECES = [
+    ".\u180e", "\u180e\u180e", "a.\u180e.\u180e\u180e", ".\u0085", ".\u0085\n", "qzxqz", "qzxqzq", " qzxqz", " \u200b",
+    "a \u200ba", "\u2028\u2028", "\u2028\u2028a", "1\u00bd", "x'\u017f'\u017fx",
     "'s", "'S", "'\u017f", "'\u017fs", "'ll", "'LL", "'Ll", "'re", "'rE", "'x", "''s", "don't", "DON'T", "x'd", " 's", "'", "'ve'm't",
     "a's b's", "\u180ea", "a\u180eb", " \u180e ", "\u0085a", "\u0085\u0085a", "a\u0085", "\u2028a", "\u2029\n", "\u200ba",
     "\u1680a", "\u202fa", "\u205fa", "\x1ca", "\x1fa", "\x0b\x0ca", "\n a", "\n  a", " \n\n a", "   \n", "  \n  ", " \r \n \r a", "\r\r\na",
@@ -59,7 +63,7 @@ def train():
     # As in real files the bytes do not stand in their order: those that print come first.
     ranks = sorted((bytes([b]) for b in range(256)), key=lambda b: (not 0x21 <= b[0] <= 0x7E, b))
     parts = {w: [bytes([b]) for b in w] for w in words}
-    while len(ranks) < VOCABULARY:
+    while len(ranks) < VOCABULARY - len(WHOLE):
         pairs = collections.Counter()
         for word, n in words.items():
             for a, b in zip(parts[word], parts[word][1:]):
@@ -72,6 +76,7 @@ def train():
                 if (p[i], p[i + 1]) == pair:
                     p[i:i + 2] = [pair[0] + pair[1]]
                 i += 1
+    ranks += [t.encode() for t in WHOLE]
     assert len(set(ranks)) == VOCABULARY
     return "".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(ranks))
 
