@@ -29,7 +29,8 @@ LIB_OBJ  := $(LIB_SRC:%=$(B)/%.o)
 TOOL_OBJ := $(patsubst %,$(B)/%.o,$(filter-out tools/convert.c,$(wildcard tools/*.c)))
 TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c
 TEST_BIN := $(TEST_SRC:tests/%.c=$(B)/tests/%)
-TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c)))
+TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c))) $(B)/tests/cuda/device.c.o
+CUDA_BIN := $(B)/tests/cuda/test_ops $(B)/tests/cuda/test_decode $(B)/tests/cuda/bench_decode
 CUDA_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/cuda/*.cu))
 PROGRAMS := $(patsubst src/%.c,$(BIN)/ltn-%,$(MAINS)) $(BIN)/tools/convert
 CUDA_LIB := $(if $(NVCC),$(BIN)/libltn_cuda.so)
@@ -62,6 +63,12 @@ test: setup ## set up, build, and run every test that needs no GPU
 check: setup ## the same tests under AddressSanitizer and UBSan
 	@$(MAKE) --no-print-directory -j2 VARIANT=asan NVCC= all tests
 	@sh tests/run.sh build/asan/tests build/asan
+
+test-cuda: setup ## run the tests that need a GPU
+	@$(MAKE) --no-print-directory -j2 all $(CUDA_BIN) $(B)/tests/test_model
+	LTN_BIN=$(BIN) $(B)/tests/cuda/test_ops
+	LTN_BIN=$(BIN) $(B)/tests/cuda/test_decode
+	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
 
 programs: $(PROGRAMS) $(B)/libltn.a $(B)/libltn.so
 
@@ -97,10 +104,10 @@ CUDA_ARCH ?= -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=
              -gencode=arch=compute_90,code=compute_90
 $(B)/%.cu.o: %.cu
 	@mkdir -p $(@D)
-	$(call say,NVCC)$(NVCC) -std=c++17 -O3 -I. -Xcompiler -fPIC,-Wall,-Wextra $(CUDA_ARCH) -MMD -MP -c -o $@ $<
+	$(call say,NVCC)$(NVCC) -std=c++17 -O3 -I. -Xcompiler -fPIC,-Wall,-Wextra,-fvisibility=hidden $(CUDA_ARCH) -MMD -MP -c -o $@ $<
 
-$(BIN)/libltn_cuda.so: $(CUDA_OBJ) $(B)/kernels/status.c.o
-	$(call say,NVCC)$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt
+$(BIN)/libltn_cuda.so: $(CUDA_OBJ) $(B)/kernels/status.c.o kernels/cuda/exports
+	$(call say,NVCC)$(NVCC) -shared -cudart static -Xlinker --version-script=kernels/cuda/exports -o $@ $(filter %.o,$^) -ldl
 
 # ---- installation ----------------------------------------------------------------------------------------------------
 

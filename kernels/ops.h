@@ -32,6 +32,7 @@
 #include <stdint.h>
 
 struct ltn_backend;
+struct ltn_recording;
 
 /* A linear map's weights: y = x W^T, stored [out, in] as checkpoints store them. */
 struct ltn_matrix {
@@ -85,6 +86,32 @@ struct ltn_attention {
     const float *slopes; /* [n_heads], s > 0: a token j steps back weighs exp(-s j) */
     const float *theta;  /* [n_heads, head_dim] LRPE angles per position, or NULL */
     size_t state_offset; /* of this layer in ltn_seq.state, in floats */
+};
+
+/* The weights of one layer; names as in the paper's formulas, in the widths D (residual), H (q, k, v, gate)
+ * and G (channel mixer). */
+struct ltn_layer {
+    struct ltn_norm token_norm;
+    struct ltn_linear qkv;          /* [4H, D] rows q, k, v, u; TNL3: [3H, D] rows q, k, v */
+    struct ltn_linear gate0, gate1; /* TNL3: [gate_dim, D], [H, gate_dim] */
+    struct ltn_attention attention; /* slopes, LRPE angles, place of the state */
+    struct ltn_norm attn_norm;      /* over all H features */
+    struct ltn_linear out;          /* [D, H] */
+    struct ltn_norm channel_norm;
+    struct ltn_linear l1, l2; /* [G, D] */
+    struct ltn_linear l3;     /* [D, G] */
+};
+
+/* A whole model, for the operation that takes a token through all of it. */
+struct ltn_network {
+    int32_t vocab_size, embed_dim, hidden_dim, glu_dim; /* V, D, H, G */
+    int32_t gate_dim;                                   /* 0: the gate is part of qkv */
+    int32_t n_layers;
+    enum ltn_act act;
+    float embed_scale;
+    struct ltn_matrix embed, head; /* [V, D] */
+    struct ltn_norm final_norm;
+    const struct ltn_layer *layers; /* host, [n_layers] */
 };
 
 struct ltn_ops {
@@ -147,6 +174,57 @@ struct ltn_ops {
     enum ltn_status (*lightning)(struct ltn_backend *be, void *o, const void *q, const void *k, const void *v,
                                  int32_t ld, const struct ltn_attention *a, const struct ltn_seq *seqs,
                                  int32_t n_seqs, struct ltn_error *err);
+
+    /* ---- fused operations: each may be NULL, and then is its composition of the above
+     * ----------------------
+     *
+     * Results agree with the composition up to the rounding of what lies between. `scratch` is room for act
+     * [rows, cols of the weights], scratch2 for act [rows, rows of the weights]: contents undefined on
+     * return.
+     */
+    /* y = act(Norm(x) W^T + b), the feature map on the first act_cols columns, in groups of `group`.
+     * y: act [rows, W.rows]; x: f32 [rows, W.cols] */
+    enum ltn_status (*norm_linear)(struct ltn_backend *be, void *y, const float *x,
+                                   const struct ltn_norm *norm, const struct ltn_linear *l, enum ltn_act act,
+                                   int32_t act_cols, int32_t group, int32_t rows, void *scratch,
+                                   struct ltn_error *err);
+    /* y = (Norm(x) W1^T + b1) * (Norm(x) W2^T + b2).  y: act [rows, W1.rows]; x: f32 [rows, W1.cols] */
+    enum ltn_status (*norm_glu)(struct ltn_backend *be, void *y, const float *x, const struct ltn_norm *norm,
+                                const struct ltn_linear *l1, const struct ltn_linear *l2, int32_t rows,
+                                void *scratch, void *scratch2, struct ltn_error *err);
+    /* x += (gate * Norm(o)) W^T + b.  x: f32 [rows, W.rows]; o: act [rows, W.cols]; gate as in gated_norm */
+    enum ltn_status (*gated_linear_add)(struct ltn_backend *be, float *x, const void *o, const void *gate,
+                                        int32_t ld_gate, const struct ltn_norm *norm,
+                                        const struct ltn_linear *l, int32_t rows, void *scratch,
+                                        struct ltn_error *err);
+    /* out = Norm(x) W^T.  out: f32 [rows, W.rows]; x: f32 [rows, W.cols] */
+    enum ltn_status (*norm_logits)(struct ltn_backend *be, float *out, const float *x,
+                                   const struct ltn_norm *norm, const struct ltn_matrix *w, int32_t rows,
+                                   void *scratch, struct ltn_error *err);
+
+    /* One token of one stream through the whole network: its logits, and its state advanced. id: [1]; logits:
+     * f32 [V]; x: f32 [D]; qkv: act [4H]; o: act [H]; h: act [G]; all backend memory, and x .. h hold nothing
+     * of use on return. LTN_ERR_UNSUPPORTED: nothing was done, as sizes or switches do not suit; compose. */
+    enum ltn_status (*step)(struct ltn_backend *be, const struct ltn_network *net, const struct ltn_seq *seq,
+                            const int32_t *id, float *logits, float *x, void *qkv, void *o, void *h,
+                            struct ltn_error *err);
+
+    /* ---- decoding without the host between the tokens: all of these, or none
+     * --------------------------------
+     */
+    /* ids[r] = column of the largest of logits[r], of equals the first; log[*steps % log_rows][r] = ids[r];
+     * then *steps += 1.  ids: [rows]; logits: f32 [rows, cols]; log: [log_rows, rows]; all backend memory */
+    enum ltn_status (*greedy)(struct ltn_backend *be, int32_t *ids, const float *logits, int32_t rows,
+                              int32_t cols, int64_t *steps, int32_t *log, int32_t log_rows,
+                              struct ltn_error *err);
+    /* From record to recorded, operations of this thread are noted, not run (upload, download, alloc, free
+     * and sync must not be called); other threads wait. recorded ends it, also after an operation that
+     * failed. replay issues all that was noted, on the same memory, with *steps (backend memory) as it then
+     * stands added to every position. */
+    enum ltn_status (*record)(struct ltn_backend *be, const int64_t *steps, struct ltn_error *err);
+    enum ltn_status (*recorded)(struct ltn_backend *be, struct ltn_recording **out, struct ltn_error *err);
+    enum ltn_status (*replay)(struct ltn_backend *be, struct ltn_recording *recording, struct ltn_error *err);
+    void (*recording_free)(struct ltn_backend *be, struct ltn_recording *recording); /* NULL is allowed */
 };
 
 /* What every backend begins with; its own fields follow. */

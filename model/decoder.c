@@ -1,6 +1,7 @@
 #include "model/decoder.h"
 
 #include <math.h>
+#include <stdlib.h>
 
 /* ---- the forward pass
  * --------------------------------------------------------------------------------------------
@@ -17,6 +18,7 @@ struct pass {
     struct ltn_workspace *ws;
     struct ltn_backend *be;
     const struct ltn_ops *ops;
+    const int32_t *ids; /* backend memory */
     const struct ltn_seq *seqs;
     int32_t n_seqs;
     int32_t rows;
@@ -26,6 +28,33 @@ struct pass {
 static void *columns(const struct pass *p, void *act, int32_t column)
 {
     return (uint8_t *)act + (size_t)column * ltn_dtype_size(p->be->act_dtype);
+}
+
+/* y = act(Norm(x) W^T + b); the feature map on the first act_cols columns, in groups of `group`. */
+static enum ltn_status norm_linear(const struct pass *p, void *y, const struct ltn_norm *norm,
+                                   const struct ltn_linear *l, enum ltn_act act, int32_t act_cols,
+                                   int32_t group)
+{
+    struct ltn_workspace *ws = p->ws;
+    if (p->ops->norm_linear)
+        return p->ops->norm_linear(p->be, y, ws->x, norm, l, act, act_cols, group, p->rows, ws->y, p->err);
+    LTN_TRY(p->ops->norm(p->be, ws->y, ws->x, norm, p->rows, l->w.cols, p->err));
+    LTN_TRY(p->ops->linear(p->be, y, ws->y, l, p->rows, p->err));
+    return act_cols > 0 ? p->ops->activation(p->be, y, l->w.rows, p->rows, act_cols, group, act, p->err)
+                        : LTN_OK;
+}
+
+/* x += W_o (gate * Norm(o)) */
+static enum ltn_status gated_out(const struct pass *p, const struct ltn_layer *layer, const void *gate,
+                                 int32_t ld_gate)
+{
+    struct ltn_workspace *ws = p->ws;
+    const struct ltn_norm *norm = &layer->attn_norm;
+    if (p->ops->gated_linear_add)
+        return p->ops->gated_linear_add(p->be, ws->x, ws->o, gate, ld_gate, norm, &layer->out, p->rows, ws->y,
+                                        p->err);
+    LTN_TRY(p->ops->gated_norm(p->be, ws->y, ws->o, gate, ld_gate, norm, p->rows, layer->out.w.cols, p->err));
+    return p->ops->linear_add(p->be, ws->x, ws->y, &layer->out, p->rows, p->err);
 }
 
 /* Lightning attention with its gate (TransNormerLLM, arXiv 2307.14995, "Gating mechanism"): x += W_o (gate *
@@ -41,33 +70,34 @@ static enum ltn_status token_mixer(const struct pass *p, const struct ltn_layer 
     void *q = ws->qkv, *k = columns(p, q, H), *v = columns(p, q, 2 * H);
     void *gate = v3 ? ws->gate : columns(p, q, 3 * H);
 
-    LTN_TRY(p->ops->norm(p->be, ws->y, ws->x, &layer->token_norm, p->rows, c->embed_dim, p->err));
-    LTN_TRY(p->ops->linear(p->be, q, ws->y, &layer->qkv, p->rows, p->err));
     if (v3) {
         /* phi sees the whole [q k v] vector, before it is split into heads */
-        LTN_TRY(p->ops->activation(p->be, q, ld, p->rows, ld, ld, c->act, p->err));
-        LTN_TRY(p->ops->linear(p->be, ws->gate_low, ws->y, &layer->gate0, p->rows, p->err));
+        LTN_TRY(norm_linear(p, q, &layer->token_norm, &layer->qkv, c->act, ld, ld));
+        LTN_TRY(norm_linear(p, ws->gate_low, &layer->token_norm, &layer->gate0, LTN_ACT_NONE, 0, 1));
         LTN_TRY(p->ops->linear(p->be, gate, ws->gate_low, &layer->gate1, p->rows, p->err));
         LTN_TRY(p->ops->activation(p->be, gate, H, p->rows, H, H, LTN_ACT_SIGMOID, p->err));
     } else {
-        LTN_TRY(p->ops->activation(p->be, q, ld, p->rows, 2 * H, c->head_dim, c->act, p->err));
+        LTN_TRY(norm_linear(p, q, &layer->token_norm, &layer->qkv, c->act, 2 * H, c->head_dim));
     }
     LTN_TRY(p->ops->lightning(p->be, ws->o, q, k, v, ld, &layer->attention, p->seqs, p->n_seqs, p->err));
-    LTN_TRY(
-        p->ops->gated_norm(p->be, ws->y, ws->o, gate, v3 ? H : ld, &layer->attn_norm, p->rows, H, p->err));
-    return p->ops->linear_add(p->be, ws->x, ws->y, &layer->out, p->rows, p->err);
+    return gated_out(p, layer, gate, v3 ? H : ld);
 }
 
 /* Gated linear unit without an activation (SGLU, same section): x += W_3 ((W_1 y) * (W_2 y)). */
 static enum ltn_status channel_mixer(const struct pass *p, const struct ltn_layer *layer)
 {
     struct ltn_workspace *ws = p->ws;
+    const struct ltn_norm *norm = &layer->channel_norm;
     void *a = ws->qkv, *b = ws->gate;
 
-    LTN_TRY(p->ops->norm(p->be, ws->y, ws->x, &layer->channel_norm, p->rows, p->config->embed_dim, p->err));
-    LTN_TRY(p->ops->linear(p->be, a, ws->y, &layer->l1, p->rows, p->err));
-    LTN_TRY(p->ops->linear(p->be, b, ws->y, &layer->l2, p->rows, p->err));
-    LTN_TRY(p->ops->multiply(p->be, a, b, (int64_t)p->rows * p->config->glu_dim, p->err));
+    if (p->ops->norm_glu) {
+        LTN_TRY(p->ops->norm_glu(p->be, a, ws->x, norm, &layer->l1, &layer->l2, p->rows, ws->y, b, p->err));
+    } else {
+        LTN_TRY(p->ops->norm(p->be, ws->y, ws->x, norm, p->rows, p->config->embed_dim, p->err));
+        LTN_TRY(p->ops->linear(p->be, a, ws->y, &layer->l1, p->rows, p->err));
+        LTN_TRY(p->ops->linear(p->be, b, ws->y, &layer->l2, p->rows, p->err));
+        LTN_TRY(p->ops->multiply(p->be, a, b, (int64_t)p->rows * p->config->glu_dim, p->err));
+    }
     return p->ops->linear_add(p->be, ws->x, a, &layer->l3, p->rows, p->err);
 }
 
@@ -77,10 +107,14 @@ static enum ltn_status head(const struct pass *p, const struct ltn_model *model,
 {
     struct ltn_workspace *ws = p->ws;
     const int32_t D = p->config->embed_dim;
+    const struct ltn_norm *norm = &model->final_norm;
+    const float *x = ws->x + (size_t)first * D;
+    float *out = ws->logits + (size_t)to * p->config->vocab_size;
 
-    LTN_TRY(p->ops->norm(p->be, ws->y, ws->x + (size_t)first * D, &model->final_norm, rows, D, p->err));
-    return p->ops->logits(p->be, ws->logits + (size_t)to * p->config->vocab_size, ws->y, &model->head, rows,
-                          p->err);
+    if (p->ops->norm_logits)
+        return p->ops->norm_logits(p->be, out, x, norm, &model->head, rows, ws->y, p->err);
+    LTN_TRY(p->ops->norm(p->be, ws->y, x, norm, rows, D, p->err));
+    return p->ops->logits(p->be, out, ws->y, &model->head, rows, p->err);
 }
 
 static enum ltn_status wanted_logits(const struct pass *p, const struct ltn_model *model, enum ltn_want want)
@@ -95,32 +129,210 @@ static enum ltn_status wanted_logits(const struct pass *p, const struct ltn_mode
     return LTN_OK;
 }
 
+/* One token of one stream, where the backend can take it through the whole model at once. */
+static enum ltn_status whole_step(const struct pass *p, const struct ltn_model *model, float scale)
+{
+    const struct ltn_config *c = p->config;
+    struct ltn_workspace *ws = p->ws;
+    const struct ltn_network net = {c->vocab_size,     c->embed_dim, c->hidden_dim, c->glu_dim,   c->gate_dim,
+                                    c->n_layers,       c->act,       scale,         model->embed, model->head,
+                                    model->final_norm, model->layers};
+    return p->ops->step(p->be, &net, p->seqs, p->ids, ws->logits, ws->x, ws->qkv, ws->o, ws->gate, p->err);
+}
+
+/* Everything but bringing in the ids. */
+static enum ltn_status forward(const struct pass *p, const struct ltn_model *model, enum ltn_want want,
+                               const struct ltn_tap *tap)
+{
+    const struct ltn_config *c = p->config;
+    struct ltn_workspace *ws = p->ws;
+    float scale = c->scale_embedding ? sqrtf((float)c->embed_dim) : 1.0f;
+
+    if (p->ops->step && p->rows == 1 && want != LTN_WANT_NONE && !tap) {
+        enum ltn_status status = whole_step(p, model, scale);
+        if (status != LTN_ERR_UNSUPPORTED)
+            return status;
+    }
+    LTN_TRY(p->ops->embed(p->be, ws->x, &model->embed, p->ids, p->rows, scale, p->err));
+    for (int32_t l = 0; l < c->n_layers; l++) {
+        if (tap)
+            LTN_TRY(tap->fn(tap->ctx, l, ws->x, p->rows, p->err));
+        LTN_TRY(token_mixer(p, &model->layers[l]));
+        LTN_TRY(channel_mixer(p, &model->layers[l]));
+    }
+    if (tap)
+        LTN_TRY(tap->fn(tap->ctx, c->n_layers, ws->x, p->rows, p->err));
+    return wanted_logits(p, model, want);
+}
+
+/* ---- one stream, token by token: recorded where the backend records
+ * ------------------------------------------------- */
+
+/* What a step reads that changes from token to token, as it lies in backend memory. */
+struct cursor {
+    int64_t position;
+    int32_t id;
+};
+
+static enum ltn_status record_step(const struct ltn_model *model, struct ltn_workspace *ws, float *state,
+                                   struct ltn_error *err)
+{
+    struct ltn_backend *be = model->be;
+    struct cursor *cursor = ws->cursor;
+    const struct ltn_seq seq = {state, 0, 0, 1};
+    const struct pass p = {&model->config, ws, be, be->ops, &cursor->id, &seq, 1, 1, err};
+
+    LTN_TRY(be->ops->record(be, &cursor->position, err));
+    enum ltn_status status = forward(&p, model, LTN_WANT_LAST, NULL);
+    struct ltn_error late;
+    enum ltn_status ended = be->ops->recorded(be, &ws->step, status == LTN_OK ? err : &late);
+    return status != LTN_OK ? status : ended;
+}
+
+/* *done: whether the step was taken. A stream's first token goes the ordinary way: there may be no second. */
+static enum ltn_status step_recorded(const struct ltn_model *model, struct ltn_workspace *ws, int32_t id,
+                                     const struct ltn_seq *seq, bool *done, struct ltn_error *err)
+{
+    struct ltn_backend *be = model->be;
+    const struct cursor cursor = {seq->pos, id};
+    const bool again = ws->step_model == model && ws->step_state == seq->state;
+
+    *done = false;
+    if (!again) {
+        if (ws->step)
+            be->ops->recording_free(be, ws->step);
+        ws->step = NULL;
+        ws->step_model = model;
+        ws->step_state = seq->state;
+        return LTN_OK;
+    }
+    if (!ws->step)
+        LTN_TRY(record_step(model, ws, seq->state, err));
+    *done = true;
+    LTN_TRY(be->ops->upload(be, ws->cursor, &cursor, sizeof cursor, err));
+    return be->ops->replay(be, ws->step, err);
+}
+
 enum ltn_status ltn_forward(const struct ltn_model *model, struct ltn_workspace *ws, const int32_t *ids,
                             int32_t rows, const struct ltn_seq *seqs, int32_t n_seqs, enum ltn_want want,
                             const struct ltn_tap *tap, struct ltn_error *err)
 {
-    const struct ltn_config *c = &model->config;
     struct ltn_backend *be = model->be;
-    const struct pass p = {c, ws, be, be->ops, seqs, n_seqs, rows, err};
+    const struct pass p = {&model->config, ws, be, be->ops, ws->ids, seqs, n_seqs, rows, err};
     int32_t n_logits = want == LTN_WANT_ALL ? rows : want == LTN_WANT_LAST ? n_seqs : 0;
 
     if (rows < 1 || rows > ws->max_rows || n_logits > ws->max_logits)
         return ltn_fail(err, LTN_ERR_INPUT,
                         "forward pass: %d rows with %d logits, the workspace holds 1..%d with %d", rows,
                         n_logits, ws->max_rows, ws->max_logits);
-
-    LTN_TRY(be->ops->upload(be, ws->ids, ids, (size_t)rows * sizeof *ids, err));
-    float scale = c->scale_embedding ? sqrtf((float)c->embed_dim) : 1.0f;
-    LTN_TRY(be->ops->embed(be, ws->x, &model->embed, ws->ids, rows, scale, err));
-    for (int32_t l = 0; l < c->n_layers; l++) {
-        if (tap)
-            LTN_TRY(tap->fn(tap->ctx, l, ws->x, rows, err));
-        LTN_TRY(token_mixer(&p, &model->layers[l]));
-        LTN_TRY(channel_mixer(&p, &model->layers[l]));
+    if (be->ops->record && rows == 1 && want == LTN_WANT_LAST && !tap) {
+        bool done;
+        LTN_TRY(step_recorded(model, ws, ids[0], seqs, &done, err));
+        if (done)
+            return LTN_OK;
     }
-    if (tap)
-        LTN_TRY(tap->fn(tap->ctx, c->n_layers, ws->x, rows, err));
-    return wanted_logits(&p, model, want);
+    LTN_TRY(be->ops->upload(be, ws->ids, ids, (size_t)rows * sizeof *ids, err));
+    return forward(&p, model, want, tap);
+}
+
+/* ---- greedy decoding on the device
+ * ---------------------------------------------------------------------------------- */
+
+bool ltn_stepper_possible(const struct ltn_backend *be)
+{
+    return be->ops->record != NULL;
+}
+
+static enum ltn_status step(struct ltn_stepper *s, struct ltn_error *err)
+{
+    const struct ltn_model *model = s->model;
+    struct ltn_backend *be = model->be;
+    const struct pass p = {&model->config, s->ws,     be,        be->ops, s->ws->ids,
+                           s->seqs,        s->n_seqs, s->n_seqs, err};
+
+    LTN_TRY(forward(&p, model, LTN_WANT_LAST, NULL));
+    return be->ops->greedy(be, s->ws->ids, s->ws->logits, s->n_seqs, model->config.vocab_size, s->steps,
+                           s->log, s->max_steps, err);
+}
+
+/* Nothing of a recorded step runs, so that the states stay as they are. */
+static enum ltn_status record_steps(struct ltn_stepper *s, struct ltn_error *err)
+{
+    struct ltn_backend *be = s->model->be;
+    struct ltn_error late;
+    LTN_TRY(be->ops->record(be, s->steps, err));
+    enum ltn_status status = step(s, err);
+    enum ltn_status ended = be->ops->recorded(be, &s->recording, status == LTN_OK ? err : &late);
+    return status != LTN_OK ? status : ended;
+}
+
+static enum ltn_status prepare(struct ltn_stepper *s, const struct ltn_seq *seqs, struct ltn_error *err)
+{
+    struct ltn_backend *be = s->model->be;
+    size_t log_bytes = (size_t)s->max_steps * (size_t)s->n_seqs * sizeof *s->log;
+
+    LTN_TRY(be->ops->alloc(be, &s->memory, 64 + log_bytes, err));
+    LTN_TRY(be->ops->zero(be, s->memory, 64 + log_bytes, err));
+    s->steps = s->memory;
+    s->log = (int32_t *)((uint8_t *)s->memory + 64);
+    for (int32_t i = 0; i < s->n_seqs; i++)
+        s->seqs[i] = (struct ltn_seq){seqs[i].state, seqs[i].pos, i, 1};
+    return record_steps(s, err);
+}
+
+enum ltn_status ltn_stepper_create(struct ltn_stepper *s, const struct ltn_model *model,
+                                   struct ltn_workspace *ws, const struct ltn_seq *seqs, int32_t n_seqs,
+                                   int32_t max_steps, struct ltn_error *err)
+{
+    *s = (struct ltn_stepper){.model = model, .ws = ws, .n_seqs = n_seqs, .max_steps = max_steps};
+    if (!ltn_stepper_possible(model->be))
+        return ltn_fail(err, LTN_ERR_UNSUPPORTED, "%s: cannot record steps of decoding", model->be->name);
+    if (n_seqs < 1 || n_seqs > ws->max_rows || n_seqs > ws->max_logits || max_steps < 1)
+        return ltn_fail(err, LTN_ERR_INPUT,
+                        "decoding: %d streams, %d steps; the workspace holds 1..%d with %d logits", n_seqs,
+                        max_steps, ws->max_rows, ws->max_logits);
+    s->seqs = malloc((size_t)n_seqs * sizeof *s->seqs);
+    enum ltn_status status =
+        s->seqs ? prepare(s, seqs, err) : ltn_fail(err, LTN_ERR_MEMORY, "no memory for %d streams", n_seqs);
+    if (status != LTN_OK)
+        ltn_stepper_free(s);
+    return status;
+}
+
+enum ltn_status ltn_stepper_run(struct ltn_stepper *s, const int32_t *ids, int32_t n_steps, int32_t *out,
+                                struct ltn_error *err)
+{
+    struct ltn_backend *be = s->model->be;
+    const size_t row = (size_t)s->n_seqs;
+
+    if (n_steps < 1 || n_steps > s->max_steps)
+        return ltn_fail(err, LTN_ERR_INPUT, "decoding: %d steps at once, expected 1..%d", n_steps,
+                        s->max_steps);
+    if (ids)
+        LTN_TRY(be->ops->upload(be, s->ws->ids, ids, row * sizeof *ids, err));
+    for (int32_t i = 0; i < n_steps; i++)
+        LTN_TRY(be->ops->replay(be, s->recording, err));
+    /* The log is a ring. */
+    for (int32_t got = 0; got < n_steps;) {
+        int32_t at = (int32_t)(s->done % s->max_steps);
+        int32_t n = n_steps - got < s->max_steps - at ? n_steps - got : s->max_steps - at;
+        LTN_TRY(be->ops->download(be, out + (size_t)got * row, s->log + (size_t)at * row,
+                                  (size_t)n * row * sizeof *out, err));
+        s->done += n;
+        got += n;
+    }
+    return LTN_OK;
+}
+
+void ltn_stepper_free(struct ltn_stepper *s)
+{
+    if (s->model) {
+        if (s->recording)
+            s->model->be->ops->recording_free(s->model->be, s->recording);
+        s->model->be->ops->free(s->model->be, s->memory);
+    }
+    free(s->seqs);
+    *s = (struct ltn_stepper){0};
 }
 
 /* ---- workspace
@@ -142,6 +354,7 @@ enum ltn_status ltn_workspace_create(struct ltn_workspace *ws, const struct ltn_
         void **at;
         size_t bytes;
     } parts[] = {
+        {&ws->cursor, sizeof(struct cursor)},
         {(void **)&ws->ids, n * sizeof *ws->ids},
         {(void **)&ws->x, n * (size_t)D * sizeof(float)},
         {&ws->y, n * (size_t)max32(D, H) * act},
@@ -167,6 +380,8 @@ enum ltn_status ltn_workspace_create(struct ltn_workspace *ws, const struct ltn_
 
 void ltn_workspace_free(struct ltn_workspace *ws)
 {
+    if (ws->step)
+        ws->be->ops->recording_free(ws->be, ws->step);
     if (ws->be)
         ws->be->ops->free(ws->be, ws->memory);
     *ws = (struct ltn_workspace){0};

@@ -19,6 +19,11 @@ struct ltn_workspace {
     void *gate_low; /* act: TNL3, [max_rows, gate_dim] */
     void *o;        /* act [max_rows, H] attention outputs */
     float *logits;  /* [max_logits, V] */
+    /* Where the backend records: the step of the stream that was last decoded token by token. */
+    void *cursor; /* its position and token, backend memory */
+    struct ltn_recording *step;
+    const struct ltn_model *step_model;
+    const float *step_state;
 };
 
 enum ltn_status ltn_workspace_create(struct ltn_workspace *ws, const struct ltn_model *model,
@@ -42,5 +47,35 @@ struct ltn_tap {
 enum ltn_status ltn_forward(const struct ltn_model *model, struct ltn_workspace *ws, const int32_t *ids,
                             int32_t rows, const struct ltn_seq *seqs, int32_t n_seqs, enum ltn_want want,
                             const struct ltn_tap *tap, struct ltn_error *err);
+
+/* Greedy decoding with the token and the position on the device: one step is recorded once and then replayed,
+ * many steps per call. Only where the backend records (ltn_stepper_possible). */
+struct ltn_stepper {
+    const struct ltn_model *model; /* borrowed */
+    struct ltn_workspace *ws;      /* borrowed, and used by every step */
+    struct ltn_seq *seqs;          /* [n_seqs] */
+    int32_t n_seqs;
+    int32_t max_steps;
+    int64_t done;   /* steps since creation */
+    void *memory;   /* of steps and log */
+    int64_t *steps; /* backend memory: `done`, as the device counts it */
+    int32_t *log;   /* backend memory, [max_steps, n_seqs] the latest ids, a ring */
+    struct ltn_recording *recording;
+};
+
+bool ltn_stepper_possible(const struct ltn_backend *be);
+
+/* Of each of seqs (host), only state and pos matter; the states must stay where they are. max_steps: the most
+ * steps of one call. */
+enum ltn_status ltn_stepper_create(struct ltn_stepper *stepper, const struct ltn_model *model,
+                                   struct ltn_workspace *ws, const struct ltn_seq *seqs, int32_t n_seqs,
+                                   int32_t max_steps, struct ltn_error *err);
+
+/* Feeds ids (host, [n_seqs]), then each chosen token in turn, n_steps in all; every stream's state advances
+ * by n_steps. out: host [n_steps, n_seqs], the tokens chosen; the last of them has not been fed. ids NULL:
+ * goes on with those. ws->logits holds the last step's logits. */
+enum ltn_status ltn_stepper_run(struct ltn_stepper *stepper, const int32_t *ids, int32_t n_steps,
+                                int32_t *out, struct ltn_error *err);
+void ltn_stepper_free(struct ltn_stepper *stepper); /* a zeroed one is allowed */
 
 #endif

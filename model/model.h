@@ -5,19 +5,6 @@
 
 #include "model/checkpoint.h"
 
-/* The weights of one layer; names as in the paper's formulas, shapes in model/config.h. */
-struct ltn_layer {
-    struct ltn_norm token_norm;
-    struct ltn_linear qkv;          /* [4H, D] rows q, k, v, u; TNL3: [3H, D] rows q, k, v */
-    struct ltn_linear gate0, gate1; /* TNL3: [gate_dim, D], [H, gate_dim] */
-    struct ltn_attention attention; /* slopes, LRPE angles, place of the state */
-    struct ltn_norm attn_norm;      /* over all H features */
-    struct ltn_linear out;          /* [D, H] */
-    struct ltn_norm channel_norm;
-    struct ltn_linear l1, l2; /* [G, D] */
-    struct ltn_linear l3;     /* [D, G] */
-};
-
 struct ltn_model {
     struct ltn_config config;
     struct ltn_backend *be;  /* borrowed */

@@ -1,0 +1,276 @@
+/* Opening and closing the device, its memory, and the table of operations. */
+#include "kernels/cuda/cuda.cuh"
+
+#include <new>
+#include <stdio.h>
+#include <thread>
+
+enum ltn_status cuda_fail(struct cuda_backend *be, struct ltn_error *err, const char *what, const char *file,
+                          int line, cudaError_t code)
+{
+    cudaGetLastError(); /* so that the next call does not report this failure again */
+    const char *base = strrchr(file, '/');
+    return ltn_fail(err, code == cudaErrorMemoryAllocation ? LTN_ERR_MEMORY : LTN_ERR_DEVICE,
+                    "cuda:%d: %s (%s): %s:%d: %.120s", be->device, cudaGetErrorString(code),
+                    cudaGetErrorName(code), base ? base + 1 : file, line, what);
+}
+
+enum ltn_status refuse_dtype(struct cuda_backend *be, struct ltn_error *err, enum ltn_dtype dtype)
+{
+    return ltn_fail(err, LTN_ERR_UNSUPPORTED,
+                    "cuda:%d: %s weights with %s activations; the backend was opened for others", be->device,
+                    ltn_dtype_name(dtype), ltn_dtype_name(be->base.act_dtype));
+}
+
+/* ---- memory ----------------------------------------------------------------------------------------------
+ */
+
+static enum ltn_status cuda_alloc(struct ltn_backend *base, void **out, size_t bytes, struct ltn_error *err)
+{
+    struct cuda_backend *be = cuda_of(base);
+    struct turn turn(be);
+    cudaError_t code = cudaMalloc(out, bytes ? bytes : 1);
+    if (code != cudaErrorMemoryAllocation) {
+        CUDA_TRY(be, err, code);
+        return LTN_OK;
+    }
+    size_t free = 0, total = 0;
+    cudaGetLastError();
+    cudaMemGetInfo(&free, &total);
+    return ltn_fail(err, LTN_ERR_MEMORY, "cuda:%d: %.1f MiB of device memory needed, %.1f of %.1f MiB free",
+                    be->device, (double)bytes / (1 << 20), (double)free / (1 << 20),
+                    (double)total / (1 << 20));
+}
+
+static void cuda_free(struct ltn_backend *base, void *p)
+{
+    struct cuda_backend *be = cuda_of(base);
+    struct turn turn(be);
+    cudaFree(p);
+}
+
+static enum ltn_status cuda_zero(struct ltn_backend *base, void *p, size_t bytes, struct ltn_error *err)
+{
+    struct cuda_backend *be = cuda_of(base);
+    struct turn turn(be);
+    CUDA_TRY(be, err, cudaMemsetAsync(p, 0, bytes, be->stream));
+    return LTN_OK;
+}
+
+static enum ltn_status cuda_copy(struct ltn_backend *base, void *dst, const void *src, size_t bytes,
+                                 struct ltn_error *err)
+{
+    struct cuda_backend *be = cuda_of(base);
+    struct turn turn(be);
+    CUDA_TRY(be, err, cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, be->stream));
+    return LTN_OK;
+}
+
+static enum ltn_status cuda_sync(struct ltn_backend *base, struct ltn_error *err)
+{
+    struct cuda_backend *be = cuda_of(base);
+    struct turn turn(be);
+    CUDA_TRY(be, err, cudaStreamSynchronize(be->stream));
+    return LTN_OK;
+}
+
+/* Takes the next whole pinned buffer, once the copy that last used it is done. */
+static cudaError_t take_stage(struct cuda_backend *be)
+{
+    cudaError_t code = cudaEventRecord(be->staged[be->next_stage], be->stream);
+    be->next_stage = (be->next_stage + 1) % STAGES;
+    be->stage_used = 0;
+    return code != cudaSuccess ? code : cudaEventSynchronize(be->staged[be->next_stage]);
+}
+
+/* One host thread copies at a fraction of what the bus carries; a full buffer is filled by several. */
+static void copy_wide(uint8_t *dst, const uint8_t *src, size_t bytes)
+{
+    enum { PARTS = 4, WORTH_THREADS = 1 << 20 };
+    if (bytes < WORTH_THREADS) {
+        memcpy(dst, src, bytes);
+        return;
+    }
+    std::thread helper[PARTS - 1];
+    size_t part = (bytes / PARTS + 63) & ~(size_t)63;
+    size_t own = bytes; /* this thread copies what no helper could be had for, from the start */
+    for (int i = PARTS - 1; i > 0; i--) {
+        size_t from = i * part;
+        try {
+            helper[i - 1] = std::thread(memcpy, dst + from, src + from, own - from);
+        } catch (...) {
+            break;
+        }
+        own = from;
+    }
+    memcpy(dst, src, own);
+    for (std::thread &t : helper)
+        if (t.joinable())
+            t.join();
+}
+
+static enum ltn_status cuda_upload(struct ltn_backend *base, void *dst, const void *host, size_t bytes,
+                                   struct ltn_error *err)
+{
+    struct cuda_backend *be = cuda_of(base);
+    struct turn turn(be);
+    const uint8_t *from = (const uint8_t *)host;
+    uint8_t *to = (uint8_t *)dst;
+    while (bytes > 0) {
+        if (be->stage_used == STAGE_BYTES)
+            CUDA_TRY(be, err, take_stage(be));
+        size_t room = STAGE_BYTES - be->stage_used, n = bytes < room ? bytes : room;
+        uint8_t *stage = be->stage[be->next_stage] + be->stage_used;
+        copy_wide(stage, from, n);
+        CUDA_TRY(be, err, cudaMemcpyAsync(to, stage, n, cudaMemcpyHostToDevice, be->stream));
+        be->stage_used += (n + 63) & ~(size_t)63;
+        from += n, to += n, bytes -= n;
+    }
+    return LTN_OK;
+}
+
+static enum ltn_status cuda_download(struct ltn_backend *base, void *host, const void *src, size_t bytes,
+                                     struct ltn_error *err)
+{
+    struct cuda_backend *be = cuda_of(base);
+    struct turn turn(be);
+    const uint8_t *from = (const uint8_t *)src;
+    uint8_t *to = (uint8_t *)host;
+    do {
+        size_t n = bytes < STAGE_BYTES ? bytes : (size_t)STAGE_BYTES;
+        CUDA_TRY(be, err, take_stage(be));
+        uint8_t *stage = be->stage[be->next_stage];
+        CUDA_TRY(be, err, cudaMemcpyAsync(stage, from, n, cudaMemcpyDeviceToHost, be->stream));
+        CUDA_TRY(be, err, cudaStreamSynchronize(be->stream));
+        memcpy(to, stage, n);
+        from += n, to += n, bytes -= n;
+    } while (bytes > 0);
+    return LTN_OK;
+}
+
+/* ---- attention: by sequences -----------------------------------------------------------------------------
+ */
+
+static enum ltn_status cuda_lightning(struct ltn_backend *base, void *o, const void *q, const void *k,
+                                      const void *v, int32_t ld, const struct ltn_attention *a,
+                                      const struct ltn_seq *seqs, int32_t n_seqs, struct ltn_error *err)
+{
+    struct cuda_backend *be = cuda_of(base);
+    struct turn turn(be);
+    /* Runs of sequences of one row each, and runs of longer ones. */
+    for (int32_t i = 0; i < n_seqs;) {
+        bool one = seqs[i].count == 1;
+        struct seq_table table;
+        int32_t n = 0;
+        table.steps = be->steps;
+        for (; i < n_seqs && n < SEQS_PER_LAUNCH && (seqs[i].count == 1) == one; i++)
+            table.seq[n++] = seqs[i];
+        LTN_TRY((one ? lightning_decode : lightning_prefill)(be, o, q, k, v, ld, a, &table, n, err));
+    }
+    return LTN_OK;
+}
+
+/* ---- opening and closing ---------------------------------------------------------------------------------
+ */
+
+static void cuda_close(struct ltn_backend *base)
+{
+    struct cuda_backend *be = cuda_of(base);
+    cudaSetDevice(be->device);
+    if (be->stream)
+        cudaStreamSynchronize(be->stream);
+    gemm_close(be);
+    cudaFree(be->partials);
+    cudaFree(be->step_barrier);
+    for (int i = 0; i < STAGES; i++) {
+        cudaFreeHost(be->stage[i]);
+        if (be->staged[i])
+            cudaEventDestroy(be->staged[i]);
+    }
+    if (be->stream)
+        cudaStreamDestroy(be->stream);
+    delete be;
+}
+
+static const struct ltn_ops cuda_ops = {
+    .close = cuda_close,
+    .alloc = cuda_alloc,
+    .free = cuda_free,
+    .zero = cuda_zero,
+    .upload = cuda_upload,
+    .download = cuda_download,
+    .copy = cuda_copy,
+    .sync = cuda_sync,
+    .embed = cuda_embed,
+    .norm = cuda_norm,
+    .gated_norm = cuda_gated_norm,
+    .linear = cuda_linear,
+    .linear_add = cuda_linear_add,
+    .logits = cuda_logits,
+    .activation = cuda_activation,
+    .multiply = cuda_multiply,
+    .lightning = cuda_lightning,
+    .norm_linear = cuda_norm_linear,
+    .norm_glu = cuda_norm_glu,
+    .gated_linear_add = cuda_gated_linear_add,
+    .norm_logits = cuda_norm_logits,
+    .step = cuda_step,
+    .greedy = cuda_greedy,
+    .record = cuda_record,
+    .recorded = cuda_recorded,
+    .replay = cuda_replay,
+    .recording_free = cuda_recording_free,
+};
+
+static enum ltn_status start(struct cuda_backend *be, struct ltn_error *err)
+{
+    struct cudaDeviceProp prop;
+    CUDA_TRY(be, err, cudaSetDevice(be->device));
+    CUDA_TRY(be, err, cudaGetDeviceProperties(&prop, be->device));
+    if (prop.major < 8)
+        return ltn_fail(err, LTN_ERR_UNSUPPORTED,
+                        "cuda:%d: %s has compute capability %d.%d, 8.0 or later is needed", be->device,
+                        prop.name, prop.major, prop.minor);
+    be->n_sms = prop.multiProcessorCount;
+    be->overlaps = prop.major >= 9;
+    be->max_shared = prop.sharedMemPerBlockOptin;
+    snprintf(be->base.name, sizeof be->base.name, "cuda:%d, %.60s, %d SMs", be->device, prop.name, be->n_sms);
+    CUDA_TRY(be, err, cudaStreamCreateWithFlags(&be->stream, cudaStreamNonBlocking));
+    for (int i = 0; i < STAGES; i++) {
+        CUDA_TRY(be, err, cudaMallocHost(&be->stage[i], STAGE_BYTES));
+        CUDA_TRY(be, err, cudaEventCreateWithFlags(&be->staged[i], cudaEventDisableTiming));
+    }
+    LTN_TRY(batch_open(be, err));
+    LTN_TRY(step_open(be, err));
+    return gemv_open(be, err);
+}
+
+extern "C" __attribute__((visibility("default"))) ltn_cuda_open_fn ltn_cuda_open;
+
+extern "C" enum ltn_status ltn_cuda_open(struct ltn_backend **out, int device, enum ltn_dtype weights_dtype,
+                                         struct ltn_error *err)
+{
+    int n = 0;
+    cudaError_t code = cudaGetDeviceCount(&n);
+    *out = NULL;
+    if (code != cudaSuccess)
+        return ltn_fail(err, LTN_ERR_DEVICE, "cuda:%d: no usable driver or device: %s (%s)", device,
+                        cudaGetErrorString(code), cudaGetErrorName(code));
+    if (device < 0 || device >= n)
+        return ltn_fail(err, LTN_ERR_DEVICE, "cuda:%d: no such device, this machine has %d", device, n);
+
+    struct cuda_backend *be = new (std::nothrow) cuda_backend();
+    if (!be)
+        return ltn_fail(err, LTN_ERR_MEMORY, "host memory: no room for the CUDA backend");
+    be->base.ops = &cuda_ops;
+    be->base.act_dtype = weights_dtype == LTN_F32 ? LTN_F32 : LTN_BF16;
+    be->base.chunk_rows = 4096;
+    be->device = device;
+    enum ltn_status status = start(be, err);
+    if (status != LTN_OK) {
+        cuda_close(&be->base);
+        return status;
+    }
+    *out = &be->base;
+    return LTN_OK;
+}

@@ -1,0 +1,300 @@
+/* Decoding on the CUDA backend beyond single operations: recorded steps against the forward pass, states that
+ * move between backends, fused operations against their compositions, long positions. */
+#include "model/decoder.h"
+#include "tests/cuda/device.h"
+#include "tests/support.h"
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#define CHECK(call) check((call), &err, #call)
+
+static void check(enum ltn_status status, const struct ltn_error *err, const char *what)
+{
+    if (status != LTN_OK)
+        fail_msg("%s: %s", what, err->text);
+}
+
+enum { STREAMS = 70, VOCAB = 311, MAX_ROWS = 256 };
+
+struct rig {
+    struct ltn_backend *be;
+    struct ltn_checkpoint ck;
+    struct ltn_model model;
+    struct ltn_workspace ws;
+    size_t state_bytes;
+    float *state[STREAMS];
+};
+
+static const struct ltn_config shape = {.vocab_size = VOCAB,
+                                        .embed_dim = 128,
+                                        .hidden_dim = 128,
+                                        .n_layers = 3,
+                                        .n_heads = 2,
+                                        .glu_dim = 352,
+                                        .act = LTN_ACT_SILU,
+                                        .tied = true,
+                                        .bos_id = -1,
+                                        .eos_id = -1,
+                                        .pad_id = -1,
+                                        .lrpe = {1, 0, 0}};
+
+static const char *model_path(enum ltn_dtype dtype)
+{
+    static char path[3][512];
+    if (!path[dtype][0]) {
+        snprintf(path[dtype], sizeof path[dtype], "%s/%s.ltn", test_folder(), ltn_dtype_name(dtype));
+        test_write_model(shape, dtype, 21, path[dtype]);
+    }
+    return path[dtype];
+}
+
+static void rig_open(struct rig *r, enum ltn_dtype dtype, bool cuda)
+{
+    struct ltn_error err = {0};
+    memset(r, 0, sizeof *r);
+    if (cuda)
+        r->be = open_cuda(dtype);
+    else
+        CHECK(ltn_cpu_open(&r->be, 2, &err));
+    CHECK(ltn_checkpoint_open(&r->ck, model_path(dtype), &err));
+    CHECK(ltn_model_load(&r->model, &r->ck, r->be, NULL, NULL, &err));
+    CHECK(ltn_workspace_create(&r->ws, &r->model, MAX_ROWS, STREAMS, &err));
+    r->state_bytes = ltn_state_offset(&r->ck.config, r->ck.config.n_layers) * sizeof(float);
+    for (int i = 0; i < STREAMS; i++) {
+        CHECK(r->be->ops->alloc(r->be, (void **)&r->state[i], r->state_bytes, &err));
+        CHECK(r->be->ops->zero(r->be, r->state[i], r->state_bytes, &err));
+    }
+}
+
+static void rig_close(struct rig *r)
+{
+    for (int i = 0; i < STREAMS; i++)
+        r->be->ops->free(r->be, r->state[i]);
+    ltn_workspace_free(&r->ws);
+    ltn_model_free(&r->model);
+    ltn_checkpoint_close(&r->ck);
+    r->be->ops->close(r->be);
+}
+
+static int argmax(const float *x, int n)
+{
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (x[i] > x[best])
+            best = i;
+    return best;
+}
+
+/* Greedy continuation by one forward pass a step, n streams at once; out: [steps, n], logits: [n, VOCAB]. */
+static void walk(struct rig *r, const int32_t *first, int n, int64_t pos, int steps, int32_t *out,
+                 float *logits)
+{
+    struct ltn_error err = {0};
+    int32_t ids[STREAMS];
+    memcpy(ids, first, (size_t)n * sizeof *ids);
+    for (int s = 0; s < steps; s++) {
+        struct ltn_seq seqs[STREAMS];
+        for (int i = 0; i < n; i++)
+            seqs[i] = (struct ltn_seq){r->state[i], pos + s, i, 1};
+        CHECK(ltn_forward(&r->model, &r->ws, ids, n, seqs, n, LTN_WANT_LAST, NULL, &err));
+        CHECK(r->be->ops->download(r->be, logits, r->ws.logits, (size_t)n * VOCAB * sizeof(float), &err));
+        for (int i = 0; i < n; i++)
+            out[s * n + i] = ids[i] = argmax(logits + (size_t)i * VOCAB, VOCAB);
+    }
+}
+
+static void zero_states(struct rig *r)
+{
+    struct ltn_error err = {0};
+    for (int i = 0; i < STREAMS; i++)
+        CHECK(r->be->ops->zero(r->be, r->state[i], r->state_bytes, &err));
+}
+
+/* Recorded steps are the forward pass, bit for bit: tokens, logits and states, over calls that wrap the log.
+ */
+static void test_stepper(void **state)
+{
+    enum ltn_dtype dtype = (enum ltn_dtype)(intptr_t)*state;
+    static const int streams[] = {1, 3, 8, STREAMS};
+    struct ltn_error err = {0};
+    struct rig r;
+    rig_open(&r, dtype, true);
+    for (size_t k = 0; k < sizeof streams / sizeof *streams; k++) {
+        enum { STEPS = 50, LOG = 13 };
+        const int n = streams[k];
+        int32_t first[STREAMS], *a = malloc(sizeof(int32_t) * STEPS * STREAMS),
+                                *b = malloc(sizeof(int32_t) * STEPS * STREAMS);
+        float *la = malloc(sizeof(float) * STREAMS * VOCAB), *lb = malloc(sizeof(float) * STREAMS * VOCAB);
+        uint8_t *sa = malloc(r.state_bytes), *sb = malloc(r.state_bytes);
+        struct ltn_seq seqs[STREAMS];
+        struct ltn_stepper stepper;
+        assert_true(a && b && la && lb && sa && sb);
+        for (int i = 0; i < n; i++) {
+            first[i] = (7 * i + 3) % VOCAB;
+            seqs[i] = (struct ltn_seq){r.state[i], 1000, 0, 0};
+        }
+        zero_states(&r);
+        CHECK(ltn_stepper_create(&stepper, &r.model, &r.ws, seqs, n, LOG, &err));
+        for (int done = 0; done < STEPS;) {
+            int m = done == 0 ? 1 : done + 10 <= STEPS ? 10 : STEPS - done;
+            CHECK(ltn_stepper_run(&stepper, done ? NULL : first, m, a + done * n, &err));
+            done += m;
+        }
+        CHECK(r.be->ops->download(r.be, la, r.ws.logits, (size_t)n * VOCAB * sizeof(float), &err));
+        CHECK(r.be->ops->download(r.be, sa, r.state[n - 1], r.state_bytes, &err));
+        ltn_stepper_free(&stepper);
+        zero_states(&r);
+        walk(&r, first, n, 1000, STEPS, b, lb);
+        CHECK(r.be->ops->download(r.be, sb, r.state[n - 1], r.state_bytes, &err));
+        assert_memory_equal(a, b, sizeof(int32_t) * STEPS * (size_t)n);
+        assert_memory_equal(la, lb, sizeof(float) * VOCAB * (size_t)n);
+        assert_memory_equal(sa, sb, r.state_bytes);
+        free(a), free(b), free(la), free(lb), free(sa), free(sb);
+    }
+    rig_close(&r);
+}
+
+static double rms_error(const float *found, const float *expected, size_t n)
+{
+    double ss = 0, diff = 0;
+    for (size_t i = 0; i < n; i++) {
+        ss += (double)expected[i] * expected[i];
+        diff += ((double)found[i] - expected[i]) * ((double)found[i] - expected[i]);
+    }
+    return sqrt(diff / ss);
+}
+
+/* A token at once, the fused operations, and the small ones composed: the same up to rounding. */
+static void test_fused_against_composed(void **state)
+{
+    enum ltn_dtype dtype = (enum ltn_dtype)(intptr_t)*state;
+    enum { WAYS = 3 };
+    struct ltn_error err = {0};
+    float logits[WAYS][VOCAB];
+    struct rig r;
+    rig_open(&r, dtype, true);
+    const struct ltn_ops *full = r.be->ops;
+    struct ltn_ops ways[WAYS] = {*full, *full, *full};
+    assert_non_null(full->step);
+    ways[1].step = ways[2].step = NULL;
+    ways[2].norm_linear = NULL;
+    ways[2].norm_glu = NULL;
+    ways[2].gated_linear_add = NULL;
+    ways[2].norm_logits = NULL;
+    for (int t = 0; t < 40; t++) {
+        int32_t id = (t * 37 + 5) % VOCAB;
+        for (int way = 0; way < WAYS; way++) {
+            struct ltn_seq seq = {r.state[way], 3000 + t, 0, 1};
+            r.be->ops = &ways[way];
+            CHECK(ltn_forward(&r.model, &r.ws, &id, 1, &seq, 1, LTN_WANT_LAST, NULL, &err));
+            CHECK(r.be->ops->download(r.be, logits[way], r.ws.logits, sizeof logits[way], &err));
+        }
+        r.be->ops = full;
+        for (int way = 0; way < WAYS - 1; way++) {
+            double error = rms_error(logits[way], logits[WAYS - 1], VOCAB);
+            if (!(error <= (dtype == LTN_F32 ? 1e-5 : 0.02)))
+                fail_msg("token %d: %s and composed logits differ by %.3g", t, way ? "fused" : "whole-step",
+                         error);
+        }
+    }
+    rig_close(&r);
+}
+
+/* Any split of a text into calls gives the same logits and state. */
+static void test_split(void **state)
+{
+    enum ltn_dtype dtype = (enum ltn_dtype)(intptr_t)*state;
+    enum { N = 200 };
+    static const int steps[] = {N, 1, 64, 65, 7, 0};
+    struct ltn_error err = {0};
+    struct test_rng rng = {99};
+    int32_t ids[N];
+    float whole[VOCAB], logits[VOCAB];
+    struct rig r;
+    rig_open(&r, dtype, true);
+    for (int i = 0; i < N; i++)
+        ids[i] = test_below(&rng, VOCAB);
+    for (size_t k = 0; k < sizeof steps / sizeof *steps; k++) {
+        zero_states(&r);
+        for (int at = 0; at < N;) {
+            int m = steps[k] ? steps[k] : 1 + test_below(&rng, 40);
+            m = m < N - at ? m : N - at;
+            struct ltn_seq seq = {r.state[0], 5000000 + at, 0, m};
+            CHECK(ltn_forward(&r.model, &r.ws, ids + at, m, &seq, 1, LTN_WANT_LAST, NULL, &err));
+            at += m;
+        }
+        CHECK(r.be->ops->download(r.be, logits, r.ws.logits, sizeof logits, &err));
+        if (k == 0)
+            memcpy(whole, logits, sizeof whole);
+        double error = rms_error(logits, whole, VOCAB);
+        if (!(error <= (dtype == LTN_F32 ? 1e-5 : 0.02)))
+            fail_msg("calls of %d tokens: logits differ by %.3g", steps[k], error);
+    }
+    rig_close(&r);
+}
+
+/* A state made on one backend goes on upon the other; greedy text is the same for 200 tokens. */
+static void test_resume(void **test_state)
+{
+    enum { N = 100, STEPS = 200 };
+    struct ltn_error err = {0};
+    struct test_rng rng = {5};
+    int32_t ids[N], out[2][STEPS];
+    float logits[VOCAB];
+    struct rig rigs[2];
+    (void)test_state;
+    for (int i = 0; i < N; i++)
+        ids[i] = test_below(&rng, VOCAB);
+    for (int i = 0; i < 2; i++)
+        rig_open(&rigs[i], LTN_F32, i);
+    for (int from = 0; from < 2; from++) {
+        struct rig *a = &rigs[from], *b = &rigs[!from];
+        struct ltn_seq seq = {a->state[0], 0, 0, N};
+        uint8_t *bytes = malloc(a->state_bytes);
+        assert_non_null(bytes);
+        zero_states(a);
+        CHECK(ltn_forward(&a->model, &a->ws, ids, N, &seq, 1, LTN_WANT_LAST, NULL, &err));
+        CHECK(a->be->ops->download(a->be, logits, a->ws.logits, sizeof logits, &err));
+        CHECK(a->be->ops->download(a->be, bytes, a->state[0], a->state_bytes, &err));
+        CHECK(b->be->ops->upload(b->be, b->state[0], bytes, b->state_bytes, &err));
+        int32_t next = argmax(logits, VOCAB);
+        walk(a, &next, 1, N, STEPS, out[0], logits);
+        walk(b, &next, 1, N, STEPS, out[1], logits);
+        assert_memory_equal(out[0], out[1], sizeof out[0]);
+        free(bytes);
+    }
+    for (int i = 0; i < 2; i++)
+        rig_close(&rigs[i]);
+}
+
+/* An argument picks tests by name. */
+int main(int argc, char **argv)
+{
+    static const enum ltn_dtype dtypes[] = {LTN_F32, LTN_BF16, LTN_F16};
+    static const struct {
+        const char *name;
+        CMUnitTestFunction run;
+    } table[] = {{"recorded steps", test_stepper},
+                 {"fused against composed", test_fused_against_composed},
+                 {"split invariance", test_split}};
+    enum { N = sizeof table / sizeof *table };
+    static char names[3 * N][64];
+    static struct CMUnitTest tests[3 * N + 1];
+
+    for (int i = 0; i < 3 * N; i++) {
+        snprintf(names[i], sizeof names[i], "%s, %s", table[i / 3].name, ltn_dtype_name(dtypes[i % 3]));
+        tests[i] =
+            (struct CMUnitTest){names[i], table[i / 3].run, NULL, NULL, (void *)(intptr_t)dtypes[i % 3]};
+    }
+    tests[3 * N] = (struct CMUnitTest)cmocka_unit_test(test_resume);
+    if (argc > 1)
+        cmocka_set_test_filter(argv[1]);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
