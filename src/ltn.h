@@ -32,6 +32,9 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#ifdef __GNUC__
+#pragma GCC visibility push(default) /* libltn.so is compiled with -fvisibility=hidden */
+#endif
 
 struct ltn_engine;
 struct ltn_session;
@@ -239,6 +242,9 @@ struct ltn_generated {
 enum ltn_status ltn_generate(struct ltn_session *session, const struct ltn_generate_options *options,
                              struct ltn_generated *result, struct ltn_error *err);
 
+#ifdef __GNUC__
+#pragma GCC visibility pop
+#endif
 #ifdef __cplusplus
 }
 #endif
