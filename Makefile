@@ -10,7 +10,7 @@ B       := build/$(VARIANT)
 BIN     := $(if $(filter release,$(VARIANT)),.,$(B))
 
 NVCC    ?= $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
-COMMON  := -I. -O3 -g -fPIC -pthread -fno-math-errno -Wall -Wextra -Werror -DLTN_VERSION='"$(VERSION)"'
+COMMON  := -I. -O3 -g -fPIC -fvisibility=hidden -pthread -fno-math-errno -Wall -Wextra -Werror -DLTN_VERSION='"$(VERSION)"'
 LDLIBS  := -lcjson -lsentencepiece -lpcre2-8 -lxxhash -lstdc++ -ldl -lm -pthread
 ifeq ($(VARIANT),asan)
 COMMON  += -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
@@ -33,6 +33,9 @@ TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c)
 CUDA_BIN := $(B)/tests/cuda/test_ops $(B)/tests/cuda/test_decode $(B)/tests/cuda/bench_decode
 CUDA_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/cuda/*.cu))
 PROGRAMS := $(patsubst src/%.c,$(BIN)/ltn-%,$(MAINS)) $(BIN)/tools/convert
+NAMES    := $(MAINS:src/%.c=ltn-%) ltn-convert
+MAN      := $(NAMES:%=$(B)/man/%.1)
+COMPLETE := $(NAMES:%=$(B)/completions/%)
 CUDA_LIB := $(if $(NVCC),$(BIN)/libltn_cuda.so)
 DEMO     := model/demo/demo.ltn
 
@@ -49,7 +52,7 @@ help: ## print this help
 setup: ## install what is missing to build and test (Debian packages; root or sudo)
 	@sh tools/setup.sh
 
-all: programs $(CUDA_LIB) ## build the programs, the library, and the CUDA backend where nvcc is found
+all: programs docs $(CUDA_LIB) ## build programs, library, man pages, and the CUDA backend where nvcc is found
 	@$(if $(NVCC),,echo "no nvcc: built without the CUDA backend" >&2)
 
 demo: setup ## set up, build, and let the model that ships with the repo tell a story
@@ -70,17 +73,21 @@ test-cuda: setup ## run the tests that need a GPU
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_decode
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
 
-programs: $(PROGRAMS) $(B)/libltn.a $(B)/libltn.so
+programs: $(PROGRAMS) $(B)/libltn.a $(BIN)/libltn.so
 
-.PHONY: tests
+.PHONY: docs tests
+docs: $(MAN) $(COMPLETE)
+
 tests: $(TEST_BIN)
 
 $(B)/libltn.a: $(LIB_OBJ)
 	@rm -f $@
 	$(call say,AR)ar rcs $@ $^
 
-$(B)/libltn.so: $(LIB_OBJ)
-	$(call say,LD)$(CC) -shared -Wl,-soname,libltn.so.0 $(LDFLAGS) -o $@ $^ $(LDLIBS)
+# The CUDA backend is found beside the library.
+$(BIN)/libltn.so: $(LIB_OBJ) src/exports
+	$(call say,LD)$(CC) -shared -Wl,-soname,libltn.so.0,--version-script=src/exports,-rpath,'$$ORIGIN' $(LDFLAGS) \
+	    -o $@ $(LIB_OBJ) $(LDLIBS)
 
 $(BIN)/ltn-%: $(B)/src/%.c.o $(B)/libltn.a
 	$(call say,LD)$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
@@ -88,6 +95,17 @@ $(BIN)/ltn-%: $(B)/src/%.c.o $(B)/libltn.a
 $(BIN)/tools/convert: $(B)/tools/convert.c.o $(TOOL_OBJ) $(B)/libltn.a
 	@mkdir -p $(@D)
 	$(call say,LD)$(CC) $(LDFLAGS) -o $@ $^ -lzip $(LDLIBS)
+
+# Man pages and completions are what the programs make of their own tables of options (src/cli_docs.c).
+$(B)/man/ltn-convert.1 $(B)/completions/ltn-convert: $(BIN)/tools/convert
+$(filter-out %/ltn-convert.1,$(MAN)): $(B)/man/%.1: $(BIN)/%
+$(filter-out %/ltn-convert,$(COMPLETE)): $(B)/completions/%: $(BIN)/%
+$(MAN):
+	@mkdir -p $(@D)
+	$(call say,MAN)$(abspath $<) --print-man >$@
+$(COMPLETE):
+	@mkdir -p $(@D)
+	$(call say,BASH)$(abspath $<) --print-completion >$@
 
 $(B)/tests/%: $(B)/tests/%.c.o $(TEST_OBJ) $(TOOL_OBJ) $(B)/libltn.a
 	$(call say,LD)$(CC) $(LDFLAGS) -o $@ $^ -lcmocka -lzip $(LDLIBS)
@@ -111,32 +129,37 @@ $(BIN)/libltn_cuda.so: $(CUDA_OBJ) $(B)/kernels/status.c.o kernels/cuda/exports
 
 # ---- installation ----------------------------------------------------------------------------------------------------
 
-DEST    := $(DESTDIR)$(PREFIX)
-INSTALLED := bin/ltn-run bin/ltn-bench bin/ltn-score bin/ltn-info bin/ltn-convert lib/libltn.a lib/libltn.so.0 \
-             lib/libltn.so lib/libltn_cuda.so lib/pkgconfig/ltn.pc share/ltn/demo.ltn include/ltn
+DEST      := $(DESTDIR)$(PREFIX)
+INSTALLED := $(NAMES:%=bin/%) $(NAMES:%=share/man/man1/%.1) $(NAMES:%=share/bash-completion/completions/%) \
+             lib/libltn.a lib/libltn.so.0 lib/libltn.so lib/libltn_cuda.so lib/ltn lib/pkgconfig/ltn.pc \
+             include/ltn share/ltn
 
-install: all ## install programs, library, header and demo model under PREFIX (/usr/local)
-	install -d $(DEST)/bin $(DEST)/lib/pkgconfig $(DEST)/include/ltn/kernels $(DEST)/share/ltn
-	install ltn-run ltn-bench ltn-score ltn-info $(DEST)/bin
-	install tools/convert $(DEST)/bin/ltn-convert
+install: all ## install programs, library, header, binding, man pages and demo model under PREFIX (/usr/local)
+	install -d $(addprefix $(DEST)/,bin lib/ltn lib/pkgconfig include/ltn/kernels share/ltn share/man/man1 \
+	    share/bash-completion/completions)
+	install $(filter-out %/convert,$(PROGRAMS)) $(DEST)/bin
+	install $(BIN)/tools/convert $(DEST)/bin/ltn-convert
 	install -m 644 $(B)/libltn.a $(DEST)/lib
-	install $(B)/libltn.so $(DEST)/lib/libltn.so.0
+	install $(BIN)/libltn.so $(DEST)/lib/libltn.so.0
 	ln -sf libltn.so.0 $(DEST)/lib/libltn.so
 	$(if $(CUDA_LIB),install $(CUDA_LIB) $(DEST)/lib)
+	install -m 644 bindings/ltn.py $(DEST)/lib/ltn
 	install -m 644 src/ltn.h $(DEST)/include/ltn
 	install -m 644 kernels/status.h $(DEST)/include/ltn/kernels
 	install -m 644 $(DEMO) $(DEST)/share/ltn
-	printf 'Name: ltn\nDescription: TransNormerLLM inference\nVersion: %s\nCflags: -I%s/include/ltn\nLibs: -L%s/lib -lltn\nLibs.private: %s\n' \
-	    '$(VERSION)' '$(PREFIX)' '$(PREFIX)' '$(LDLIBS)' >$(DEST)/lib/pkgconfig/ltn.pc
+	install -m 644 $(MAN) $(DEST)/share/man/man1
+	install -m 644 $(COMPLETE) $(DEST)/share/bash-completion/completions
+	printf '%s\n' 'prefix=$(PREFIX)' 'Name: ltn' 'Description: TransNormerLLM inference' 'Version: $(VERSION)' \
+	    'Cflags: -I$${prefix}/include/ltn' 'Libs: -L$${prefix}/lib -lltn' 'Libs.private: $(LDLIBS)' \
+	    >$(DEST)/lib/pkgconfig/ltn.pc
 
 uninstall: ## remove what install put there
 	cd $(DEST) && rm -rf $(INSTALLED)
-	-rmdir $(DEST)/share/ltn
 
 format: ## lay out the code with clang-format
 	clang-format -i $$(git ls-files '*.c' '*.h' '*.cc' '*.cu' '*.cuh')
 
 clean: ## remove everything that was built
-	rm -rf build $(PROGRAMS) libltn_cuda.so
+	rm -rf build $(PROGRAMS) libltn.so libltn_cuda.so
 
 -include $(shell find $(B) -name '*.d' 2>/dev/null)

@@ -26,7 +26,7 @@ struct ltn_error {
  * that `return ltn_fail(err, LTN_ERR_INPUT, "...")` is how a function fails. Never returns LTN_OK for a
  * failure status. */
 #ifdef __GNUC__
-__attribute__((format(printf, 3, 4)))
+__attribute__((format(printf, 3, 4), visibility("default")))
 #endif
 enum ltn_status
 ltn_fail(struct ltn_error *err, enum ltn_status status, const char *format, ...);

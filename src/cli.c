@@ -15,7 +15,7 @@
 
 #include "src/ltn.h"
 
-enum { MAX_FLAGS = 40, LONG_ONLY = 256, HELP = 1000, VERSION_FLAG = 1001, HELP_COLUMN = 22, WIDTH = 79 };
+enum { MAX_FLAGS = 96, LONG_ONLY = 256, HELP = 1000, VERSION_FLAG = 1001 };
 
 /* ---- messages ------------------------------------------------------------------------------------------ */
 
@@ -132,126 +132,6 @@ void ltn_cli_progress(void *ctx, uint64_t done, uint64_t total)
         fprintf(stderr, "\r%s: %3d %%", progress->what, percent);
     else
         fprintf(stderr, "\r\033[K");
-}
-
-/* ---- help ---------------------------------------------------------------------------------------------- */
-
-/* Words of text in lines of at most WIDTH columns, each after `indent` spaces; the first line has begun. */
-static void print_wrapped(FILE *out, const char *text, int indent)
-{
-    int column = indent;
-    while (*text) {
-        size_t word = strcspn(text, " \n");
-        if (column > indent && column + 1 + (int)word > WIDTH) {
-            fprintf(out, "\n%*s", indent, "");
-            column = indent;
-        }
-        column += fprintf(out, "%s%.*s", column > indent ? " " : "", (int)word, text);
-        text += word;
-        if (*text == '\n') {
-            fprintf(out, "\n%*s", indent, "");
-            column = indent;
-        }
-        if (*text)
-            text++;
-    }
-    fputc('\n', out);
-}
-
-static void print_default(FILE *out, const struct ltn_flag *f)
-{
-    switch (f->kind) {
-    case LTN_FLAG_INT:
-        if ((double)*(int64_t *)f->target >= f->min) /* else it is that of a flag not given */
-            fprintf(out, " (default: %lld)", (long long)*(int64_t *)f->target);
-        break;
-    case LTN_FLAG_REAL:
-        fprintf(out, " (default: %g)", *(double *)f->target);
-        break;
-    case LTN_FLAG_CHOICE:
-    case LTN_FLAG_DEVICE:
-        if (*(const char **)f->target)
-            fprintf(out, " (default: %s)", *(const char **)f->target);
-        break;
-    case LTN_FLAG_INTS: {
-        const struct ltn_ints *ints = f->target;
-        for (size_t i = 0; i < ints->n; i++)
-            fprintf(out, "%s%lld", i ? "," : " (default: ", (long long)ints->v[i]);
-        fprintf(out, ints->n ? ")" : "");
-        break;
-    }
-    default:
-        break;
-    }
-}
-
-static void print_flag(FILE *out, char letter, const char *name, const char *argument, const char *help)
-{
-    char left[80];
-    char short_form[4] = "";
-    if (letter)
-        snprintf(short_form, sizeof short_form, "-%c", letter);
-    int n = snprintf(left, sizeof left, "  %2s%s%s%s%s%s", short_form,
-                     letter && name ? ", "
-                     : name         ? "  "
-                                    : "",
-                     name ? "--" : "", name ? name : "", argument ? " " : "", argument ? argument : "");
-    if (n + 2 <= HELP_COLUMN)
-        fprintf(out, "%-*s", HELP_COLUMN, left);
-    else
-        fprintf(out, "%s\n%*s", left, HELP_COLUMN, "");
-    print_wrapped(out, help, HELP_COLUMN);
-}
-
-static void print_usage(FILE *out, const struct ltn_program *program)
-{
-    fprintf(out, "Usage: %s [OPTION]...%s%s\n", program->name, program->operands ? " " : "",
-            program->operands ? program->operands : "");
-}
-
-/* The whole text is made before any of it is written, so that a failure to write is seen. */
-static int print_help(const struct ltn_program *program)
-{
-    char *text = NULL;
-    size_t bytes = 0;
-    FILE *out = open_memstream(&text, &bytes);
-    if (!out)
-        return ltn_cli_fail("help: %s", strerror(errno));
-    print_usage(out, program);
-    print_wrapped(out, program->summary, 0);
-    fputc('\n', out);
-    for (size_t i = 0; i < program->n_flags; i++) {
-        const struct ltn_flag *f = &program->flags[i];
-        char *help = NULL;
-        size_t help_bytes = 0;
-        FILE *with_default = open_memstream(&help, &help_bytes);
-        if (!with_default)
-            break;
-        fputs(f->help, with_default);
-        print_default(with_default, f);
-        fclose(with_default);
-        print_flag(out, f->letter, f->name, f->argument, help);
-        free(help);
-    }
-    print_flag(out, 0, "help", NULL, "print this help and exit");
-    print_flag(out, 0, "version", NULL, "print the version and exit");
-    if (program->notes) {
-        fputc('\n', out);
-        print_wrapped(out, program->notes, 0);
-    }
-    fclose(out);
-    struct ltn_error err;
-    enum ltn_status status = ltn_cli_write(text, bytes, &err);
-    free(text);
-    return status == LTN_OK ? LTN_EXIT_OK : ltn_cli_error(&err);
-}
-
-static int print_version(const struct ltn_program *program)
-{
-    struct ltn_error err;
-    if (ltn_cli_printf(&err, "%s (ltn) %s\n", program->name, ltn_version()) != LTN_OK)
-        return ltn_cli_error(&err);
-    return LTN_EXIT_OK;
 }
 
 /* ---- options ------------------------------------------------------------------------------------------- */
@@ -500,6 +380,14 @@ static void open_standard_descriptors(void)
                         fd == STDOUT_FILENO ? O_RDONLY : O_RDWR); /* the lowest free number: fd */
 }
 
+static int print_version(const struct ltn_program *program)
+{
+    struct ltn_error err;
+    if (ltn_cli_printf(&err, "%s (ltn) %s\n", program->name, ltn_version()) != LTN_OK)
+        return ltn_cli_error(&err);
+    return LTN_EXIT_OK;
+}
+
 int ltn_cli_parse(const struct ltn_program *program, int argc, char **argv, int *first_operand)
 {
     struct getopt_table table;
@@ -508,13 +396,17 @@ int ltn_cli_parse(const struct ltn_program *program, int argc, char **argv, int 
     open_standard_descriptors();
     signal(SIGPIPE, SIG_IGN); /* the write fails instead, and that is handled */
     signal(SIGXFSZ, SIG_IGN);
+    if (argc == 2 && strcmp(argv[1], "--print-man") == 0)
+        return ltn_cli_print(program, LTN_PRINT_MAN);
+    if (argc == 2 && strcmp(argv[1], "--print-completion") == 0)
+        return ltn_cli_print(program, LTN_PRINT_COMPLETION);
     make_table(program, &table);
     opterr = 0;
 
     /* --help shows the defaults, so it goes before anything is set */
     while ((value = getopt_long(argc, argv, table.letters, table.options, NULL)) != -1) {
         if (value == HELP)
-            return print_help(program);
+            return ltn_cli_print(program, LTN_PRINT_HELP);
         if (value == VERSION_FLAG)
             return print_version(program);
     }
@@ -529,7 +421,7 @@ int ltn_cli_parse(const struct ltn_program *program, int argc, char **argv, int 
         return ltn_cli_bad_usage("unexpected argument '%s'; see %s --help",
                                  argv[optind + program->max_operands], program->name);
     if (n < program->min_operands) {
-        print_usage(stderr, program);
+        ltn_cli_usage(stderr, program);
         return LTN_EXIT_USAGE;
     }
     if (first_operand)

@@ -1,5 +1,5 @@
-/* What every ltn program does alike: one table of options, from which parsing, --help and the hints at
- * unknown options come; signals; reading input; writing stdout; finding the model.
+/* What every ltn program does alike: one table of options, from which parsing, the hints at unknown options,
+ * --help, the man page and the completion of bash come; signals; reading input; writing stdout; finding the model.
  *
  * Exit codes: 0 done, 1 failure, 2 usage; 130 after Ctrl-C. stdout carries the result and nothing else;
  * messages are one line on stderr, "PROGRAM: what is wrong".
@@ -12,6 +12,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 
 enum { LTN_EXIT_OK = 0, LTN_EXIT_FAILURE = 1, LTN_EXIT_USAGE = 2, LTN_EXIT_INTERRUPT = 130 };
 
@@ -50,7 +51,8 @@ struct ltn_seed {
 struct ltn_flag {
     char letter;          /* 'm' for -m; 0: none */
     const char *name;     /* "top-k" for --top-k; NULL: none */
-    const char *argument; /* what the help calls the argument, "FILE"; NULL for a switch */
+    const char *argument; /* what the help calls the argument, NULL for a switch. bash completes the names of
+                             files for FILE, DIR, MODEL and what has a dot: "OUT.csv" */
     enum ltn_flag_kind kind;
     void *target;
     const char *help;    /* one sentence, lower case, without a full stop; \n where a line must break */
@@ -72,6 +74,12 @@ struct ltn_program {
  * first operand (argc: none), else the exit code to leave with: --help and --version were printed to stdout,
  * or an error to stderr. The standard descriptors are open afterwards, SIGPIPE is ignored. */
 int ltn_cli_parse(const struct ltn_program *program, int argc, char **argv, int *first_operand);
+
+/* The table for people and for shells (src/cli_docs.c). The last two are what `make` gets from a program by its
+ * only argument, --print-man or --print-completion, which --help does not list. Targets hold the defaults. */
+enum ltn_print { LTN_PRINT_HELP, LTN_PRINT_MAN, LTN_PRINT_COMPLETION };
+int ltn_cli_print(const struct ltn_program *program, enum ltn_print what); /* to stdout; the exit code */
+void ltn_cli_usage(FILE *out, const struct ltn_program *program);          /* the usage line */
 
 /* "PROGRAM: text" on stderr. _usage returns LTN_EXIT_USAGE, _fail LTN_EXIT_FAILURE. */
 __attribute__((format(printf, 1, 2))) void ltn_cli_note(const char *format, ...);

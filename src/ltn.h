@@ -9,10 +9,18 @@
  *   ltn_session_end_text(session, &err);
  *   ltn_generate(session, &(struct ltn_generate_options){.max_tokens = 100, .piece = print}, NULL, &err);
  *
- * An engine is a loaded model: immutable, shared by any number of threads. A session is one timeline through
- * it: the recurrent state, of the same size however long the past is, the position in it, the logits of the
- * last token, the random draws. Everything that differs between two texts lives in the session. A session
- * belongs to one thread at a time; several sessions of one engine may run on several threads at once.
+ * An engine is a loaded model: immutable, and large. A session is one timeline through it: the recurrent
+ * state, of the same size however long the past is, the position in it, the logits of the last token, the
+ * random draws. Everything that differs between two texts lives in the session.
+ *
+ * Threads: any number of threads may use one engine, each with sessions of its own; their computations take
+ * turns on its device. A session belongs to one thread at a time, and may go from one to another by whatever
+ * orders memory between them (a mutex, a join); ltn_session_copy needs both of its. Different engines share
+ * nothing. An engine is closed when no call on it runs and its sessions are freed. Callbacks run in the
+ * thread that made the call, while it lasts; in them the session of the call may be read (its position,
+ * logits, an export, a save, a copy from it), but not fed, sampled, seeded, set anew or freed. The CPU
+ * backend has threads of its own, which take no signals. A child of fork(2) may not use what its parent
+ * opened.
  *
  * Errors: a call that can fail returns an enum ltn_status and writes one line to *err (which may be NULL).
  * The library never prints, exits or installs signal handlers.
@@ -31,6 +39,9 @@
 
 #ifdef __cplusplus
 extern "C" {
+#endif
+#ifdef __GNUC__
+#pragma GCC visibility push(default) /* libltn.so is compiled with -fvisibility=hidden */
 #endif
 
 struct ltn_engine;
@@ -74,7 +85,7 @@ enum ltn_status ltn_device_check(const char *device, struct ltn_error *err);
 
 /* Opens a .ltn file (model/checkpoint.h) and puts its weights on the device. options may be NULL. The CUDA
  * backend, libltn_cuda.so, is looked for beside the running executable, in ../lib and ../lib/ltn from there,
- * then wherever the system's loader looks. */
+ * then beside libltn.so and wherever the system's loader looks. */
 enum ltn_status ltn_engine_open(struct ltn_engine **out, const char *path,
                                 const struct ltn_engine_options *options, struct ltn_error *err);
 void ltn_engine_close(struct ltn_engine *engine);
@@ -239,6 +250,9 @@ struct ltn_generated {
 enum ltn_status ltn_generate(struct ltn_session *session, const struct ltn_generate_options *options,
                              struct ltn_generated *result, struct ltn_error *err);
 
+#ifdef __GNUC__
+#pragma GCC visibility pop
+#endif
 #ifdef __cplusplus
 }
 #endif

@@ -25,7 +25,7 @@ int main(int argc, char **argv)
          .kind = LTN_FLAG_CHOICE,
          .target = &dtype,
          .choices = "f32|bf16|f16",
-         .help = "element type of the matrices; without it they stay as they are stored"},
+         .help = "element type of the matrices, f32, bf16 or f16; without it they stay as they are stored"},
     };
     const struct ltn_program program = {
         .name = "ltn-convert",

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -165,6 +166,9 @@ enum ltn_status pool_open(struct pool **out, int n_threads, struct ltn_error *er
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
     pool->n_threads = n_threads;
+    sigset_t all, before; /* a program's signals are for its own threads */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     for (pool->n_started = 1; pool->n_started < n_threads; pool->n_started++) {
         struct worker *worker = &pool->workers[pool->n_started];
         worker->pool = pool;
@@ -172,11 +176,13 @@ enum ltn_status pool_open(struct pool **out, int n_threads, struct ltn_error *er
         int code = pthread_create(&worker->thread, NULL, worker_main, worker);
         if (code) {
             int started = pool->n_started;
+            pthread_sigmask(SIG_SETMASK, &before, NULL);
             pool_close(pool);
             *out = NULL;
             return ltn_fail(err, LTN_ERR_DEVICE, "CPU backend: thread %d of %d does not start: %s",
                             started + 1, n_threads, strerror(code));
         }
     }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
     return LTN_OK;
 }
