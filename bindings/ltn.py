@@ -22,6 +22,8 @@ from ctypes import (POINTER, byref, c_bool, c_char, c_char_p, c_double, c_float,
 
 OK, ERR_INPUT, ERR_IO, ERR_MEMORY, ERR_DEVICE, ERR_UNSUPPORTED, ERR_STOPPED = range(7)
 END_LENGTH, END_EOS, END_STRING, END_STOPPED = range(4)
+MAX_REPEAT_LAST = 1024
+FORK_DRAWS = 1 << 48
 
 
 class Error(Exception):
@@ -46,6 +48,7 @@ class CError(ctypes.Structure):
 
 PROGRESS_FN = ctypes.CFUNCTYPE(None, c_void_p, c_uint64, c_uint64)
 LOGITS_FN = ctypes.CFUNCTYPE(c_int, c_void_p, POINTER(c_float), c_int64, c_int32, POINTER(CError))
+DRAWN_FN = ctypes.CFUNCTYPE(c_int, c_void_p, c_int32, POINTER(c_float), POINTER(CError))
 PIECE_FN = ctypes.CFUNCTYPE(c_int, c_void_p, c_int32, POINTER(c_char), c_size_t, POINTER(CError))
 
 
@@ -69,16 +72,24 @@ class SessionOptions(ctypes.Structure):
     _fields_ = [("chunk_rows", c_int32), ("score_rows", c_int32)]
 
 
+class LogitBias(ctypes.Structure):
+    c_name = "ltn_logit_bias"
+    _fields_ = [("id", c_int32), ("value", c_float)]
+
+
 class Sampling(ctypes.Structure):
     c_name = "ltn_sampling"
-    _fields_ = [("temperature", c_double), ("top_k", c_int32), ("top_p", c_double), ("min_p", c_double)]
+    _fields_ = [("temperature", c_double), ("top_k", c_int32), ("top_p", c_double), ("min_p", c_double),
+                ("typical", c_double), ("repeat_last", c_int32), ("repeat_penalty", c_double),
+                ("presence_penalty", c_double), ("frequency_penalty", c_double), ("bias", POINTER(LogitBias)),
+                ("n_bias", c_size_t)]
 
 
 class GenerateOptions(ctypes.Structure):
     c_name = "ltn_generate_options"
     _fields_ = [("sampling", POINTER(Sampling)), ("max_tokens", c_int64), ("ignore_eos", c_bool),
                 ("keep_open", c_bool), ("stop", POINTER(c_char_p)), ("n_stop", c_size_t), ("piece", PIECE_FN),
-                ("ctx", c_void_p)]
+                ("drawn", DRAWN_FN), ("ctx", c_void_p)]
 
 
 class Generated(ctypes.Structure):
@@ -86,7 +97,7 @@ class Generated(ctypes.Structure):
     _fields_ = [("n_tokens", c_int64), ("end", c_int)]
 
 
-STRUCTS = [CError, EngineOptions, EngineInfo, SessionOptions, Sampling, GenerateOptions, Generated]
+STRUCTS = [CError, EngineOptions, EngineInfo, SessionOptions, LogitBias, Sampling, GenerateOptions, Generated]
 _IDS, _SESSION, _ERR = POINTER(c_int32), c_void_p, POINTER(CError)
 FUNCTIONS = {  # name: (result, arguments); c_void_p: an engine, a session or bytes
     "ltn_version": (c_char_p, []),
@@ -111,6 +122,7 @@ FUNCTIONS = {  # name: (result, arguments); c_void_p: an engine, a session or by
     "ltn_session_export": (c_int, [_SESSION, c_void_p, c_size_t, _ERR]),
     "ltn_session_import": (c_int, [_SESSION, c_void_p, c_size_t, _ERR]),
     "ltn_session_seed": (None, [_SESSION, c_uint64]),
+    "ltn_session_skip": (None, [_SESSION, c_uint64]),
     "ltn_session_sample": (c_int, [_SESSION, POINTER(Sampling), POINTER(c_int32), _ERR]),
     "ltn_generate": (c_int, [_SESSION, POINTER(GenerateOptions), POINTER(Generated), _ERR]),
 }
@@ -139,11 +151,15 @@ def _call(name, *arguments):
         raise Error(status, err.text.decode("utf-8", "replace"))
 
 
+def _whole(what, value, kind=c_int32):
+    """value, where a C integer of this kind holds it: ctypes would cut it silently."""
+    if kind(value).value != value:
+        raise Error(ERR_INPUT, f"{what}: expected a whole number of {8 * ctypes.sizeof(kind)} bits, found {value}")
+    return value
+
+
 def _ids(ids):
-    ids = list(ids)
-    for i, value in enumerate(ids):  # ctypes would cut what does not fit
-        if not -2**31 <= value < 2**31:
-            raise Error(ERR_INPUT, f"token {i}: expected an id, found {value}")
+    ids = [_whole(f"token {i}", value) for i, value in enumerate(ids)]
     return (c_int32 * len(ids))(*ids), len(ids)
 
 
@@ -193,8 +209,10 @@ class Engine(_Handle):
         super().__init__()
         self._sessions = weakref.WeakSet()
         with _Guard() as guard:
-            report = PROGRESS_FN(guard.wrap(lambda _, done, total: progress(done, total))) if progress else PROGRESS_FN()
-            options = EngineOptions(device.encode(), n_threads, report, None)
+            def tell(_, done, total):
+                progress(done, total)
+            report = PROGRESS_FN(guard.wrap(tell)) if progress else PROGRESS_FN()
+            options = EngineOptions(device.encode(), _whole("n_threads", n_threads), report, None)
             _call("ltn_engine_open", byref(self._pointer), _path(path), byref(options))
 
     def close(self):
@@ -237,7 +255,7 @@ class Session(_Handle):
     def __init__(self, engine, chunk_rows=0, score_rows=0):
         super().__init__()
         self.engine = engine
-        self._options = (chunk_rows, score_rows)
+        self._options = (_whole("chunk_rows", chunk_rows), _whole("score_rows", score_rows))
         _call("ltn_session_create", byref(self._pointer), engine._c, byref(SessionOptions(*self._options)))
         engine._sessions.add(self)
 
@@ -305,9 +323,11 @@ class Session(_Handle):
         _call("ltn_session_import", self._c, bytes(data), len(data))
 
     def seed(self, seed):
-        if not 0 <= seed < 2**64:
-            raise Error(ERR_INPUT, f"seed: expected 0 to {2**64 - 1}, found {seed}")
-        _lib.ltn_session_seed(self._c, seed)
+        _lib.ltn_session_seed(self._c, _whole("seed", seed, c_uint64))
+
+    def skip(self, draws):
+        """Leaves out so many draws: forks that leave out different multiples of FORK_DRAWS are independent."""
+        _lib.ltn_session_skip(self._c, _whole("draws", draws, c_uint64))
 
     def sample(self, **sampling):
         """Draws the next token, which is not fed."""
@@ -315,13 +335,14 @@ class Session(_Handle):
         _call("ltn_session_sample", self._c, byref(_sampling(sampling)), byref(id_))
         return id_.value
 
-    def generate(self, max_tokens=-1, piece=None, stop=(), ignore_eos=False, keep_open=False, **sampling):
+    def generate(self, max_tokens=-1, piece=None, stop=(), ignore_eos=False, keep_open=False, drawn=None, **sampling):
         """Continues the text: (text, struct ltn_generated). piece(id, text) is called with each token as struct
-        ltn_generate_options says; raising ltn.Stop in it ends the generation in good order, anything else comes
-        out of here. sampling: fields of struct ltn_sampling by name."""
+        ltn_generate_options says, and drawn(id, logits) before it is fed; raising ltn.Stop in piece ends the
+        generation in good order, anything else comes out of here. sampling: fields of struct ltn_sampling by
+        name; bias is a dict from ids to values."""
         parts, result = [], Generated()
 
-        def work(_, id_, text, n, err):
+        def take(_, id_, text, n, err):
             parts.append(text[:n].decode())
             try:
                 if piece:
@@ -329,10 +350,16 @@ class Session(_Handle):
             except Stop:
                 return ERR_STOPPED
             return OK
+
+        def draw(_, id_, logits, err):
+            drawn(id_, self._row(logits, 1))
+            return OK
         stop = [s.encode() for s in ([stop] if isinstance(stop, str) else stop)]
         with _Guard() as guard:
-            options = GenerateOptions(ctypes.pointer(_sampling(sampling)), max_tokens, ignore_eos, keep_open,
-                                      (c_char_p * len(stop))(*stop), len(stop), PIECE_FN(guard.wrap(work)), None)
+            options = GenerateOptions(
+                ctypes.pointer(_sampling(sampling)), _whole("max_tokens", max_tokens, c_int64), ignore_eos, keep_open,
+                (c_char_p * len(stop))(*stop), len(stop), PIECE_FN(guard.wrap(take)),
+                DRAWN_FN(guard.wrap(draw)) if drawn else DRAWN_FN(), None)
             _call("ltn_generate", self._c, byref(options), byref(result))
         return "".join(parts), result
 
@@ -341,7 +368,7 @@ class Session(_Handle):
         asked, saved, forked, or left. Stop strings need generate, which looks ahead."""
         end = END_LENGTH
         while max_tokens != 0 and end == END_LENGTH:
-            text, result = self.generate(1, None, (), ignore_eos, True, **sampling)
+            text, result = self.generate(1, ignore_eos=ignore_eos, keep_open=True, **sampling)
             max_tokens -= max_tokens > 0
             end = result.end
             if text:
@@ -354,10 +381,15 @@ class Session(_Handle):
 def _sampling(fields):
     """The library's defaults with these fields changed."""
     sampling = Sampling.from_buffer_copy(Sampling.in_dll(_lib, "ltn_sampling_default"))
+    kinds = dict(Sampling._fields_)
     for name, value in fields.items():
-        if name not in dict(Sampling._fields_):
+        if name == "bias":
+            pairs = [LogitBias(_whole("bias", id_), bias) for id_, bias in value.items()]
+            sampling.bias, sampling.n_bias = (LogitBias * len(pairs))(*pairs), len(pairs)
+        elif name in kinds and name != "n_bias":
+            setattr(sampling, name, _whole(name, value) if kinds[name] is c_int32 else value)
+        else:
             raise TypeError(f"sampling has no '{name}'")
-        setattr(sampling, name, value)
     return sampling
 
 

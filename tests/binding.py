@@ -169,6 +169,40 @@ def test_logits_and_samples():
     fails(ltn.ERR_INPUT, "", engine.session().logits)
 
 
+def test_penalties_bias_and_typical():
+    options = "--typical 0.8 --repeat-penalty 1.3 --repeat-last 20 --presence-penalty 0.2 --frequency-penalty 0.1"
+    text, _ = begun().generate(40, typical=0.8, repeat_penalty=1.3, repeat_last=20, presence_penalty=0.2,
+                               frequency_penalty=0.1)
+    same(text, run(*"-p hello -n 40 --seed 1".split(), *options.split()))
+    ids = []
+    begun().generate(5, lambda id_, _: ids.append(id_), bias={77: 1000.0}, ignore_eos=True)
+    same(ids[:5], [77] * 5)
+    same(begun().sample(bias={77: 1000.0, 78: 2000.0}), 78)
+    fails(ltn.ERR_INPUT, "", begun().sample, bias={360: 1.0})
+    fails(ltn.ERR_INPUT, "bias", begun().sample, bias={2**32: 1.0})
+    fails(ltn.ERR_INPUT, "repeat_last", begun().sample, repeat_last=ltn.MAX_REPEAT_LAST + 1)
+
+
+def test_what_was_drawn_from_is_told():
+    def drawn(id_, logits):
+        assert len(logits) == 360
+        told.append((id_, session.position))
+        expected.append(max(range(360), key=lambda i: (logits[i], -i)))
+    told, expected, session = [], [], begun()
+    position = session.position
+    session.generate(5, drawn=drawn, temperature=0, ignore_eos=True)
+    same(told, [(id_, position + i) for i, id_ in enumerate(expected)])
+
+
+def test_draws_may_be_left_out():
+    session = begun()
+    fork, same_fork = session.fork(), session.fork()
+    fork.skip(ltn.FORK_DRAWS)
+    text = session.generate(60)[0]
+    same(same_fork.generate(60)[0], text)
+    assert fork.generate(60)[0] != text
+
+
 def test_feeds_may_be_split():
     text = "The sea, the sea. " * 20
     whole, ids, split = begun(text), engine.session(), engine.session(chunk_rows=7)
@@ -247,6 +281,10 @@ def test_bad_input_is_refused():
     fails(ltn.ERR_INPUT, "token 1", session.feed, [1, 360])
     fails(ltn.ERR_INPUT, "token 0", session.feed, [2**32 + 5])  # not token 5
     fails(ltn.ERR_INPUT, "seed", session.seed, 2**64)
+    fails(ltn.ERR_INPUT, "seed", session.seed, -1)
+    fails(ltn.ERR_INPUT, "chunk_rows", engine.session, chunk_rows=2**32)
+    fails(ltn.ERR_INPUT, "top_k", begun().sample, top_k=2**32)
+    fails(ltn.ERR_INPUT, "max_tokens", begun().generate, 2**64)
     same(session.position, 0)
 
 

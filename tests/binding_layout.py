@@ -1,5 +1,5 @@
 """Prints C that compiles only where bindings/ltn.py declares what src/ltn.h does: every struct by its size, every
-field by name, order, type and offset, every enumerator, the arguments of every function. What one side lacks is
+field by name, order, type and offset, every number with a name, the arguments of every function. What one side lacks is
 named on stderr, with exit status 1. Needs $LTN_LIB, like the binding.
 
     python3 tests/binding_layout.py src/ltn.h kernels/status.h | cc -fsyntax-only ... -x c -
@@ -14,11 +14,12 @@ import ltn
 
 UNBOUND = {"ltn_engine_tokenizer", "ltn_fail"}  # for C alone: the one gives a C object, the other is for C callbacks
 SCALARS = {ctypes.c_int32: "int32_t", ctypes.c_int64: "int64_t", ctypes.c_uint64: "uint64_t",
-           ctypes.c_double: "double", ctypes.c_float: "const float", ctypes.c_bool: "bool", ctypes.c_char: "char",
+           ctypes.c_double: "double", ctypes.c_float: "float", ctypes.c_bool: "bool", ctypes.c_char: "char",
            ctypes.c_char_p: "const char *", ctypes.c_void_p: "void *"}
-FUNCTION_TYPES = {ltn.LOGITS_FN: "ltn_logits_fn *", ltn.PIECE_FN: "ltn_piece_fn *"}
+FUNCTION_TYPES = {ltn.LOGITS_FN: "ltn_logits_fn *", ltn.DRAWN_FN: "ltn_drawn_fn *", ltn.PIECE_FN: "ltn_piece_fn *"}
 
 header = "\n".join(open(path).read() for path in sys.argv[1:])
+numbers = set(re.findall(r"^#define LTN_(\w+) ", header, flags=re.M))
 header = re.sub(r"/\*.*?\*/|^ *#[^\n]*(\\\n[^\n]*)*", "", header, flags=re.S | re.M)
 problems = []
 
@@ -34,7 +35,7 @@ def c_type(type_):
     if type_ is ctypes.POINTER(ctypes.c_void_p):
         return "void *"  # of an engine or a session
     if hasattr(type_, "contents"):
-        return c_type(type_._type_) + " *"
+        return ("const " if type_._type_ is ctypes.c_float else "") + c_type(type_._type_) + " *"
     return SCALARS[type_] if type_ in SCALARS else f"struct {type_.c_name}"
 
 
@@ -58,10 +59,12 @@ for struct in ltn.STRUCTS:
             also = ", unsigned: 1" if type_ is ctypes.c_int else ""
             expect(f"_Generic({value}, {c_type(type_)}: 1{also}, default: 0)", f"type of {name}.{field}")
 
-for enumerator in sorted(set(re.findall(r"\bLTN_(OK|(?:ERR|END)_\w+)\b", header))):
-    value = getattr(ltn, enumerator, None)
-    same(f"LTN_{enumerator}", value is not None, True)
-    expect(f"LTN_{enumerator} == {value}", f"LTN_{enumerator}")
+for enumeration in re.findall(r"\benum(?: \w+)? \{(.*?)\}", header, flags=re.S):
+    numbers.update(re.findall(r"\bLTN_(\w+)", enumeration))
+for number in sorted(numbers):
+    value = getattr(ltn, number, None)
+    same(f"LTN_{number}", value is not None, True)
+    expect(f"LTN_{number} == {value}", f"LTN_{number}")
 
 declared = set(re.findall(r"\b(ltn_\w+)\(", header)) - set(re.findall(r"typedef[^;]*?\b(ltn_\w+)\(", header))
 same("functions", sorted(ltn.FUNCTIONS), sorted(declared - UNBOUND))
@@ -79,10 +82,12 @@ def call(function, name, result, arguments):
         print(f"    const {kind.replace('const ', '')} {name}_result = {function}({values});\n    (void){name}_result;")
 
 
-print("void calls(struct ltn_engine_options *options, ltn_logits_fn *logits, ltn_piece_fn *piece)\n{")
+print("void calls(struct ltn_engine_options *options, ltn_logits_fn *logits,\n"
+      "           ltn_drawn_fn *drawn, ltn_piece_fn *piece)\n{")
 for function, (result, arguments) in ltn.FUNCTIONS.items():
     call(function, function, result, arguments)
-for function, type_ in ("options->progress", "PROGRESS_FN"), ("logits", "LOGITS_FN"), ("piece", "PIECE_FN"):
+for function, type_ in ("options->progress", "PROGRESS_FN"), ("logits", "LOGITS_FN"), ("drawn", "DRAWN_FN"), \
+        ("piece", "PIECE_FN"):
     call(function, type_, getattr(ltn, type_)._restype_, getattr(ltn, type_)._argtypes_)
 print("}")
 for problem in problems:

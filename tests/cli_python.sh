@@ -45,6 +45,8 @@ drifts "a narrower argument" 's/ltn_session_seed(struct ltn_session \*session, u
 drifts "another callback" 's/(void \*ctx, int32_t id, const char \*text, size_t bytes,/(void *ctx, int32_t id, const char *text,/'
 drifts "another result" 's/^int64_t ltn_session_position/const char *ltn_session_position/'
 drifts "a new enumerator" 's/^ *LTN_END_EOS,.*/ LTN_END_NEW,\n&/'
+drifts "another number" 's/LTN_MAX_REPEAT_LAST = 1024/LTN_MAX_REPEAT_LAST = 1025/'
+drifts "another number of a macro" 's/uint64_t)1 << 48/uint64_t)1 << 47/'
 drifts "a new function" 's/^int64_t ltn_session_position.*/&\nint64_t ltn_session_age(const struct ltn_session *session);/'
 
 # ---- what it does ----
