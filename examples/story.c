@@ -1,4 +1,4 @@
-/* Tells a story:  cc story.c $(pkg-config --cflags --libs ltn) -o story && ./story MODEL.ltn "Once upon a time" */
+/* Tells a story: story MODEL.ltn "Once upon a time"; cc story.c $(pkg-config --cflags --libs ltn) */
 #include <ltn.h>
 #include <stdio.h>
 #include <string.h>
@@ -17,7 +17,6 @@ int main(int argc, char **argv)
     struct ltn_engine *engine = NULL;
     struct ltn_session *session = NULL;
     struct ltn_error err = {.text = "expected a model and the beginning of a story"};
-
     int failed = argc != 3 || ltn_engine_open(&engine, argv[1], NULL, &err) != LTN_OK ||
                  ltn_session_create(&session, engine, NULL, &err) != LTN_OK ||
                  ltn_session_feed_text(session, argv[2], strlen(argv[2]), &err) != LTN_OK ||

@@ -1,5 +1,6 @@
 /* What every ltn program does alike: one table of options, from which parsing, the hints at unknown options,
- * --help, the man page and the completion of bash come; signals; reading input; writing stdout; finding the model.
+ * --help, the man page and the completion of bash come; signals; reading input; writing stdout; finding the
+ * model.
  *
  * Exit codes: 0 done, 1 failure, 2 usage; 130 after Ctrl-C. stdout carries the result and nothing else;
  * messages are one line on stderr, "PROGRAM: what is wrong".
@@ -75,8 +76,9 @@ struct ltn_program {
  * or an error to stderr. The standard descriptors are open afterwards, SIGPIPE is ignored. */
 int ltn_cli_parse(const struct ltn_program *program, int argc, char **argv, int *first_operand);
 
-/* The table for people and for shells (src/cli_docs.c). The last two are what `make` gets from a program by its
- * only argument, --print-man or --print-completion, which --help does not list. Targets hold the defaults. */
+/* The table for people and for shells (src/cli_docs.c). The last two are what `make` gets from a program by
+ * its only argument, --print-man or --print-completion, which --help does not list. Targets hold the
+ * defaults. */
 enum ltn_print { LTN_PRINT_HELP, LTN_PRINT_MAN, LTN_PRINT_COMPLETION };
 int ltn_cli_print(const struct ltn_program *program, enum ltn_print what); /* to stdout; the exit code */
 void ltn_cli_usage(FILE *out, const struct ltn_program *program);          /* the usage line */
