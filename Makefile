@@ -110,11 +110,11 @@ $(COMPLETE):
 $(B)/tests/%: $(B)/tests/%.c.o $(TEST_OBJ) $(TOOL_OBJ) $(B)/libltn.a
 	$(call say,LD)$(CC) $(LDFLAGS) -o $@ $^ -lcmocka -lzip $(LDLIBS)
 
-$(B)/%.c.o: %.c
+$(B)/%.c.o: %.c Makefile
 	@mkdir -p $(@D)
 	$(call say,CC)$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
 
-$(B)/%.cc.o: %.cc
+$(B)/%.cc.o: %.cc Makefile
 	@mkdir -p $(@D)
 	$(call say,CXX)$(CXX) $(CXXFLAGS) -MMD -MP -c -o $@ $<
 
