@@ -42,7 +42,7 @@ DEMO     := model/demo/demo.ltn
 # V=1 prints whole command lines.
 say = $(if $(V),,@echo "  $(1) $@";)
 
-.PHONY: help setup all programs demo test test-cuda check install uninstall clean format
+.PHONY: help setup all programs demo test test-cuda bench-gpu check install uninstall clean format
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -72,6 +72,11 @@ test-cuda: setup ## run the tests that need a GPU
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_ops
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_decode
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
+
+bench-gpu: setup ## time decoding on the GPU in the released shapes, into tools/results/decode.json
+	@$(MAKE) --no-print-directory -j2 all $(B)/tests/cuda/bench_decode
+	@mkdir -p tools/results
+	LTN_BIN=$(BIN) $(B)/tests/cuda/bench_decode --batches 1,8,64,256 --positions 0,10000,1000000 --json tools/results/decode.json
 
 programs: $(PROGRAMS) $(B)/libltn.a $(BIN)/libltn.so
 

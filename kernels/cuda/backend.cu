@@ -91,20 +91,20 @@ static void copy_wide(uint8_t *dst, const uint8_t *src, size_t bytes)
         memcpy(dst, src, bytes);
         return;
     }
-    std::thread helper[PARTS - 1];
+    std::thread worker[PARTS - 1];
     size_t part = (bytes / PARTS + 63) & ~(size_t)63;
-    size_t own = bytes; /* this thread copies what no helper could be had for, from the start */
+    size_t own = bytes; /* this thread copies what no worker could be had for, from the start */
     for (int i = PARTS - 1; i > 0; i--) {
         size_t from = i * part;
         try {
-            helper[i - 1] = std::thread(memcpy, dst + from, src + from, own - from);
+            worker[i - 1] = std::thread(memcpy, dst + from, src + from, own - from);
         } catch (...) {
             break;
         }
         own = from;
     }
     memcpy(dst, src, own);
-    for (std::thread &t : helper)
+    for (std::thread &t : worker)
         if (t.joinable())
             t.join();
 }

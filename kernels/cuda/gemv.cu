@@ -14,7 +14,7 @@
 enum {
     WARPS = 16,
     THREADS = 32 * WARPS,
-    DEPTH = 12,
+    DEPTH = 12, /* leaves no room for two blocks on an SM: an SM with two would leave another with none */
     MAX_SUMS = 4096, /* partial results that a block may hold, floats */
 };
 
