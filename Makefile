@@ -22,9 +22,10 @@ CXXFLAGS += -std=c++17 $(COMMON)
 %_avx2.c.o:   CFLAGS += -mavx2 -mfma -mf16c
 %_avx512.c.o: CFLAGS += -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
 
-# Everything in these folders but the programs' main files is the library.
+# Everything in these folders but the programs' own files is the library.
 MAINS    := src/run.c src/bench.c src/score.c src/info.c
-LIB_SRC  := $(filter-out $(MAINS),$(wildcard kernels/*.c kernels/cpu/*.c model/*.c tokenizer/*.c tokenizer/*.cc src/*.c))
+RUN_SRC  := src/interactive.c src/terminal.c
+LIB_SRC  := $(filter-out $(MAINS) $(RUN_SRC),$(wildcard kernels/*.c kernels/cpu/*.c model/*.c tokenizer/*.c tokenizer/*.cc src/*.c))
 LIB_OBJ  := $(LIB_SRC:%=$(B)/%.o)
 TOOL_OBJ := $(patsubst %,$(B)/%.o,$(filter-out tools/convert.c,$(wildcard tools/*.c)))
 TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c
@@ -94,8 +95,10 @@ $(BIN)/libltn.so: $(LIB_OBJ) src/exports
 	$(call say,LD)$(CC) -shared -Wl,-soname,libltn.so.0,--version-script=src/exports,-rpath,'$$ORIGIN' $(LDFLAGS) \
 	    -o $@ $(LIB_OBJ) $(LDLIBS)
 
+$(BIN)/ltn-run: $(RUN_SRC:%=$(B)/%.o)
+$(BIN)/ltn-run: LDLIBS += -ledit
 $(BIN)/ltn-%: $(B)/src/%.c.o $(B)/libltn.a
-	$(call say,LD)$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+	$(call say,LD)$(CC) $(LDFLAGS) -o $@ $(filter %.o,$^) $(filter %.a,$^) $(LDLIBS)
 
 $(BIN)/tools/convert: $(B)/tools/convert.c.o $(TOOL_OBJ) $(B)/libltn.a
 	@mkdir -p $(@D)

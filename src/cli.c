@@ -65,7 +65,8 @@ static volatile sig_atomic_t caught; /* the signal's number; a handler can reach
 
 static void catch (int signal)
 {
-    caught = signal;
+    if (caught == 0 || caught == SIGINT) /* the one that ends a program is not forgotten for a Ctrl-C */
+        caught = signal;
 }
 
 void ltn_cli_catch_signals(void)
@@ -79,6 +80,22 @@ void ltn_cli_catch_signals(void)
 bool ltn_cli_interrupted(void)
 {
     return caught != 0;
+}
+
+void ltn_cli_outlive_interrupts(void)
+{
+    struct sigaction action = {.sa_handler = catch};
+    sigaction(SIGINT, &action, NULL);
+    action.sa_flags = (int)SA_RESETHAND;
+    sigaction(SIGHUP, &action, NULL);
+}
+
+bool ltn_cli_forget_interrupt(void)
+{
+    if (caught != SIGINT)
+        return false;
+    caught = 0;
+    return true;
 }
 
 int ltn_cli_error(const struct ltn_error *err)

@@ -89,7 +89,7 @@ __attribute__((format(printf, 1, 2))) int ltn_cli_fail(const char *format, ...);
 __attribute__((format(printf, 1, 2))) int ltn_cli_bad_usage(const char *format, ...);
 
 /* The exit code that an error ends a program with, after printing it: quiet and 0 where stdout's reader has
- * gone; quiet and 130 (SIGTERM: 143) where a signal stopped the work. */
+ * gone; quiet and 130 (SIGTERM: 143, SIGHUP: 129) where a signal stopped the work. */
 int ltn_cli_error(const struct ltn_error *err);
 
 /* ---- signals ------------------------------------------------------------------------------------------- */
@@ -98,6 +98,12 @@ int ltn_cli_error(const struct ltn_error *err);
  * one ends the program. */
 void ltn_cli_catch_signals(void);
 bool ltn_cli_interrupted(void);
+
+/* For a program that Ctrl-C does not end: from now on SIGINT is noted as often as it comes, and SIGHUP once,
+ * like SIGTERM. The second forgets a noted SIGINT, so that work goes on; false: what was noted, if anything,
+ * was another signal. */
+void ltn_cli_outlive_interrupts(void);
+bool ltn_cli_forget_interrupt(void);
 
 /* ---- input --------------------------------------------------------------------------------------------- */
 

@@ -9,6 +9,7 @@
 #include "src/bandwidth.h"
 #include "src/cli.h"
 #include "src/ingest.h"
+#include "src/interactive.h"
 #include "src/jsonl.h"
 #include "src/prefix_cache.h"
 #include "src/session_file.h"
@@ -37,6 +38,8 @@ struct options {
     int64_t prefix_mb;
     bool ingest;
     const char *every; /* "N" or "Ns" */
+    bool interactive;
+    const char *prefix, *suffix;
 };
 
 struct run {
@@ -233,23 +236,28 @@ static void choose_seed(struct run *run)
     ltn_session_seed(run->session, seed);
 }
 
+static struct ltn_sampling sampling_of(const struct options *o)
+{
+    return (struct ltn_sampling){.temperature = o->temperature,
+                                 .top_k = (int32_t)o->top_k,
+                                 .top_p = o->top_p,
+                                 .min_p = o->min_p,
+                                 .typical = o->typical,
+                                 .repeat_last = (int32_t)o->repeat_last,
+                                 .repeat_penalty = o->repeat_penalty,
+                                 .presence_penalty = o->presence_penalty,
+                                 .frequency_penalty = o->frequency_penalty,
+                                 .bias = o->bias,
+                                 .n_bias = o->bias_texts.n};
+}
+
 /* One text, from run->session on; `index` of several (else 0). */
 static enum ltn_status generate_one(struct run *run, int64_t index, struct ltn_generated *made,
                                     struct ltn_error *err)
 {
     const struct options *o = run->options;
     const bool json = run->jsonl.form != LTN_JSONL_NONE;
-    const struct ltn_sampling sampling = {.temperature = o->temperature,
-                                          .top_k = (int32_t)o->top_k,
-                                          .top_p = o->top_p,
-                                          .min_p = o->min_p,
-                                          .typical = o->typical,
-                                          .repeat_last = (int32_t)o->repeat_last,
-                                          .repeat_penalty = o->repeat_penalty,
-                                          .presence_penalty = o->presence_penalty,
-                                          .frequency_penalty = o->frequency_penalty,
-                                          .bias = o->bias,
-                                          .n_bias = o->bias_texts.n};
+    const struct ltn_sampling sampling = sampling_of(o);
     const struct ltn_generate_options options = {
         .sampling = &sampling,
         .max_tokens = o->n,
@@ -386,6 +394,27 @@ static enum ltn_status ingest(struct run *run, struct ltn_error *err)
     return status;
 }
 
+/* ---- a person at a terminal ---------------------------------------------------------------------------- */
+
+static enum ltn_status interactive(struct run *run, struct ltn_error *err)
+{
+    const struct options *o = run->options;
+    const struct ltn_sampling sampling = sampling_of(o);
+    const struct ltn_generate_options options = {.sampling = &sampling,
+                                                 .max_tokens = o->n,
+                                                 .ignore_eos = o->ignore_eos,
+                                                 .stop = o->stop.v,
+                                                 .n_stop = o->stop.n};
+    return ltn_interactive(&(struct ltn_interactive){.engine = run->engine,
+                                                     .session = run->session,
+                                                     .options = &options,
+                                                     .prefix = o->prefix ? o->prefix : "",
+                                                     .suffix = o->suffix ? o->suffix : "",
+                                                     .stats = o->stats,
+                                                     .quiet = o->quiet},
+                           err);
+}
+
 /* ---- the program --------------------------------------------------------------------------------------- */
 
 static enum ltn_status open_all(struct run *run, struct ltn_error *err)
@@ -443,10 +472,14 @@ static enum ltn_status run_all(struct run *run, struct ltn_error *err)
     const struct options *o = run->options;
 
     LTN_TRY(open_all(run, err));
-    if (!o->ingest)
+    if (o->interactive && !ltn_engine_info(run->engine)->has_tokenizer)
+        return ltn_fail(err, LTN_ERR_UNSUPPORTED, "-i: the model has no tokenizer, only token ids work");
+    if (!o->ingest && (!o->interactive || o->prompt || o->file)) /* with -i the person begins, or goes on */
         LTN_TRY(prefill(run, err));
     choose_seed(run);
-    enum ltn_status status = o->ingest ? ingest(run, err) : generate(run, err);
+    enum ltn_status status = o->interactive ? interactive(run, err)
+                             : o->ingest    ? ingest(run, err)
+                                            : generate(run, err);
     /* what was read of a stream is kept, whatever ended it; a text that was cut short is not */
     if (!o->save || (status != LTN_OK && status != LTN_ERR_STOPPED && !o->ingest))
         return status;
@@ -497,12 +530,30 @@ static int check_choice(struct options *o)
     return -1;
 }
 
+/* What it cannot see of -i. */
+static int check_interactive(const struct options *o)
+{
+    if ((o->prefix || o->suffix) && !o->interactive)
+        return ltn_cli_bad_usage("--prefix and --suffix: go around what is typed; expected -i with them");
+    if (!o->interactive)
+        return -1;
+    if (o->tokens || o->ingest || (o->file && strcmp(o->file, "-") == 0))
+        return ltn_cli_bad_usage("-i: the input is typed text, not with --tokens, --ingest or -f -");
+    if (o->json || o->logprobs >= 0 || o->n_best > 1)
+        return ltn_cli_bad_usage("-i: answers are text, one to each input, not with --json, --logprobs or --n-best");
+    if (!isatty(STDIN_FILENO) || !(isatty(STDOUT_FILENO) || isatty(STDERR_FILENO)))
+        return ltn_cli_bad_usage("-i: expected a terminal on standard input and on standard output or error");
+    return -1;
+}
+
 /* What else it cannot see; -1 when all is well. */
 static int check(struct options *o)
 {
     int64_t tokens;
     double seconds;
     int code = check_choice(o);
+    if (code < 0)
+        code = check_interactive(o);
     if (code >= 0)
         return code;
 
@@ -521,7 +572,8 @@ static int check(struct options *o)
     if (o->prefix_cache && (o->ingest || o->load))
         return ltn_cli_bad_usage(
             "--prefix-cache: for prompts from their beginning, not with --load or --ingest");
-    if (!o->prompt && !o->file && !o->tokens && !o->load && !o->ingest && isatty(STDIN_FILENO))
+    if (!o->prompt && !o->file && !o->tokens && !o->load && !o->ingest && !o->interactive &&
+        isatty(STDIN_FILENO))
         return ltn_cli_bad_usage("no prompt: expected -p, -f, --tokens or text on standard input; see "
                                  "ltn-run --help");
     if (o->tokens && o->stop.n)
@@ -609,6 +661,13 @@ int main(int argc, char **argv)
         {.name = "every", .argument = "N", .kind = LTN_FLAG_STRING, .target = &o.every,
          .help = "with --ingest: answer after every N tokens, too, or, given Ns, after every N seconds in which "
                  "something came"},
+        {.letter = 'i', .kind = LTN_FLAG_SWITCH, .target = &o.interactive,
+         .help = "interactive: write on the text in turns with the model, at a terminal; /help there lists the "
+                 "commands, Ctrl-C stops an answer. -n limits each answer"},
+        {.name = "prefix", .argument = "TEXT", .kind = LTN_FLAG_STRING, .target = &o.prefix,
+         .help = "with -i: put before each input, exactly as it is (a shell writes a newline as $'\\n')"},
+        {.name = "suffix", .argument = "TEXT", .kind = LTN_FLAG_STRING, .target = &o.suffix,
+         .help = "with -i: put after each input"},
         {.letter = 't', .argument = "THREADS", .kind = LTN_FLAG_INT, .target = &o.threads, .max = 1024,
          .help = "CPU threads; 0: one per core"},
         {.name = "device", .argument = "DEVICE", .kind = LTN_FLAG_DEVICE, .target = &o.device,

@@ -2,7 +2,8 @@
 # Installs the Debian packages that building and testing need, where they are missing. Says what it does; does nothing
 # where nothing is missing. Needs root, or sudo. `make` itself must be there to get here.
 set -eu
-packages="gcc g++ libc6-dev libcjson-dev libzip-dev libsentencepiece-dev libpcre2-dev libxxhash-dev libcmocka-dev"
+packages="gcc g++ libc6-dev libcjson-dev libzip-dev libsentencepiece-dev libpcre2-dev libxxhash-dev libedit-dev \
+    libcmocka-dev"
 missing=
 for package in $packages; do
     dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing="$missing $package"
