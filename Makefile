@@ -28,7 +28,7 @@ RUN_SRC  := src/interactive.c src/terminal.c
 LIB_SRC  := $(filter-out $(MAINS) $(RUN_SRC),$(wildcard kernels/*.c kernels/cpu/*.c model/*.c tokenizer/*.c tokenizer/*.cc src/*.c))
 LIB_OBJ  := $(LIB_SRC:%=$(B)/%.o)
 TOOL_OBJ := $(patsubst %,$(B)/%.o,$(filter-out tools/convert.c,$(wildcard tools/*.c)))
-TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c
+TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c tests/typist.c
 TEST_BIN := $(TEST_SRC:tests/%.c=$(B)/tests/%)
 TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c))) $(B)/tests/cuda/device.c.o
 CUDA_BIN := $(B)/tests/cuda/test_ops $(B)/tests/cuda/test_decode $(B)/tests/cuda/bench_decode
