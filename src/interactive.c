@@ -12,7 +12,8 @@
 #include "src/terminal.h"
 #include "src/timeline.h"
 
-enum { SLICE = 256 }; /* tokens of an input between two looks at Ctrl-C */
+enum { SLICE = 256 };                  /* tokens of an input between two looks at Ctrl-C */
+#define PAST_BYTES ((uint64_t)1 << 30) /* of all that can be gone back to */
 
 struct chat {
     const struct ltn_interactive *in;
@@ -424,7 +425,7 @@ enum ltn_status ltn_interactive(const struct ltn_interactive *interactive, struc
 
     ltn_cli_outlive_interrupts();
     enum ltn_status status =
-        ltn_timelines_create(&c.timelines, interactive->engine, interactive->session, err);
+        ltn_timelines_create(&c.timelines, interactive->engine, interactive->session, PAST_BYTES, err);
     if (status == LTN_OK)
         status = ltn_terminal_open(&c.terminal, &note, err);
     if (status == LTN_OK) {

@@ -45,7 +45,7 @@ struct timeline {
 struct ltn_timelines {
     struct ltn_session *session;
     size_t image_bytes;
-    uint64_t bytes; /* of all images */
+    uint64_t bytes, max_bytes; /* of all images */
     struct timeline all[LTN_FORKS];
     size_t n, current;
 };
@@ -101,7 +101,7 @@ static bool drop_any(struct ltn_timelines *t)
 
 static enum ltn_status take_image(struct ltn_timelines *t, struct image **out, struct ltn_error *err)
 {
-    while (t->bytes + t->image_bytes > LTN_TIMELINE_BYTES && drop_any(t))
+    while (t->bytes + t->image_bytes > t->max_bytes && drop_any(t))
         ;
     struct image *image = malloc(sizeof *image + t->image_bytes);
     if (!image)
@@ -326,16 +326,22 @@ static enum ltn_status add(struct ltn_timelines *t, const char *name, struct ltn
     return LTN_OK;
 }
 
-static enum ltn_status add_copy(struct ltn_timelines *t, const char *name, struct ltn_error *err)
+/* Can there be one more, of this name? */
+static enum ltn_status check_new(const struct ltn_timelines *t, const char *name, struct ltn_error *err)
 {
-    const struct timeline *from = current(t);
     const size_t length = strlen(name);
-
     if (length == 0 || length > LTN_FORK_NAME)
         return ltn_fail(err, LTN_ERR_INPUT, "expected a name of 1 to %d bytes, found %zu", LTN_FORK_NAME,
                         length);
-    if (t->n == LTN_FORKS || t->n * (uint64_t)t->image_bytes > LTN_TIMELINE_BYTES)
-        return ltn_fail(err, LTN_ERR_INPUT, "no room for one more than the %zu forks that there are", t->n);
+    if (t->n == LTN_FORKS || (t->n + 1) * (uint64_t)t->image_bytes > t->max_bytes)
+        return ltn_fail(err, LTN_ERR_INPUT, "no room for more than the %zu forks that there are", t->n);
+    return LTN_OK;
+}
+
+static enum ltn_status add_copy(struct ltn_timelines *t, const char *name, struct ltn_error *err)
+{
+    const struct timeline *from = current(t);
+
     LTN_TRY(add(t, name, err));
     struct timeline *line = &t->all[t->n - 1];
     memcpy(line->log, from->log, LOG * sizeof *line->log);
@@ -358,6 +364,8 @@ enum ltn_status ltn_timelines_fork(struct ltn_timelines *t, const char *name, st
         to++;
     if (to == t->current)
         return ltn_fail(err, LTN_ERR_INPUT, "this is '%s' already", name);
+    if (to == t->n)
+        LTN_TRY(check_new(t, name, err));
     LTN_TRY(take_image(t, &from->present, err));
     from->position = position(t);
     enum ltn_status status;
@@ -379,7 +387,7 @@ enum ltn_status ltn_timelines_fork(struct ltn_timelines *t, const char *name, st
 /* ---- all of them --------------------------------------------------------------------------------------- */
 
 enum ltn_status ltn_timelines_create(struct ltn_timelines **out, const struct ltn_engine *engine,
-                                     struct ltn_session *session, struct ltn_error *err)
+                                     struct ltn_session *session, uint64_t max_bytes, struct ltn_error *err)
 {
     struct ltn_timelines *t = calloc(1, sizeof *t);
 
@@ -387,6 +395,7 @@ enum ltn_status ltn_timelines_create(struct ltn_timelines **out, const struct lt
     if (!t)
         return ltn_fail(err, LTN_ERR_MEMORY, "timelines: no memory");
     t->session = session;
+    t->max_bytes = max_bytes;
     t->image_bytes = ltn_engine_info(engine)->session_bytes;
     enum ltn_status status = add(t, "main", err);
     if (status != LTN_OK) {

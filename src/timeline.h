@@ -20,15 +20,14 @@ enum {
     LTN_FORKS = 16,
     LTN_FORK_NAME = 32, /* bytes of a name, at most */
 };
-#define LTN_TIMELINE_BYTES                                                                                   \
-    ((uint64_t)1 << 30) /* of all checkpoints and forks together, where two fit in it */
 
 struct ltn_timelines;
 
 /* The session is borrowed; from now on its tokens come through here or are told here. The timeline that
- * begins where it stands is called "main". */
+ * begins where it stands is called "main". All checkpoints and forks together have at most max_bytes, but
+ * that each timeline keeps the beginning of its last exchange. */
 enum ltn_status ltn_timelines_create(struct ltn_timelines **out, const struct ltn_engine *engine,
-                                     struct ltn_session *session, struct ltn_error *err);
+                                     struct ltn_session *session, uint64_t max_bytes, struct ltn_error *err);
 void ltn_timelines_free(struct ltn_timelines *t); /* NULL is allowed */
 
 /* An exchange begins. */

@@ -61,6 +61,7 @@ pass "two inputs: the text of two runs, and stdout has nothing else" answered
 session -n 20 --seed 5 -q <<'END'
 type hello there
 type
+see > 
 keys ^D
 END
 { text "hello there" -n 20 --seed 5 --save "$tmp/s"; more "" -n 20; } >"$tmp/expected"
