@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -188,6 +189,7 @@ static enum ltn_status converse(struct chat *c, const struct ltn_input *input, s
     free(ids);
     c->input_seconds = now() - begin;
     if (status == LTN_ERR_STOPPED && ltn_cli_forget_interrupt()) {
+        fputc('\n', stderr); /* behind the ^C that the terminal shows */
         if (!c->in->quiet)
             ltn_cli_note("interrupted: the input was not taken");
         return LTN_OK;
@@ -204,16 +206,30 @@ static void say_where(const struct chat *c, const char *what)
         ltn_cli_note("%s token %" PRId64, what, position(c));
 }
 
-static enum ltn_status do_save(struct chat *c, const char *path, struct ltn_error *err)
+/* "~/" at the beginning of a name is $HOME/, as in a shell. */
+static enum ltn_status find_file(char *path, const char *name, struct ltn_error *err)
 {
+    const char *home = getenv("HOME");
+    bool at_home = home && name[0] == '~' && name[1] == '/';
+    if (snprintf(path, PATH_MAX, "%s%s", at_home ? home : "", name + at_home) < PATH_MAX)
+        return LTN_OK;
+    return ltn_fail(err, LTN_ERR_INPUT, "expected a name of less than %d bytes", PATH_MAX);
+}
+
+static enum ltn_status do_save(struct chat *c, const char *name, struct ltn_error *err)
+{
+    char path[PATH_MAX];
+    LTN_TRY(find_file(path, name, err));
     LTN_TRY(ltn_session_save(c->in->session, path, err));
     if (!c->in->quiet)
         ltn_cli_note("%s: saved at token %" PRId64, path, position(c));
     return LTN_OK;
 }
 
-static enum ltn_status do_load(struct chat *c, const char *path, struct ltn_error *err)
+static enum ltn_status do_load(struct chat *c, const char *name, struct ltn_error *err)
 {
+    char path[PATH_MAX];
+    LTN_TRY(find_file(path, name, err));
     LTN_TRY(ltn_session_load(c->in->session, path, err));
     ltn_timelines_forget(c->timelines);
     if (!c->in->quiet)

@@ -173,7 +173,7 @@ enum ltn_status ltn_timelines_feed(struct ltn_timelines *t, const int32_t *ids, 
         if (is_checkpoint_due(t))
             LTN_TRY(checkpoint(t, err));
     }
-    line->exchanges[line->n_exchanges - 1].answer = position(t);
+    line->exchanges[line->n_exchanges - 1].answer = position(t); /* so far */
     return LTN_OK;
 }
 
@@ -228,11 +228,18 @@ static enum ltn_status go_back(struct ltn_timelines *t, int64_t target, struct l
     return LTN_OK;
 }
 
+static struct exchange *last_exchange(struct timeline *line)
+{
+    return line->n_exchanges ? &line->exchanges[line->n_exchanges - 1] : NULL;
+}
+
 enum ltn_status ltn_timelines_rewind(struct ltn_timelines *t, int64_t n, struct ltn_error *err)
 {
     struct timeline *line = current(t);
     const int64_t now = position(t), reach = now - oldest(line, now);
 
+    if (reach == 0)
+        return ltn_fail(err, LTN_ERR_INPUT, "there is nothing to take back before token %" PRId64, now);
     if (n < 1 || n > reach)
         return ltn_fail(err, LTN_ERR_INPUT,
                         "expected 1 to %" PRId64 " tokens, which leads back to token %" PRId64
@@ -240,11 +247,11 @@ enum ltn_status ltn_timelines_rewind(struct ltn_timelines *t, int64_t n, struct 
                         reach, now - reach, n);
     const int64_t target = now - n;
     LTN_TRY(go_back(t, target, err));
-    while (line->n_exchanges && line->exchanges[line->n_exchanges - 1].begin > target)
+    struct exchange *e;
+    while ((e = last_exchange(line)) && e->begin > target)
         line->n_exchanges--;
-    if (line->n_exchanges == 0)
+    if (!e)
         return LTN_OK;
-    struct exchange *e = &line->exchanges[line->n_exchanges - 1];
     t->session->draw = e->draw;
     if (e->begin == target)
         line->n_exchanges--;
@@ -253,11 +260,6 @@ enum ltn_status ltn_timelines_rewind(struct ltn_timelines *t, int64_t n, struct 
     else /* each token of an answer took one */
         t->session->draw = answer_draw(e) + (uint64_t)(target - e->answer);
     return LTN_OK;
-}
-
-static struct exchange *last_exchange(struct timeline *line)
-{
-    return line->n_exchanges ? &line->exchanges[line->n_exchanges - 1] : NULL;
 }
 
 enum ltn_status ltn_timelines_undo(struct ltn_timelines *t, struct ltn_error *err)
@@ -284,8 +286,8 @@ enum ltn_status ltn_timelines_again(struct ltn_timelines *t, struct ltn_error *e
 
 enum ltn_status ltn_timelines_cut(struct ltn_timelines *t, size_t total, size_t keep, struct ltn_error *err)
 {
-    const struct timeline *line = current(t);
-    const int64_t answer = line->exchanges[line->n_exchanges - 1].answer;
+    struct timeline *line = current(t);
+    const int64_t answer = last_exchange(line)->answer;
     const uint64_t draw = t->session->draw;
     int64_t at = position(t);
 

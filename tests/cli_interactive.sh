@@ -191,6 +191,7 @@ half=$(($(wc -c <"$tmp/others") / 2))
 pass "/regenerate: other answers, each" sh -c '[ "$3" -gt 10 ] && ! cmp -s "$1" "$2" && ! head -c "$3" "$1" | cmp -s - "$2" &&
     [ "$(head -c 12 "$1" | od -An -tx1)" != "$(head -c 12 "$2" | od -An -tx1)" ]' sh "$tmp/others" "$tmp/once" "$half"
 session -n 20 --temp 0 <<'END'
+type /rewind 1
 type /regenerate
 type hello there
 type /regenerate
@@ -199,6 +200,7 @@ END
 { text "hello there" -n 20 --temp 0; text "hello there" -n 20 --temp 0; } >"$tmp/expected"
 pass "/regenerate at temperature 0: the same answer" answered
 pass "and says so" said "every answer is the same"
+pass "/rewind at the beginning: one line" said "/rewind: there is nothing to take back before token 0"
 pass "/regenerate at the beginning: one line" said "/regenerate: there is no input"
 
 # ---- forks, files ----
@@ -247,7 +249,7 @@ session -n 20 --seed 5 <<END
 type hello there
 type /save $tmp/saved
 type and then
-type /load $tmp/saved
+type /load ~/../saved
 type and then
 type /undo
 type /undo

@@ -77,7 +77,7 @@ static void assert_same(const struct bench *b, struct ltn_session *expected)
 /* ---- a random walk --------------------------------------------------------------------------------------
  */
 
-enum { MAX_IDS = 6000, MAX_LINES = 5 };
+enum { MAX_IDS = 3000, MAX_LINES = 5 };
 
 struct line { /* what a timeline should be */
     char name[8];
@@ -196,7 +196,7 @@ static void a_random_walk(uint64_t max_images)
 
     memset(lines, 0, sizeof lines);
     strcpy(lines[0].name, "main");
-    for (int i = 0; i < 400; i++) {
+    for (int i = 0; i < 250; i++) {
         steps[w.line->n > MAX_IDS - 100 ? 4 : test_below(&w.rng, sizeof steps / sizeof *steps)](&w);
         CHECK(ltn_session_reset(b.fresh, &err));
         CHECK(ltn_session_feed(b.fresh, w.line->ids, (size_t)w.line->n, &err));
@@ -222,7 +222,7 @@ static void random_walk_with_little_room(void **state)
 
 static void long_past(void **state)
 {
-    enum { N = 100000, N_COPIES = 4 };
+    enum { N = 68000, N_COPIES = 4 };
     struct bench b = setup(1000);
     struct ltn_session *copies[N_COPIES];
     struct test_rng rng = {3};
