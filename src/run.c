@@ -540,7 +540,8 @@ static int check_interactive(const struct options *o)
     if (o->tokens || o->ingest || (o->file && strcmp(o->file, "-") == 0))
         return ltn_cli_bad_usage("-i: the input is typed text, not with --tokens, --ingest or -f -");
     if (o->json || o->logprobs >= 0 || o->n_best > 1)
-        return ltn_cli_bad_usage("-i: answers are text, one to each input, not with --json, --logprobs or --n-best");
+        return ltn_cli_bad_usage(
+            "-i: answers are text, one to each input, not with --json, --logprobs or --n-best");
     if (!isatty(STDIN_FILENO) || !(isatty(STDOUT_FILENO) || isatty(STDERR_FILENO)))
         return ltn_cli_bad_usage("-i: expected a terminal on standard input and on standard output or error");
     return -1;
@@ -685,7 +686,8 @@ int main(int argc, char **argv)
         .flags = flags,
         .n_flags = sizeof flags / sizeof *flags,
         .notes =
-            "Without -p, -f, --tokens and --load the prompt is standard input. It may have any length and is "
+            "Without -p, -f, --tokens, --load and -i the prompt is standard input. It may have any length "
+            "and is "
             "taken exactly as it is, its last newline too. An empty prompt starts from the model's BOS "
             "token. Standard output carries the text and nothing else.\n\n"
             "What a run with --save prints, then one with --load and no prompt, is to the byte what one run "

@@ -41,6 +41,8 @@ try "$run" -m "$m" -i </dev/null
 pass "no terminal: usage" refused 2 "-i: expected a terminal"
 try "$run" -m "$m" -i --tokens 1
 pass "not with --tokens" refused 2 "-i: the input is typed text"
+try "$run" -m "$m" -i --n-best 2
+pass "not with several answers" refused 2 "-i: answers are text"
 try "$run" -m "$m" -p x --prefix y
 pass "--prefix asks for -i" refused 2 "expected -i"
 printf 'type /quit\n' | session

@@ -13,7 +13,7 @@ try "$run" --help
 pass "--help goes to stdout" exited 0
 pass "--help names every option" sh -c 'for f in -m -p -f -n --temp --top-k --top-p --min-p --typical \
     --repeat-penalty --presence-penalty --frequency-penalty --repeat-last --logit-bias --n-best --json --logprobs \
-    --seed --stop --ignore-eos --echo --tokens --save --load --prefix-cache --prefix-cache-size --ingest --every -t \
+    --seed --stop --ignore-eos --echo --tokens --save --load --prefix-cache --prefix-cache-size --ingest --every -i --prefix --suffix -t \
     --device --stats -q --help --version; do grep -qE "^ +$f( |\$)" "$1" || exit 1; done' sh "$tmp/out"
 pass "--help leaves stderr empty" test ! -s "$tmp/err"
 try "$run" --temp 0.1 --version
