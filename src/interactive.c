@@ -314,12 +314,12 @@ static const struct command {
     enum ltn_status (*run)(struct chat *c, const char *argument, struct ltn_error *err);
     const char *help;
 } commands[] = {
-    {"save", "FILE", do_save, "save the session: the whole text so far, in a file of fixed size"},
-    {"load", "FILE", do_load, "go on from a saved session; what was before it cannot be had back"},
+    {"save", "FILE", do_save, "save the session, the whole text so far, in a file of fixed size"},
+    {"load", "FILE", do_load, "go on from a saved session; one cannot undo or rewind past it"},
     {"fork", "[NAME]", do_fork,
-     "a new NAME goes on from here, while the present stays under its name, at first main;"
-     "\n                 a NAME that is there: go over to it; without NAME: list them"},
-    {"rewind", "N", do_rewind, "take back the last N tokens"},
+     "go over to NAME; a new NAME begins here; the text that is left, at first\n"
+     "                 called main, stays as it is; without NAME: list them"},
+    {"rewind", "N", do_rewind, "take back the last N tokens; /stats says how many there are"},
     {"undo", NULL, do_undo, "take back the last input and its answer"},
     {"regenerate", NULL, do_regenerate, "another answer to the last input"},
     {"stats", NULL, do_stats, "where the text stands, how far back one can go, the speed"},
@@ -331,11 +331,10 @@ enum { N_COMMANDS = sizeof commands / sizeof *commands };
 static enum ltn_status do_help(struct chat *c, const char *none, struct ltn_error *err)
 {
     (void)c, (void)none, (void)err;
-    fputs("What you type goes on with the text, and the model goes on with yours. An empty line: the model "
-          "alone.\n"
-          "A line that ends in \\ is not the last one. Lines between two lines of \"\"\" are taken as they "
-          "are.\n"
-          "Ctrl-C stops an answer or drops a line; twice at an empty line, or Ctrl-D, leaves.\n",
+    fputs("What you type goes on with the text, and the model goes on with yours; after an\n"
+          "empty line, with its own. A line that ends in \\ is not the last one. Lines between\n"
+          "two lines of \"\"\" are taken as they are. Ctrl-C stops an answer or drops a line;\n"
+          "twice at an empty line, or Ctrl-D, leaves.\n",
           stderr);
     for (size_t i = 0; i < N_COMMANDS; i++) {
         const struct command *k = &commands[i];
