@@ -217,6 +217,7 @@ static enum ltn_status read_line(struct ltn_terminal *t, const char *marker, con
     int n = 0;
 
     t->marker = marker;
+    el_set(t->el, EL_PREP_TERM, 1); /* before the marker shows, so that what is typed at once is not cooked */
     errno = 0;
     *line = el_gets(t->el, &n);
     int why = errno;
