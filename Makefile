@@ -32,7 +32,9 @@ TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c tests/typist.c
 TEST_BIN := $(TEST_SRC:tests/%.c=$(B)/tests/%)
 TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c))) $(B)/tests/cuda/device.c.o
 CUDA_BIN := $(B)/tests/cuda/test_ops $(B)/tests/cuda/test_decode $(B)/tests/cuda/bench_decode
-CUDA_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/cuda/*.cu))
+# The tensor-core attention stands by itself so far, with a test and bench of its own.
+ATTN_SRC := kernels/cuda/lightning_mma.cu kernels/cuda/lightning_hopper.cu
+CUDA_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(ATTN_SRC),$(wildcard kernels/cuda/*.cu)))
 PROGRAMS := $(patsubst src/%.c,$(BIN)/ltn-%,$(MAINS)) $(BIN)/tools/convert
 NAMES    := $(MAINS:src/%.c=ltn-%) ltn-convert
 MAN      := $(NAMES:%=$(B)/man/%.1)
@@ -69,7 +71,8 @@ check: setup ## the same tests under AddressSanitizer and UBSan
 	@sh tests/run.sh build/asan/tests build/asan
 
 test-cuda: setup ## run the tests that need a GPU
-	@$(MAKE) --no-print-directory -j2 all $(CUDA_BIN) $(B)/tests/test_model
+	@$(MAKE) --no-print-directory -j2 all $(CUDA_BIN) $(B)/tests/cuda/attention $(B)/tests/test_model
+	$(B)/tests/cuda/attention test
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_ops
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_decode
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
@@ -131,6 +134,9 @@ CUDA_ARCH ?= -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=
 $(B)/%.cu.o: %.cu
 	@mkdir -p $(@D)
 	$(call say,NVCC)$(NVCC) -std=c++17 -O3 -I. -Xcompiler -fPIC,-Wall,-Wextra,-fvisibility=hidden $(CUDA_ARCH) -MMD -MP -c -o $@ $<
+
+$(B)/tests/cuda/attention: $(ATTN_SRC:%=$(B)/%.o) $(B)/tests/cuda/attention.cu.o
+	$(call say,NVCC)$(NVCC) -cudart static -o $@ $^
 
 $(BIN)/libltn_cuda.so: $(CUDA_OBJ) $(B)/kernels/status.c.o kernels/cuda/exports
 	$(call say,NVCC)$(NVCC) -shared -cudart static -Xlinker --version-script=kernels/cuda/exports -o $@ $(filter %.o,$^) -ldl
