@@ -23,6 +23,7 @@ from ctypes import (POINTER, byref, c_bool, c_char, c_char_p, c_double, c_float,
 OK, ERR_INPUT, ERR_IO, ERR_MEMORY, ERR_DEVICE, ERR_UNSUPPORTED, ERR_STOPPED = range(7)
 END_LENGTH, END_EOS, END_STRING, END_STOPPED = range(4)
 MAX_REPEAT_LAST = 1024
+BATCH_MAX = 4096
 FORK_DRAWS = 1 << 48
 
 
@@ -69,7 +70,7 @@ class EngineInfo(ctypes.Structure):
 
 class SessionOptions(ctypes.Structure):
     c_name = "ltn_session_options"
-    _fields_ = [("chunk_rows", c_int32), ("score_rows", c_int32)]
+    _fields_ = [("chunk_rows", c_int32), ("score_rows", c_int32), ("batch", c_void_p)]
 
 
 class LogitBias(ctypes.Structure):
@@ -121,10 +122,16 @@ FUNCTIONS = {  # name: (result, arguments); c_void_p: an engine, a session or by
     "ltn_session_load": (c_int, [_SESSION, c_char_p, _ERR]),
     "ltn_session_export": (c_int, [_SESSION, c_void_p, c_size_t, _ERR]),
     "ltn_session_import": (c_int, [_SESSION, c_void_p, c_size_t, _ERR]),
+    "ltn_batch_create": (c_int, [POINTER(c_void_p), c_void_p, c_int32, _ERR]),
+    "ltn_batch_free": (None, [c_void_p]),
+    "ltn_batch_step": (c_int, [c_void_p, POINTER(c_void_p), c_size_t, _ERR]),
     "ltn_session_seed": (None, [_SESSION, c_uint64]),
     "ltn_session_skip": (None, [_SESSION, c_uint64]),
     "ltn_session_sample": (c_int, [_SESSION, POINTER(Sampling), POINTER(c_int32), _ERR]),
     "ltn_generate": (c_int, [_SESSION, POINTER(GenerateOptions), POINTER(Generated), _ERR]),
+    "ltn_generation_begin": (c_int, [POINTER(c_void_p), _SESSION, POINTER(GenerateOptions), _ERR]),
+    "ltn_generation_next": (c_int, [c_void_p, POINTER(c_bool), _ERR]),
+    "ltn_generation_end": (None, [c_void_p, POINTER(Generated)]),
 }
 
 
@@ -246,6 +253,23 @@ class Engine(_Handle):
 
     def session(self, chunk_rows=0, score_rows=0):
         return Session(self, chunk_rows, score_rows)
+
+    def batch(self, max_sessions):
+        return Batch(self, max_sessions)
+
+
+class Batch(_Handle):
+    """Steps several sessions of one engine together: their logits and samples then cost no more passes."""
+    _close = "ltn_batch_free"
+
+    def __init__(self, engine, max_sessions):
+        super().__init__()
+        _call("ltn_batch_create", byref(self._pointer), engine._c, _whole("max_sessions", max_sessions))
+        engine._sessions.add(self)  # it, too, is closed before its engine
+
+    def step(self, sessions):
+        pointers = [session._c for session in sessions]
+        _call("ltn_batch_step", self._c, (c_void_p * len(pointers))(*pointers), len(pointers))
 
 
 class Session(_Handle):

@@ -101,32 +101,34 @@ static enum ltn_status channel_mixer(const struct pass *p, const struct ltn_laye
     return p->ops->linear_add(p->be, ws->x, a, &layer->l3, p->rows, p->err);
 }
 
-/* logits = Norm(x) E^T for the rows first .. first + rows - 1, into row `to` of ws->logits on. */
-static enum ltn_status head(const struct pass *p, const struct ltn_model *model, int32_t first, int32_t rows,
-                            int32_t to)
+/* logits = Norm(x) E^T for the first rows of x. */
+static enum ltn_status head(const struct pass *p, const struct ltn_model *model, int32_t rows)
 {
     struct ltn_workspace *ws = p->ws;
-    const int32_t D = p->config->embed_dim;
     const struct ltn_norm *norm = &model->final_norm;
-    const float *x = ws->x + (size_t)first * D;
-    float *out = ws->logits + (size_t)to * p->config->vocab_size;
 
     if (p->ops->norm_logits)
-        return p->ops->norm_logits(p->be, out, x, norm, &model->head, rows, ws->y, p->err);
-    LTN_TRY(p->ops->norm(p->be, ws->y, x, norm, rows, D, p->err));
-    return p->ops->logits(p->be, out, ws->y, &model->head, rows, p->err);
+        return p->ops->norm_logits(p->be, ws->logits, ws->x, norm, &model->head, rows, ws->y, p->err);
+    LTN_TRY(p->ops->norm(p->be, ws->y, ws->x, norm, rows, p->config->embed_dim, p->err));
+    return p->ops->logits(p->be, ws->logits, ws->y, &model->head, rows, p->err);
 }
 
 static enum ltn_status wanted_logits(const struct pass *p, const struct ltn_model *model, enum ltn_want want)
 {
     if (want == LTN_WANT_NONE)
         return LTN_OK;
-    /* In batched decode every row is the last of its sequence. */
-    if (want == LTN_WANT_ALL || p->n_seqs == p->rows)
-        return head(p, model, 0, p->rows, 0);
-    for (int32_t i = 0; i < p->n_seqs; i++)
-        LTN_TRY(head(p, model, p->seqs[i].first + p->seqs[i].count - 1, 1, i));
-    return LTN_OK;
+    if (want == LTN_WANT_ALL)
+        return head(p, model, p->rows);
+    /* The last rows move up, so that the head's weights are read once for all of them. Row i's own place is
+     * free by then: last rows ascend, and the i-th is i or later. */
+    const size_t D = (size_t)p->config->embed_dim;
+    for (int32_t i = 0; i < p->n_seqs; i++) {
+        int32_t last = p->seqs[i].first + p->seqs[i].count - 1;
+        if (last != i)
+            LTN_TRY(p->ops->copy(p->be, p->ws->x + (size_t)i * D, p->ws->x + (size_t)last * D,
+                                 D * sizeof(float), p->err));
+    }
+    return head(p, model, p->n_seqs);
 }
 
 /* One token of one stream, where the backend can take it through the whole model at once. */

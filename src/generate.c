@@ -1,6 +1,7 @@
 #include "src/session.h"
 #include "src/stop.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 /* From so many of the last ids a fresh detokenizer finds its way back into the text: no piece's bytes depend
@@ -8,7 +9,7 @@
 enum { DETOKENIZER_IDS = 64 };
 
 /* One generation on its way out: model -> detokenizer -> stop strings -> piece. */
-struct generation {
+struct ltn_generation {
     struct ltn_session *session;
     const struct ltn_generate_options *options;
     struct ltn_stopper stopper;
@@ -43,14 +44,14 @@ static enum ltn_status ready_detokenizer(struct ltn_session *s, struct ltn_error
     return LTN_OK;
 }
 
-static void end(struct generation *g, enum ltn_end why)
+static void end(struct ltn_generation *g, enum ltn_end why)
 {
     g->ended = true;
     g->result.end = why;
 }
 
 /* Hands a piece to the caller; its wish to stop is an end, not a failure. */
-static enum ltn_status give(struct generation *g, int32_t id, const char *text, size_t bytes,
+static enum ltn_status give(struct ltn_generation *g, int32_t id, const char *text, size_t bytes,
                             struct ltn_error *err)
 {
     if (!g->options->piece || (id < 0 && bytes == 0))
@@ -64,7 +65,7 @@ static enum ltn_status give(struct generation *g, int32_t id, const char *text, 
 }
 
 /* A token's way from id to text. */
-static enum ltn_status emit(struct generation *g, int32_t id, struct ltn_error *err)
+static enum ltn_status emit(struct ltn_generation *g, int32_t id, struct ltn_error *err)
 {
     struct ltn_session *s = g->session;
     const char *text = "";
@@ -82,7 +83,7 @@ static enum ltn_status emit(struct generation *g, int32_t id, struct ltn_error *
 }
 
 /* At the end: what the stop strings held back, then what the detokenizer did. */
-static enum ltn_status flush(struct generation *g, struct ltn_error *err)
+static enum ltn_status flush(struct ltn_generation *g, struct ltn_error *err)
 {
     struct ltn_session *s = g->session;
     const char *text;
@@ -101,53 +102,91 @@ static enum ltn_status flush(struct generation *g, struct ltn_error *err)
     return give(g, -1, text, bytes, err);
 }
 
-static enum ltn_status loop(struct generation *g, struct ltn_error *err)
+/* Draws a token and gives it out, or comes to an end. */
+static enum ltn_status next(struct ltn_generation *g, struct ltn_error *err)
 {
     const struct ltn_generate_options *o = g->options;
     const struct ltn_sampling *sampling = o->sampling ? o->sampling : &ltn_sampling_default;
     struct ltn_session *s = g->session;
+    int32_t id;
 
-    while (!g->ended) {
-        if (g->result.n_tokens == o->max_tokens) {
-            end(g, LTN_END_LENGTH);
-            break;
-        }
-        int32_t id;
-        LTN_TRY(ltn_session_sample(s, sampling, &id, err));
-        if (id == s->engine->info.eos_id && !o->ignore_eos) {
-            end(g, LTN_END_EOS);
-            break;
-        }
-        if (o->drawn) {
-            const float *logits;
-            LTN_TRY(ltn_session_logits(s, &logits, err));
-            LTN_TRY(o->drawn(o->ctx, id, logits, err));
-        }
-        bool current = s->detokenizer_current; /* feeding does not put it out of step here: emit follows */
-        LTN_TRY(ltn_session_feed(s, &id, 1, err));
-        s->detokenizer_current = current;
-        g->result.n_tokens++;
-        LTN_TRY(emit(g, id, err));
+    LTN_TRY(ltn_session_sample(s, sampling, &id, err));
+    if (id == s->engine->info.eos_id && !o->ignore_eos) {
+        end(g, LTN_END_EOS);
+        return LTN_OK;
     }
-    return flush(g, err);
+    if (o->drawn) {
+        const float *logits;
+        LTN_TRY(ltn_session_logits(s, &logits, err));
+        LTN_TRY(o->drawn(o->ctx, id, logits, err));
+    }
+    bool current = s->detokenizer_current; /* feeding does not put it out of step here: emit follows */
+    LTN_TRY(ltn_session_feed(s, &id, 1, err));
+    s->detokenizer_current = current;
+    g->result.n_tokens++;
+    return emit(g, id, err);
+}
+
+enum ltn_status ltn_generation_next(struct ltn_generation *g, bool *ended, struct ltn_error *err)
+{
+    if (g->result.n_tokens != g->options->max_tokens) /* it may be 0 */
+        LTN_TRY(next(g, err));
+    if (!g->ended && g->result.n_tokens == g->options->max_tokens)
+        end(g, LTN_END_LENGTH);
+    *ended = g->ended;
+    return g->ended ? flush(g, err) : LTN_OK;
+}
+
+static enum ltn_status begin(struct ltn_generation *g, struct ltn_error *err)
+{
+    const struct ltn_generate_options *o = g->options;
+
+    if (o->max_tokens < -1)
+        return ltn_fail(err, LTN_ERR_INPUT, "max_tokens: expected -1 or more, found %lld",
+                        (long long)o->max_tokens);
+    if (o->n_stop && !g->session->engine->tokenizer)
+        return ltn_fail(err, LTN_ERR_UNSUPPORTED, "stop strings need a tokenizer, and the model has none");
+    LTN_TRY(ltn_session_ready(g->session, err));
+    LTN_TRY(ready_detokenizer(g->session, err));
+    return ltn_stopper_create(&g->stopper, o->stop, o->n_stop, err);
+}
+
+enum ltn_status ltn_generation_begin(struct ltn_generation **out, struct ltn_session *session,
+                                     const struct ltn_generate_options *options, struct ltn_error *err)
+{
+    struct ltn_generation *g = *out = calloc(1, sizeof *g);
+    if (!g)
+        return ltn_fail(err, LTN_ERR_MEMORY, "generation: no memory");
+    g->session = session;
+    g->options = options;
+    enum ltn_status status = begin(g, err);
+    if (status != LTN_OK) {
+        ltn_generation_end(g, NULL);
+        *out = NULL;
+    }
+    return status;
+}
+
+void ltn_generation_end(struct ltn_generation *g, struct ltn_generated *result)
+{
+    if (!g)
+        return;
+    if (result)
+        *result = g->result;
+    ltn_stopper_free(&g->stopper);
+    free(g);
 }
 
 enum ltn_status ltn_generate(struct ltn_session *session, const struct ltn_generate_options *options,
                              struct ltn_generated *result, struct ltn_error *err)
 {
-    struct generation g = {.session = session, .options = options};
+    struct ltn_generation *g;
+    bool ended = false;
 
-    if (options->max_tokens < -1)
-        return ltn_fail(err, LTN_ERR_INPUT, "max_tokens: expected -1 or more, found %lld",
-                        (long long)options->max_tokens);
-    if (options->n_stop && !session->engine->tokenizer)
-        return ltn_fail(err, LTN_ERR_UNSUPPORTED, "stop strings need a tokenizer, and the model has none");
-    LTN_TRY(ltn_session_ready(session, err));
-    LTN_TRY(ready_detokenizer(session, err));
-    LTN_TRY(ltn_stopper_create(&g.stopper, options->stop, options->n_stop, err));
-    enum ltn_status status = loop(&g, err);
-    ltn_stopper_free(&g.stopper);
-    if (result)
-        *result = g.result;
+    LTN_TRY(ltn_generation_begin(&g, session, options, err));
+    enum ltn_status status = LTN_OK;
+    while (status == LTN_OK && !ended)
+        status = ltn_generation_next(g, &ended, err);
+    ltn_generation_end(g, result);
     return status;
 }

@@ -46,6 +46,7 @@ extern "C" {
 
 struct ltn_engine;
 struct ltn_session;
+struct ltn_batch;
 struct ltn_tokenizer; /* tokenizer/tokenizer.h */
 
 const char *ltn_version(void); /* of the library, "0.1.0" */
@@ -105,6 +106,10 @@ enum ltn_status ltn_engine_detokenize(const struct ltn_engine *engine, const int
 struct ltn_session_options {
     int32_t chunk_rows; /* tokens per prefill step, 1 or more; 0: what suits the backend (info.chunk_rows) */
     int32_t score_rows; /* logits rows that ltn_session_score has room for; 0: the session will not score */
+    /* Compute in this batch's memory instead of some of its own: one of many sessions then takes little more
+     * than its state. All sessions of a batch and the batch itself belong to one thread at a time, together,
+     * and the batch outlives them. NULL: a session by itself. */
+    struct ltn_batch *batch;
 };
 
 /* A new session stands at position 0 with a zero state and seed 0. options may be NULL. */
@@ -161,6 +166,25 @@ enum ltn_status ltn_session_export(struct ltn_session *session, void *buffer, si
                                    struct ltn_error *err);
 enum ltn_status ltn_session_import(struct ltn_session *session, const void *buffer, size_t bytes,
                                    struct ltn_error *err);
+
+/* ---- batch: one step of several sessions ----------------------------------------------------------------
+ */
+
+/* Room for passes of up to max_sessions sessions, 1 to LTN_BATCH_MAX; a step of more makes several. */
+enum { LTN_BATCH_MAX = 4096 };
+enum ltn_status ltn_batch_create(struct ltn_batch **out, const struct ltn_engine *engine,
+                                 int32_t max_sessions, struct ltn_error *err);
+void ltn_batch_free(struct ltn_batch *batch);
+
+/* Does for each of the sessions, [n], any of the batch's engine, what ltn_session_logits would have to do,
+ * but together: the weights are read once for all. Their logits and samples cost no more passes then, until
+ * they are fed again. Nothing flows from one session to another, wherever each of them stands and however
+ * much it was fed; on the CPU the logits are to the bit those that the session would have by itself, on other
+ * devices within rounding. A session that waits for nothing is left alone. Where one is refused (amid a text,
+ * after a failure, another engine's) the error names it by its index and none has moved. After a failure of
+ * the device those that were moving refuse everything, as after ltn_session_feed. */
+enum ltn_status ltn_batch_step(struct ltn_batch *batch, struct ltn_session *const *sessions, size_t n,
+                               struct ltn_error *err);
 
 /* ---- sampling and generation --------------------------------------------------------------------------- */
 
@@ -249,6 +273,18 @@ struct ltn_generated {
  * goes on with the same text. result may be NULL. */
 enum ltn_status ltn_generate(struct ltn_session *session, const struct ltn_generate_options *options,
                              struct ltn_generated *result, struct ltn_error *err);
+
+/* The same a token at a time, for those who have something to do in between, such as ltn_batch_step. The
+ * options, which are borrowed, and the session are to outlive it; the session is to be used by nothing else
+ * meanwhile. */
+struct ltn_generation;
+enum ltn_status ltn_generation_begin(struct ltn_generation **out, struct ltn_session *session,
+                                     const struct ltn_generate_options *options, struct ltn_error *err);
+/* Draws a token, feeds it and gives it out, or comes to the end. With *ended all text is given out, and it is
+ * not to be called again. */
+enum ltn_status ltn_generation_next(struct ltn_generation *generation, bool *ended, struct ltn_error *err);
+/* Frees it, ended or not. generation and result may be NULL. */
+void ltn_generation_end(struct ltn_generation *generation, struct ltn_generated *result);
 
 #ifdef __GNUC__
 #pragma GCC visibility pop

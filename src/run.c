@@ -1,4 +1,5 @@
 /* ltn-run: continue a text. */
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,6 +12,7 @@
 #include "src/ingest.h"
 #include "src/interactive.h"
 #include "src/jsonl.h"
+#include "src/many.h"
 #include "src/prefix_cache.h"
 #include "src/session_file.h"
 
@@ -40,6 +42,10 @@ struct options {
     const char *every; /* "N" or "Ns" */
     bool interactive;
     const char *prefix, *suffix;
+    int64_t many;
+    bool json_prompts, nul;
+    const char *const *files; /* [n_files] operands */
+    size_t n_files;
 };
 
 struct run {
@@ -220,20 +226,16 @@ static void print_stats(const struct run *run, int64_t n_prompt, const struct lt
 }
 
 /* Without a seed of the user's, one from the clock, named so that the text can be had again. */
-static void choose_seed(struct run *run)
+static uint64_t choose_seed(const struct options *o)
 {
-    const struct options *o = run->options;
-    uint64_t seed = o->seed.value;
-    if (o->load && !o->seed.given) /* the session goes on with its own draws */
-        return;
-    if (!o->seed.given) {
-        struct timespec t;
-        clock_gettime(CLOCK_REALTIME, &t);
-        seed = ((uint64_t)t.tv_sec * 1000003u ^ (uint64_t)t.tv_nsec) & 0xffffffffu;
-        if (o->temperature > 0 && !o->quiet)
-            ltn_cli_note("seed %llu", (unsigned long long)seed);
-    }
-    ltn_session_seed(run->session, seed);
+    struct timespec t;
+    if (o->seed.given)
+        return o->seed.value;
+    clock_gettime(CLOCK_REALTIME, &t);
+    uint64_t seed = ((uint64_t)t.tv_sec * 1000003u ^ (uint64_t)t.tv_nsec) & 0xffffffffu;
+    if (o->temperature > 0 && !o->quiet)
+        ltn_cli_note("seed %llu", (unsigned long long)seed);
+    return seed;
 }
 
 static struct ltn_sampling sampling_of(const struct options *o)
@@ -415,6 +417,45 @@ static enum ltn_status interactive(struct run *run, struct ltn_error *err)
                            err);
 }
 
+/* ---- many prompts -------------------------------------------------------------------------------------- */
+
+static enum ltn_status answer_many(struct run *run, struct ltn_error *err)
+{
+    const struct options *o = run->options;
+    const struct ltn_sampling sampling = sampling_of(o);
+    struct ltn_many many = {
+        .engine = run->engine,
+        .width = (int32_t)o->many,
+        .from = o->load ? run->session : NULL,
+        .seed = choose_seed(o),
+        .file = o->tokens ? o->tokens
+                : o->file ? o->file
+                          : "-",
+        .files = o->files,
+        .n_files = o->n_files,
+        .nul = o->nul,
+        .json_in = o->json_prompts,
+        .json_out = o->json,
+        .ids = o->tokens != NULL,
+        .echo = o->echo,
+        .max_waiting = 16 << 20,
+        .generate = {.sampling = &sampling,
+                     .max_tokens = o->n,
+                     .ignore_eos = o->ignore_eos,
+                     .stop = o->stop.v,
+                     .n_stop = o->stop.n},
+    };
+    double begin = now();
+    enum ltn_status status = ltn_many(&many, err);
+    double seconds = now() - begin;
+    if (o->stats)
+        ltn_cli_note("%s: %lld prompts, %lld tokens read, %lld made, %.1f tok/s made; %.1f texts a step",
+                     ltn_engine_info(run->engine)->backend, (long long)many.n_prompts, (long long)many.n_read,
+                     (long long)many.n_made, (double)many.n_made / seconds,
+                     many.n_steps ? (double)many.n_rows / (double)many.n_steps : 0.0);
+    return status;
+}
+
 /* ---- the program --------------------------------------------------------------------------------------- */
 
 static enum ltn_status open_all(struct run *run, struct ltn_error *err)
@@ -446,6 +487,8 @@ static enum ltn_status open_all(struct run *run, struct ltn_error *err)
                                     .ids = o->tokens != NULL,
                                     .indexed = o->n_best > 1,
                                     .n_top = o->logprobs > 0 ? (int32_t)o->logprobs : 0};
+    if (o->many && !o->load)
+        return LTN_OK; /* it makes its own sessions */
     LTN_TRY(ltn_session_create(&run->session, run->engine, NULL, err));
     if (o->save)
         LTN_TRY(ltn_session_file_check(o->save, err));
@@ -472,11 +515,14 @@ static enum ltn_status run_all(struct run *run, struct ltn_error *err)
     const struct options *o = run->options;
 
     LTN_TRY(open_all(run, err));
+    if (o->many)
+        return answer_many(run, err);
     if (o->interactive && !ltn_engine_info(run->engine)->has_tokenizer)
         return ltn_fail(err, LTN_ERR_UNSUPPORTED, "-i: the model has no tokenizer, only token ids work");
     if (!o->ingest && (!o->interactive || o->prompt || o->file)) /* with -i the person begins, or goes on */
         LTN_TRY(prefill(run, err));
-    choose_seed(run);
+    if (o->seed.given || !o->load) /* else the session goes on with its own draws */
+        ltn_session_seed(run->session, choose_seed(o));
     enum ltn_status status = o->interactive ? interactive(run, err)
                              : o->ingest    ? ingest(run, err)
                                             : generate(run, err);
@@ -547,6 +593,46 @@ static int check_interactive(const struct options *o)
     return -1;
 }
 
+/* -1 when all is well. */
+static int check_stop(const struct options *o)
+{
+    if (o->tokens && o->stop.n)
+        return ltn_cli_bad_usage("--stop: looks for text, but with --tokens there is none");
+    for (size_t i = 0; i < o->stop.n; i++)
+        if (!o->stop.v[i][0])
+            return ltn_cli_bad_usage("--stop: expected some text, found ''");
+    return -1;
+}
+
+static int check_many(const struct options *o)
+{
+    const char *odd = o->prompt          ? "-p"
+                      : o->save          ? "--save"
+                      : o->prefix_cache  ? "--prefix-cache"
+                      : o->ingest        ? "--ingest"
+                      : o->every         ? "--every"
+                      : o->interactive   ? "-i"
+                      : o->n_best > 1    ? "--n-best"
+                      : o->logprobs >= 0 ? "--logprobs"
+                                         : NULL;
+    if (odd)
+        return ltn_cli_bad_usage("%s: for one prompt, not with -j", odd);
+    if (o->tokens && strcmp(o->tokens, "-") != 0)
+        return ltn_cli_bad_usage(
+            "--tokens: with -j expected -, ids in the lines of standard input, found '%s'", o->tokens);
+    if ((o->file != NULL) + (o->tokens != NULL) + (o->n_files > 0) > 1)
+        return ltn_cli_bad_usage("expected at most one of -f, --tokens and files that are prompts");
+    if (o->n_files && (o->json_prompts || o->nul))
+        return ltn_cli_bad_usage("%s: for prompts that are lines, found files",
+                                 o->nul ? "--null" : "--json-prompts");
+    if (o->json && o->nul)
+        return ltn_cli_bad_usage("--null: not with --json, which makes lines");
+    if (!o->file && !o->n_files && isatty(STDIN_FILENO))
+        return ltn_cli_bad_usage(
+            "no prompts: expected -f, files or lines on standard input; see ltn-run --help");
+    return check_stop(o);
+}
+
 /* What else it cannot see; -1 when all is well. */
 static int check(struct options *o)
 {
@@ -558,6 +644,13 @@ static int check(struct options *o)
     if (code >= 0)
         return code;
 
+    if (!o->many && o->n_files)
+        return ltn_cli_bad_usage("unexpected argument '%s': files that are prompts need -j N", o->files[0]);
+    if (!o->many && (o->json_prompts || o->nul))
+        return ltn_cli_bad_usage("%s: for many prompts, expected -j N with it",
+                                 o->json_prompts ? "--json-prompts" : "--null");
+    if (o->many)
+        return check_many(o);
     if ((o->prompt != NULL) + (o->file != NULL) + (o->tokens != NULL) > 1)
         return ltn_cli_bad_usage("expected at most one of -p, -f and --tokens");
     if (o->every && !parse_every(o->every, &tokens, &seconds))
@@ -577,12 +670,8 @@ static int check(struct options *o)
         isatty(STDIN_FILENO))
         return ltn_cli_bad_usage("no prompt: expected -p, -f, --tokens or text on standard input; see "
                                  "ltn-run --help");
-    if (o->tokens && o->stop.n)
-        return ltn_cli_bad_usage("--stop: looks for text, but with --tokens there is none");
-    for (size_t i = 0; i < o->stop.n; i++)
-        if (!o->stop.v[i][0])
-            return ltn_cli_bad_usage("--stop: expected some text, found ''");
-    return o->tokens ? ltn_cli_check_ids("--tokens", o->tokens) : -1;
+    code = check_stop(o);
+    return code >= 0 ? code : o->tokens ? ltn_cli_check_ids("--tokens", o->tokens) : -1;
 }
 
 int main(int argc, char **argv)
@@ -636,7 +725,8 @@ int main(int argc, char **argv)
          .help = "K texts, each continuing the prompt with other draws, one after another under a line that "
                  "numbers it; the first is the one that is printed without this"},
         {.name = "json", .kind = LTN_FLAG_SWITCH, .target = &o.json,
-         .help = "print each text as a line of JSON: text (or ids), tokens, logprob, end, with --n-best index"},
+         .help = "print each text as a line of JSON: text (or ids), tokens, logprob, end, with --n-best index; "
+                 "with -j index and prompt (or file), too"},
         {.name = "logprobs", .argument = "K", .kind = LTN_FLAG_INT, .target = &o.logprobs, .min = 0,
          .max = LTN_JSONL_MAX_TOP,
          .help = "print each token as a line of JSON: id, text, logprob, and the K likeliest as top"},
@@ -669,6 +759,13 @@ int main(int argc, char **argv)
          .help = "with -i: put before each input, exactly as it is (a shell writes a newline as $'\\n')"},
         {.name = "suffix", .argument = "TEXT", .kind = LTN_FLAG_STRING, .target = &o.suffix,
          .help = "with -i: put after each input"},
+        {.letter = 'j', .argument = "N", .kind = LTN_FLAG_INT, .target = &o.many, .max = LTN_BATCH_MAX,
+         .help = "continue many prompts, N at once: each line of standard input or of -f FILE, or each FILE given, "
+                 "is one; 0: all of the input is one prompt"},
+        {.name = "json-prompts", .kind = LTN_FLAG_SWITCH, .target = &o.json_prompts,
+         .help = "with -j: each line is a JSON object with the prompt under \"prompt\""},
+        {.letter = '0', .name = "null", .kind = LTN_FLAG_SWITCH, .target = &o.nul,
+         .help = "with -j: prompts and texts end in a NUL rather than a newline"},
         {.letter = 't', .argument = "THREADS", .kind = LTN_FLAG_INT, .target = &o.threads, .max = 1024,
          .help = "CPU threads; 0: one per core"},
         {.name = "device", .argument = "DEVICE", .kind = LTN_FLAG_DEVICE, .target = &o.device,
@@ -683,6 +780,8 @@ int main(int argc, char **argv)
     const struct ltn_program program = {
         .name = "ltn-run",
         .summary = "Continue a text with a TransNormerLLM.",
+        .operands = "[FILE]...",
+        .max_operands = INT_MAX,
         .flags = flags,
         .n_flags = sizeof flags / sizeof *flags,
         .notes =
@@ -697,14 +796,24 @@ int main(int argc, char **argv)
             "What a token may be is settled in this order: penalties, bias, temperature, top-k, typical, "
             "top-p, "
             "min-p. Log-probabilities are the model's own, before all of these.\n\n"
+            "With -j the texts come in the order of the prompts, a newline after each; where texts hold "
+            "newlines themselves, --null or --json tells them apart, or --stop keeps them to a line. What "
+            "is made of prompt number i depends on the seed and i, not on N or the other prompts (on a GPU, "
+            "within rounding). All options of sampling and -n apply to each prompt by itself; with --load "
+            "each goes on from the saved session. A prompt that is refused ends the run when those before "
+            "it are done.\n\n"
             "Exit status: 0 done, 1 failure, 2 wrong usage, 130 after Ctrl-C.",
     };
     struct run run = {.options = &o};
     struct ltn_error err;
 
-    int code = ltn_cli_parse(&program, argc, argv, NULL);
-    if (code < 0)
+    int operand;
+    int code = ltn_cli_parse(&program, argc, argv, &operand);
+    if (code < 0) {
+        o.files = (const char *const *)argv + operand;
+        o.n_files = (size_t)(argc - operand);
         code = check(&o);
+    }
     if (code >= 0)
         return code;
     ltn_cli_catch_signals();

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "src/batch.h"
 #include "src/rng.h"
 
 /* ---- life ---------------------------------------------------------------------------------------------- */
@@ -15,8 +16,9 @@ static enum ltn_status allocate(struct ltn_session *s, struct ltn_error *err)
     const size_t V = (size_t)engine->info.vocab_size;
     void *state = NULL;
 
-    LTN_TRY(
-        ltn_workspace_create(&s->ws, &engine->model, s->chunk_rows, s->score_rows ? s->score_rows : 1, err));
+    if (s->ws == &s->own)
+        LTN_TRY(ltn_workspace_create(&s->own, &engine->model, s->chunk_rows,
+                                     s->score_rows ? s->score_rows : 1, err));
     LTN_TRY(be->ops->alloc(be, &state, engine->info.state_bytes, err));
     s->state = state;
     LTN_TRY(ltn_sampler_create(&s->sampler, engine->info.vocab_size, err));
@@ -33,6 +35,7 @@ static enum ltn_status allocate(struct ltn_session *s, struct ltn_error *err)
 enum ltn_status ltn_session_create(struct ltn_session **out, const struct ltn_engine *engine,
                                    const struct ltn_session_options *options, struct ltn_error *err)
 {
+    const struct ltn_batch *batch = options ? options->batch : NULL;
     int32_t chunk_rows = options && options->chunk_rows ? options->chunk_rows : engine->info.chunk_rows;
     int32_t score_rows = options ? options->score_rows : 0;
 
@@ -41,10 +44,16 @@ enum ltn_status ltn_session_create(struct ltn_session **out, const struct ltn_en
         return ltn_fail(err, LTN_ERR_INPUT,
                         "session: expected chunk_rows of 1 or more and score_rows of 0 or more, found %d, %d",
                         chunk_rows, score_rows);
+    if (batch && (batch->engine != engine || chunk_rows > engine->info.chunk_rows || score_rows > 0))
+        return ltn_fail(
+            err, LTN_ERR_INPUT,
+            "session of a batch: expected the batch's engine, chunk_rows up to %d and no score_rows",
+            engine->info.chunk_rows);
     struct ltn_session *s = calloc(1, sizeof *s);
     if (!s)
         return ltn_fail(err, LTN_ERR_MEMORY, "session: no memory");
     s->engine = engine;
+    s->ws = options && options->batch ? &options->batch->ws : &s->own;
     s->chunk_rows = chunk_rows;
     s->score_rows = score_rows < chunk_rows ? score_rows : chunk_rows;
     enum ltn_status status = allocate(s, err);
@@ -64,7 +73,7 @@ void ltn_session_free(struct ltn_session *s)
     ltn_detokenizer_free(s->detokenizer);
     ltn_sampler_free(&s->sampler);
     s->engine->be->ops->free(s->engine->be, s->state);
-    ltn_workspace_free(&s->ws);
+    ltn_workspace_free(&s->own);
     free(s->pending);
     free(s->logits);
     free(s->scores);
@@ -134,7 +143,7 @@ static enum ltn_status run(struct ltn_session *s, const int32_t *ids, int32_t ro
                            struct ltn_error *err)
 {
     const struct ltn_seq seq = {s->state, s->pos, 0, rows};
-    enum ltn_status status = ltn_forward(&s->engine->model, &s->ws, ids, rows, &seq, 1, want, NULL, err);
+    enum ltn_status status = ltn_forward(&s->engine->model, s->ws, ids, rows, &seq, 1, want, NULL, err);
     if (status != LTN_OK) {
         s->failed = true;
         return status;
@@ -227,7 +236,7 @@ enum ltn_status ltn_session_logits(struct ltn_session *s, const float **logits, 
         return ltn_fail(err, LTN_ERR_INPUT, "session: no logits before the first token");
     if (s->logits_where == LTN_ON_BACKEND) {
         size_t bytes = (size_t)s->engine->info.vocab_size * sizeof *s->logits;
-        enum ltn_status status = be->ops->download(be, s->logits, s->ws.logits, bytes, err);
+        enum ltn_status status = be->ops->download(be, s->logits, s->ws->logits, bytes, err);
         if (status != LTN_OK) {
             s->failed = true;
             return status;
@@ -258,9 +267,9 @@ enum ltn_status ltn_session_score(struct ltn_session *s, const int32_t *ids, siz
         for (int32_t i = 0; i < rows; i++)
             s->recent[(position + i) % LTN_RECENT_IDS] = ids[done + (size_t)i];
         LTN_TRY(run(s, ids + done, rows, LTN_WANT_ALL, err));
-        const float *logits = s->ws.logits;
+        const float *logits = s->ws->logits;
         if (!be->host_memory) {
-            LTN_TRY(be->ops->download(be, s->scores, s->ws.logits, (size_t)rows * row_bytes, err));
+            LTN_TRY(be->ops->download(be, s->scores, s->ws->logits, (size_t)rows * row_bytes, err));
             logits = s->scores;
         }
         memcpy(s->logits, logits + (size_t)(rows - 1) * (size_t)s->engine->info.vocab_size, row_bytes);

@@ -13,9 +13,10 @@ enum ltn_where { LTN_NOWHERE, LTN_ON_BACKEND, LTN_ON_HOST };
 
 struct ltn_session {
     const struct ltn_engine *engine;
-    struct ltn_workspace ws;
-    float *state; /* backend memory, info.state_bytes */
-    int64_t pos;  /* tokens that the state has seen */
+    struct ltn_workspace own; /* none in a session of a batch */
+    struct ltn_workspace *ws; /* own, or the batch's, in which nothing stays between calls */
+    float *state;             /* backend memory, info.state_bytes */
+    int64_t pos;              /* tokens that the state has seen */
 
     int32_t *pending; /* [chunk_rows] fed, but not yet run through the model */
     int32_t n_pending, chunk_rows, score_rows;

@@ -265,6 +265,21 @@ def test_save_and_load():
     fails(ltn.ERR_IO, "none", resumed.load, folder + "/none")
 
 
+def test_a_batch_steps_several_sessions():
+    alone, together = [], []
+    for i in range(3):
+        for sessions in (alone, together):
+            sessions.append(begun())
+            sessions[-1].feed([5 + i] * (1 + 40 * i))
+    with engine.batch(2) as batch:
+        batch.step(together)
+        for a, b in zip(alone, together):
+            same(b.logits(), a.logits())
+            same(b.position, a.position)
+        fails(ltn.ERR_INPUT, "session 1", batch.step, [together[0], ids_engine.session()])
+    fails(ltn.ERR_INPUT, "batch", engine.batch, 0)
+
+
 def test_reset_starts_over():
     session = begun()
     first = session.generate(20)[0]

@@ -56,7 +56,7 @@ for struct in ltn.STRUCTS:
         expect(f"offsetof(struct {name}, {field}) == {where.offset}", f"offset of {name}.{field}")
         expect(f"sizeof({value}) == {where.size}", f"size of {name}.{field}")
         if type_ in SCALARS:  # an enum's type is unsigned here
-            also = ", unsigned: 1" if type_ is ctypes.c_int else ""
+            also = {ctypes.c_int: ", unsigned: 1", ctypes.c_void_p: ", struct ltn_batch *: 1"}.get(type_, "")
             expect(f"_Generic({value}, {c_type(type_)}: 1{also}, default: 0)", f"type of {name}.{field}")
 
 for enumeration in re.findall(r"\benum(?: \w+)? \{(.*?)\}", header, flags=re.S):

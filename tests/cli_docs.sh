@@ -5,10 +5,10 @@ binary() { case $1 in ltn-convert) echo "$LTN_BIN/tools/convert" ;; *) echo "$LT
 
 # every_option FILE: each option that --help lists begins a line of the page in FILE
 every_option() {
-    grep -oE '^ +(-[a-zA-Z](, --[a-z-]+)?|--[a-z-]+)( |$)' "$tmp/help" | grep -oE -e '--?[a-zA-Z-]+' >"$tmp/options"
+    grep -oE '^ +(-[a-zA-Z0-9](, --[a-z-]+)?|--[a-z-]+)( |$)' "$tmp/help" | grep -oE -e '--?[a-zA-Z0-9-]+' >"$tmp/options"
     [ "$(wc -l <"$tmp/options")" -ge 3 ] || return 1
     while read -r option; do
-        sed 's/\\-/-/g; s/\\f[BRI]//g' "$1" | grep -qE -e "^(-[a-zA-Z], )?$option( |,|\$)" || return 1
+        sed 's/\\-/-/g; s/\\f[BRI]//g' "$1" | grep -qE -e "^(-[a-zA-Z0-9], )?$option( |,|\$)" || return 1
     done <"$tmp/options"
 }
 
@@ -58,7 +58,7 @@ offers() {
 if command -v bash >/dev/null 2>&1; then
     for program in $programs; do
         "$(binary "$program")" --help >"$tmp/help"
-        every=$(grep -oE '^ +(-[a-zA-Z](, --[a-z-]+)?|--[a-z-]+)( |$)' "$tmp/help" | grep -oE -e '--?[a-zA-Z-]+' | tr '\n' ' ')
+        every=$(grep -oE '^ +(-[a-zA-Z0-9](, --[a-z-]+)?|--[a-z-]+)( |$)' "$tmp/help" | grep -oE -e '--?[a-zA-Z0-9-]+' | tr '\n' ' ')
         offers "${every% }" "$program" -
     done
     offers "--temp" ltn-run --tem
