@@ -1,10 +1,8 @@
 #include "model/decoder.h"
 
 #include <math.h>
-#include <stdlib.h>
 
-/* ---- the forward pass
- * --------------------------------------------------------------------------------------------
+/* ---- the forward pass ------------------------------------------------------------------------------
  *
  *   x = s E[ids]
  *   for each layer:   x += W_o (gate * Norm(attention(q, k, v)))      q, k, v, gate from Norm(x)
@@ -142,203 +140,32 @@ static enum ltn_status whole_step(const struct pass *p, const struct ltn_model *
     return p->ops->step(p->be, &net, p->seqs, p->ids, ws->logits, ws->x, ws->qkv, ws->o, ws->gate, p->err);
 }
 
-/* Everything but bringing in the ids. */
-static enum ltn_status forward(const struct pass *p, const struct ltn_model *model, enum ltn_want want,
-                               const struct ltn_tap *tap)
+enum ltn_status ltn_forward_ids(const struct ltn_model *model, struct ltn_workspace *ws, const int32_t *ids,
+                                int32_t rows, const struct ltn_seq *seqs, int32_t n_seqs, enum ltn_want want,
+                                const struct ltn_tap *tap, struct ltn_error *err)
 {
-    const struct ltn_config *c = p->config;
-    struct ltn_workspace *ws = p->ws;
+    const struct ltn_config *c = &model->config;
+    const struct pass pass = {c, ws, model->be, model->be->ops, ids, seqs, n_seqs, rows, err}, *p = &pass;
     float scale = c->scale_embedding ? sqrtf((float)c->embed_dim) : 1.0f;
 
-    if (p->ops->step && p->rows == 1 && want != LTN_WANT_NONE && !tap) {
+    if (p->ops->step && rows == 1 && want != LTN_WANT_NONE && !tap) {
         enum ltn_status status = whole_step(p, model, scale);
         if (status != LTN_ERR_UNSUPPORTED)
             return status;
     }
-    LTN_TRY(p->ops->embed(p->be, ws->x, &model->embed, p->ids, p->rows, scale, p->err));
+    LTN_TRY(p->ops->embed(p->be, ws->x, &model->embed, p->ids, rows, scale, err));
     for (int32_t l = 0; l < c->n_layers; l++) {
         if (tap)
-            LTN_TRY(tap->fn(tap->ctx, l, ws->x, p->rows, p->err));
+            LTN_TRY(tap->fn(tap->ctx, l, ws->x, rows, err));
         LTN_TRY(token_mixer(p, &model->layers[l]));
         LTN_TRY(channel_mixer(p, &model->layers[l]));
     }
     if (tap)
-        LTN_TRY(tap->fn(tap->ctx, c->n_layers, ws->x, p->rows, p->err));
+        LTN_TRY(tap->fn(tap->ctx, c->n_layers, ws->x, rows, err));
     return wanted_logits(p, model, want);
 }
 
-/* ---- one stream, token by token: recorded where the backend records
- * ------------------------------------------------- */
-
-/* What a step reads that changes from token to token, as it lies in backend memory. */
-struct cursor {
-    int64_t position;
-    int32_t id;
-};
-
-static enum ltn_status record_step(const struct ltn_model *model, struct ltn_workspace *ws, float *state,
-                                   struct ltn_error *err)
-{
-    struct ltn_backend *be = model->be;
-    struct cursor *cursor = ws->cursor;
-    const struct ltn_seq seq = {state, 0, 0, 1};
-    const struct pass p = {&model->config, ws, be, be->ops, &cursor->id, &seq, 1, 1, err};
-
-    LTN_TRY(be->ops->record(be, &cursor->position, err));
-    enum ltn_status status = forward(&p, model, LTN_WANT_LAST, NULL);
-    struct ltn_error late;
-    enum ltn_status ended = be->ops->recorded(be, &ws->step, status == LTN_OK ? err : &late);
-    return status != LTN_OK ? status : ended;
-}
-
-/* *done: whether the step was taken. A stream's first token goes the ordinary way: there may be no second. */
-static enum ltn_status step_recorded(const struct ltn_model *model, struct ltn_workspace *ws, int32_t id,
-                                     const struct ltn_seq *seq, bool *done, struct ltn_error *err)
-{
-    struct ltn_backend *be = model->be;
-    const struct cursor cursor = {seq->pos, id};
-    const bool again = ws->step_model == model && ws->step_state == seq->state;
-
-    *done = false;
-    if (!again) {
-        if (ws->step)
-            be->ops->recording_free(be, ws->step);
-        ws->step = NULL;
-        ws->step_model = model;
-        ws->step_state = seq->state;
-        return LTN_OK;
-    }
-    if (!ws->step)
-        LTN_TRY(record_step(model, ws, seq->state, err));
-    *done = true;
-    LTN_TRY(be->ops->upload(be, ws->cursor, &cursor, sizeof cursor, err));
-    return be->ops->replay(be, ws->step, err);
-}
-
-enum ltn_status ltn_forward(const struct ltn_model *model, struct ltn_workspace *ws, const int32_t *ids,
-                            int32_t rows, const struct ltn_seq *seqs, int32_t n_seqs, enum ltn_want want,
-                            const struct ltn_tap *tap, struct ltn_error *err)
-{
-    struct ltn_backend *be = model->be;
-    const struct pass p = {&model->config, ws, be, be->ops, ws->ids, seqs, n_seqs, rows, err};
-    int32_t n_logits = want == LTN_WANT_ALL ? rows : want == LTN_WANT_LAST ? n_seqs : 0;
-
-    if (rows < 1 || rows > ws->max_rows || n_logits > ws->max_logits)
-        return ltn_fail(err, LTN_ERR_INPUT,
-                        "forward pass: %d rows with %d logits, the workspace holds 1..%d with %d", rows,
-                        n_logits, ws->max_rows, ws->max_logits);
-    if (be->ops->record && rows == 1 && want == LTN_WANT_LAST && !tap) {
-        bool done;
-        LTN_TRY(step_recorded(model, ws, ids[0], seqs, &done, err));
-        if (done)
-            return LTN_OK;
-    }
-    LTN_TRY(be->ops->upload(be, ws->ids, ids, (size_t)rows * sizeof *ids, err));
-    return forward(&p, model, want, tap);
-}
-
-/* ---- greedy decoding on the device
- * ---------------------------------------------------------------------------------- */
-
-bool ltn_stepper_possible(const struct ltn_backend *be)
-{
-    return be->ops->record != NULL;
-}
-
-static enum ltn_status step(struct ltn_stepper *s, struct ltn_error *err)
-{
-    const struct ltn_model *model = s->model;
-    struct ltn_backend *be = model->be;
-    const struct pass p = {&model->config, s->ws,     be,        be->ops, s->ws->ids,
-                           s->seqs,        s->n_seqs, s->n_seqs, err};
-
-    LTN_TRY(forward(&p, model, LTN_WANT_LAST, NULL));
-    return be->ops->greedy(be, s->ws->ids, s->ws->logits, s->n_seqs, model->config.vocab_size, s->steps,
-                           s->log, s->max_steps, err);
-}
-
-/* Nothing of a recorded step runs, so that the states stay as they are. */
-static enum ltn_status record_steps(struct ltn_stepper *s, struct ltn_error *err)
-{
-    struct ltn_backend *be = s->model->be;
-    struct ltn_error late;
-    LTN_TRY(be->ops->record(be, s->steps, err));
-    enum ltn_status status = step(s, err);
-    enum ltn_status ended = be->ops->recorded(be, &s->recording, status == LTN_OK ? err : &late);
-    return status != LTN_OK ? status : ended;
-}
-
-static enum ltn_status prepare(struct ltn_stepper *s, const struct ltn_seq *seqs, struct ltn_error *err)
-{
-    struct ltn_backend *be = s->model->be;
-    size_t log_bytes = (size_t)s->max_steps * (size_t)s->n_seqs * sizeof *s->log;
-
-    LTN_TRY(be->ops->alloc(be, &s->memory, 64 + log_bytes, err));
-    LTN_TRY(be->ops->zero(be, s->memory, 64 + log_bytes, err));
-    s->steps = s->memory;
-    s->log = (int32_t *)((uint8_t *)s->memory + 64);
-    for (int32_t i = 0; i < s->n_seqs; i++)
-        s->seqs[i] = (struct ltn_seq){seqs[i].state, seqs[i].pos, i, 1};
-    return record_steps(s, err);
-}
-
-enum ltn_status ltn_stepper_create(struct ltn_stepper *s, const struct ltn_model *model,
-                                   struct ltn_workspace *ws, const struct ltn_seq *seqs, int32_t n_seqs,
-                                   int32_t max_steps, struct ltn_error *err)
-{
-    *s = (struct ltn_stepper){.model = model, .ws = ws, .n_seqs = n_seqs, .max_steps = max_steps};
-    if (!ltn_stepper_possible(model->be))
-        return ltn_fail(err, LTN_ERR_UNSUPPORTED, "%s: cannot record steps of decoding", model->be->name);
-    if (n_seqs < 1 || n_seqs > ws->max_rows || n_seqs > ws->max_logits || max_steps < 1)
-        return ltn_fail(err, LTN_ERR_INPUT,
-                        "decoding: %d streams, %d steps; the workspace holds 1..%d with %d logits", n_seqs,
-                        max_steps, ws->max_rows, ws->max_logits);
-    s->seqs = malloc((size_t)n_seqs * sizeof *s->seqs);
-    enum ltn_status status =
-        s->seqs ? prepare(s, seqs, err) : ltn_fail(err, LTN_ERR_MEMORY, "no memory for %d streams", n_seqs);
-    if (status != LTN_OK)
-        ltn_stepper_free(s);
-    return status;
-}
-
-enum ltn_status ltn_stepper_run(struct ltn_stepper *s, const int32_t *ids, int32_t n_steps, int32_t *out,
-                                struct ltn_error *err)
-{
-    struct ltn_backend *be = s->model->be;
-    const size_t row = (size_t)s->n_seqs;
-
-    if (n_steps < 1 || n_steps > s->max_steps)
-        return ltn_fail(err, LTN_ERR_INPUT, "decoding: %d steps at once, expected 1..%d", n_steps,
-                        s->max_steps);
-    if (ids)
-        LTN_TRY(be->ops->upload(be, s->ws->ids, ids, row * sizeof *ids, err));
-    for (int32_t i = 0; i < n_steps; i++)
-        LTN_TRY(be->ops->replay(be, s->recording, err));
-    /* The log is a ring. */
-    for (int32_t got = 0; got < n_steps;) {
-        int32_t at = (int32_t)(s->done % s->max_steps);
-        int32_t n = n_steps - got < s->max_steps - at ? n_steps - got : s->max_steps - at;
-        LTN_TRY(be->ops->download(be, out + (size_t)got * row, s->log + (size_t)at * row,
-                                  (size_t)n * row * sizeof *out, err));
-        s->done += n;
-        got += n;
-    }
-    return LTN_OK;
-}
-
-void ltn_stepper_free(struct ltn_stepper *s)
-{
-    if (s->model) {
-        if (s->recording)
-            s->model->be->ops->recording_free(s->model->be, s->recording);
-        s->model->be->ops->free(s->model->be, s->memory);
-    }
-    free(s->seqs);
-    *s = (struct ltn_stepper){0};
-}
-
-/* ---- workspace
- * ----------------------------------------------------------------------------------------------------- */
+/* ---- workspace ------------------------------------------------------------------------------------- */
 
 static int32_t max32(int32_t a, int32_t b)
 {
@@ -356,7 +183,7 @@ enum ltn_status ltn_workspace_create(struct ltn_workspace *ws, const struct ltn_
         void **at;
         size_t bytes;
     } parts[] = {
-        {&ws->cursor, sizeof(struct cursor)},
+        {(void **)&ws->cursor, sizeof(struct ltn_cursor)},
         {(void **)&ws->ids, n * sizeof *ws->ids},
         {(void **)&ws->x, n * (size_t)D * sizeof(float)},
         {&ws->y, n * (size_t)max32(D, H) * act},

@@ -4,6 +4,12 @@
 
 #include "model/model.h"
 
+/* What a recorded step reads that changes from token to token. */
+struct ltn_cursor {
+    int64_t position;
+    int32_t id;
+};
+
 /* Buffers for calls of up to max_rows rows and max_logits rows of logits. One per thread of work; no two
  * calls may use the same workspace at once. */
 struct ltn_workspace {
@@ -20,7 +26,7 @@ struct ltn_workspace {
     void *o;        /* act [max_rows, H] attention outputs */
     float *logits;  /* [max_logits, V] */
     /* Where the backend records: the step of the stream that was last decoded token by token. */
-    void *cursor; /* its position and token, backend memory */
+    struct ltn_cursor *cursor; /* backend memory */
     struct ltn_recording *step;
     const struct ltn_model *step_model;
     const float *step_state;
@@ -47,6 +53,12 @@ struct ltn_tap {
 enum ltn_status ltn_forward(const struct ltn_model *model, struct ltn_workspace *ws, const int32_t *ids,
                             int32_t rows, const struct ltn_seq *seqs, int32_t n_seqs, enum ltn_want want,
                             const struct ltn_tap *tap, struct ltn_error *err);
+
+/* The pass itself, as ltn_forward calls it: ids lie in backend memory, sizes are not checked, nothing is
+ * recorded. */
+enum ltn_status ltn_forward_ids(const struct ltn_model *model, struct ltn_workspace *ws, const int32_t *ids,
+                                int32_t rows, const struct ltn_seq *seqs, int32_t n_seqs, enum ltn_want want,
+                                const struct ltn_tap *tap, struct ltn_error *err);
 
 /* Greedy decoding with the token and the position on the device: one step is recorded once and then replayed,
  * many steps per call. Only where the backend records (ltn_stepper_possible). */
