@@ -3,6 +3,7 @@
 VERSION := 0.1.0
 PREFIX  ?= /usr/local
 DESTDIR ?=
+JOBS    ?= $(shell nproc)
 
 # VARIANT=asan builds everything, with AddressSanitizer and UBSan, beside the ordinary build.
 VARIANT ?= release
@@ -59,26 +60,26 @@ all: programs docs $(CUDA_LIB) ## build programs, library, man pages, and the CU
 	@$(if $(NVCC),,echo "no nvcc: built without the CUDA backend" >&2)
 
 demo: setup ## set up, build, and let the model that ships with the repo tell a story
-	@$(MAKE) --no-print-directory -j2 all
+	@$(MAKE) --no-print-directory -j$(JOBS) all
 	./ltn-run -p "Once upon a time" -n 250 --echo
 
 test: setup ## set up, build, and run every test that needs no GPU
-	@$(MAKE) --no-print-directory -j2 all tests
+	@$(MAKE) --no-print-directory -j$(JOBS) all tests
 	@sh tests/run.sh $(B)/tests $(BIN)
 
 check: setup ## the same tests under AddressSanitizer and UBSan
-	@$(MAKE) --no-print-directory -j2 VARIANT=asan NVCC= all tests
+	@$(MAKE) --no-print-directory -j$(JOBS) VARIANT=asan NVCC= all tests
 	@sh tests/run.sh build/asan/tests build/asan
 
 test-cuda: setup ## run the tests that need a GPU
-	@$(MAKE) --no-print-directory -j2 all $(CUDA_BIN) $(B)/tests/cuda/attention $(B)/tests/test_model
+	@$(MAKE) --no-print-directory -j$(JOBS) all $(CUDA_BIN) $(B)/tests/cuda/attention $(B)/tests/test_model
 	$(B)/tests/cuda/attention test
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_ops
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_decode
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
 
 bench-gpu: setup ## time decoding on the GPU in the released shapes, into tools/results/decode.json
-	@$(MAKE) --no-print-directory -j2 all $(B)/tests/cuda/bench_decode
+	@$(MAKE) --no-print-directory -j$(JOBS) all $(B)/tests/cuda/bench_decode
 	@mkdir -p tools/results
 	LTN_BIN=$(BIN) $(B)/tests/cuda/bench_decode --batches 1,8,64,256 --positions 0,10000,1000000 --json tools/results/decode.json
 
