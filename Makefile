@@ -25,7 +25,7 @@ CXXFLAGS += -std=c++17 $(COMMON)
 
 # Everything in these folders but the programs' own files is the library.
 MAINS    := src/run.c src/bench.c src/score.c src/info.c
-RUN_SRC  := src/interactive.c src/terminal.c
+RUN_SRC  := src/run_options.c src/interactive.c src/terminal.c
 LIB_SRC  := $(filter-out $(MAINS) $(RUN_SRC),$(wildcard kernels/*.c kernels/cpu/*.c model/*.c tokenizer/*.c tokenizer/*.cc src/*.c))
 LIB_OBJ  := $(LIB_SRC:%=$(B)/%.o)
 TOOL_OBJ := $(patsubst %,$(B)/%.o,$(filter-out tools/convert.c,$(wildcard tools/*.c)))
