@@ -7,8 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- checks
- * ------------------------------------------------------------------------------------------------------- */
+/* ---- checks ------------------------------------------------------------------------------------------- */
 
 static enum ltn_status check_range(const char *key, int64_t value, int64_t low, int64_t high,
                                    struct ltn_error *err)
@@ -51,9 +50,7 @@ enum ltn_status ltn_config_check(struct ltn_config *c, struct ltn_error *err)
     return LTN_OK;
 }
 
-/* ---- JSON
- * -----------------------------------------------------------------------------------------------------------
- */
+/* ---- JSON ---------------------------------------------------------------------------------------------- */
 
 /* The first name of each map is the one that is written. */
 static const struct {
@@ -197,8 +194,7 @@ char *ltn_config_print(const struct ltn_config *c)
     return text;
 }
 
-/* ---- decay and state
- * -------------------------------------------------------------------------------------------------- */
+/* ---- decay and state ---------------------------------------------------------------------------------- */
 
 void ltn_slopes(float *slopes, int32_t n_heads, int32_t layer, int32_t n_layers)
 {
@@ -225,8 +221,7 @@ size_t ltn_state_offset(const struct ltn_config *c, int32_t layer)
     return offset;
 }
 
-/* ---- the tensor set
- * ----------------------------------------------------------------------------------------------------- */
+/* ---- the tensor set ----------------------------------------------------------------------------------- */
 
 struct spec_list {
     const struct ltn_config *config;

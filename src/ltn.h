@@ -167,8 +167,7 @@ enum ltn_status ltn_session_export(struct ltn_session *session, void *buffer, si
 enum ltn_status ltn_session_import(struct ltn_session *session, const void *buffer, size_t bytes,
                                    struct ltn_error *err);
 
-/* ---- batch: one step of several sessions ----------------------------------------------------------------
- */
+/* ---- batch: one step of several sessions -------------------------------------------------------------- */
 
 /* Room for passes of up to max_sessions sessions, 1 to LTN_BATCH_MAX; a step of more makes several. */
 enum { LTN_BATCH_MAX = 4096 };

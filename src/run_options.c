@@ -1,5 +1,4 @@
-/* The command line of ltn-run: its table of options, and what the table cannot see of how they go together.
- */
+/* The command line of ltn-run: the table of options, and what goes with what. */
 #include "src/run_options.h"
 
 #include <limits.h>
@@ -10,7 +9,7 @@
 
 #include "src/jsonl.h"
 
-/* ---- values that are texts ---- */
+/* ---- values that are texts ----------------------------------------------------------------------------- */
 
 /* "ID=VALUE" */
 static bool parse_bias(const char *text, struct ltn_logit_bias *bias)
@@ -42,7 +41,7 @@ static bool parse_every(struct ltn_run_options *o)
     return text[0] >= '1' && text[0] <= '9' && n < 1000000000000000 && (*end == 0 || strcmp(end, "s") == 0);
 }
 
-/* ---- what goes with what; -1 when all is well ---- */
+/* ---- what goes with what; -1 when all is well ---------------------------------------------------------- */
 
 /* What the table of options cannot see of how and what to print. */
 static int check_choice(struct ltn_run_options *o)
@@ -160,7 +159,7 @@ static int check(struct ltn_run_options *o)
     return code >= 0 ? code : o->tokens ? ltn_cli_check_ids("--tokens", o->tokens) : -1;
 }
 
-/* ---- the table ---- */
+/* ---- the table ----------------------------------------------------------------------------------------- */
 
 int ltn_run_parse_options(struct ltn_run_options *o, int argc, char **argv)
 {

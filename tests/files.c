@@ -10,12 +10,6 @@
 
 #include <cmocka.h>
 
-void check(enum ltn_status status, const struct ltn_error *err, const char *what)
-{
-    if (status != LTN_OK)
-        fail_msg("%s: %s", what, err->text);
-}
-
 void check_error(enum ltn_status status, const struct ltn_error *err, const char *part)
 {
     if (status == LTN_OK)

@@ -1,4 +1,4 @@
-/* What the tests of files share: checks of a status, a scratch folder's names, whole files. */
+/* What the tests of files share: checks of an error, a scratch folder's names, whole files. */
 #ifndef LTN_TESTS_FILES_H
 #define LTN_TESTS_FILES_H
 
@@ -6,10 +6,6 @@
 
 #include <stddef.h>
 #include <stdint.h>
-
-/* The call, whose error goes to the local `err`, succeeded. */
-#define CHECK(call) check((call), &err, #call)
-void check(enum ltn_status status, const struct ltn_error *err, const char *what);
 
 /* The call failed with a text of one line that contains `part`. */
 void check_error(enum ltn_status status, const struct ltn_error *err, const char *part);

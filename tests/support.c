@@ -4,11 +4,21 @@
 
 #include <ftw.h>
 #include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
+
+#include <cmocka.h>
+
+void test_check(enum ltn_status status, const struct ltn_error *err, const char *what)
+{
+    if (status != LTN_OK)
+        fail_msg("%s: %s", what, err->text);
+}
 
 uint64_t test_random(struct test_rng *rng)
 {

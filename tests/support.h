@@ -1,8 +1,14 @@
-/* What several tests need: reproducible randomness, a scratch folder, small models with random weights. */
+/* What several tests need: checks of a status, reproducible randomness, a scratch folder, small models with
+ * random weights. */
 #ifndef LTN_TESTS_SUPPORT_H
 #define LTN_TESTS_SUPPORT_H
 
+#include "kernels/status.h"
 #include "model/config.h"
+
+/* The call, whose error goes to the local `err`, succeeded; else the test fails. */
+#define CHECK(call) test_check((call), &err, #call)
+void test_check(enum ltn_status status, const struct ltn_error *err, const char *what);
 
 /* xorshift64*; any seed but 0. */
 struct test_rng {

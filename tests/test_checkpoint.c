@@ -113,7 +113,7 @@ static void check_open(enum ltn_status status, const struct ltn_error *err, cons
     if (error)
         check_error(status, err, error);
     else
-        check(status, err, "open");
+        test_check(status, err, "open");
 }
 
 static void swap_tensors(struct copy *c, size_t i, size_t k)

@@ -248,7 +248,7 @@ static void try_header(const char *json, size_t n, const char *error)
         check_error(status, &err, error);
         assert_null(st.map);
     } else {
-        check(status, &err, json);
+        test_check(status, &err, json);
     }
     ltn_st_close(&st);
 }

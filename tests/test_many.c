@@ -12,60 +12,19 @@
 #include "src/batch.h"
 #include "src/many.h"
 #include "src/rng.h"
-#include "tests/support.h"
+#include "tests/sessions.h"
 #include "tests/text_model.h"
-
-#define CHECK(call) check((call), &err, #call)
-
-static void check(enum ltn_status status, const struct ltn_error *err, const char *what)
-{
-    if (status != LTN_OK)
-        fail_msg("%s: %s", what, err->text);
-}
 
 static char text_model[128], token_model[128], tnl3_model[128];
 
 static void write_models(void)
 {
-    struct ltn_config tnl3 = {.vocab_size = 77,
-                              .embed_dim = 96,
-                              .hidden_dim = 96,
-                              .n_layers = 4,
-                              .n_heads = 3,
-                              .glu_dim = 80,
-                              .gate_dim = 8,
-                              .act = LTN_ACT_SILU,
-                              .layer_norm = true,
-                              .bias = true,
-                              .bos_id = -1,
-                              .eos_id = -1,
-                              .pad_id = -1};
-    tnl3.lrpe[0] = tnl3.lrpe[3] = 1;
     snprintf(text_model, sizeof text_model, "%s/text.ltn", test_folder());
     snprintf(token_model, sizeof token_model, "%s/token.ltn", test_folder());
     snprintf(tnl3_model, sizeof tnl3_model, "%s/tnl3.ltn", test_folder());
     test_write_text_model(text_model, 1, -1);
     test_write_token_model(token_model, -1, -1);
-    test_write_model(tnl3, LTN_BF16, 9, tnl3_model);
-}
-
-static struct ltn_engine *open_engine(const char *path, int n_threads)
-{
-    struct ltn_engine *engine;
-    struct ltn_error err;
-    CHECK(ltn_engine_open(&engine, path,
-                          &(struct ltn_engine_options){.device = "cpu", .n_threads = n_threads}, &err));
-    return engine;
-}
-
-static struct ltn_session *open_session(const struct ltn_engine *engine, struct ltn_batch *batch,
-                                        int chunk_rows)
-{
-    const struct ltn_session_options options = {.chunk_rows = chunk_rows, .batch = batch};
-    struct ltn_session *session;
-    struct ltn_error err;
-    CHECK(ltn_session_create(&session, engine, &options, &err));
-    return session;
+    test_write_tnl3_model(tnl3_model, 4, LTN_BF16);
 }
 
 static void feed_random(struct ltn_session *session, size_t n, uint64_t seed)
@@ -109,8 +68,10 @@ static void same_as_alone(const char *path, int32_t max_sessions, int n_threads)
 
     CHECK(ltn_batch_create(&batch, engine, max_sessions, &err));
     for (int i = 0; i < N; i++) {
-        batched[i] = open_session(engine, i % 3 ? batch : NULL, i == 6 ? 600 : 0);
-        alone[i] = open_session(engine, NULL, i == 6 ? 600 : 0);
+        struct ltn_session_options options = {.chunk_rows = i == 6 ? 600 : 0};
+        alone[i] = open_session(engine, &options);
+        options.batch = i % 3 ? batch : NULL;
+        batched[i] = open_session(engine, &options);
         ltn_session_seed(batched[i], 40 + (uint64_t)i);
         ltn_session_seed(alone[i], 40 + (uint64_t)i);
         feed_random(batched[i], lengths[i], 1 + (uint64_t)i);
@@ -197,12 +158,12 @@ static void test_a_step_refuses(void **state)
 
     CHECK(ltn_batch_step(batch, NULL, 0, &err));
     for (int i = 0; i < 3; i++) {
-        s[i] = open_session(engine, batch, 0);
+        s[i] = open_session(engine, &(struct ltn_session_options){.batch = batch});
         feed_random(s[i], 10, 5);
     }
-    twin = open_session(engine, NULL, 0);
+    twin = open_session(engine, NULL);
     feed_random(twin, 10, 5);
-    foreign = open_session(other, NULL, 0);
+    foreign = open_session(other, NULL);
 
     CHECK(ltn_session_feed_text(s[1], "amid", 4, &err));
     assert_int_equal(ltn_batch_step(batch, s, 3, &err), LTN_ERR_INPUT);
@@ -244,7 +205,7 @@ static void test_a_device_fails(void **state)
     struct ltn_engine *engine = open_engine(token_model, 1);
     const struct ltn_ops *whole = engine->be->ops;
     struct ltn_ops broken = *whole;
-    struct ltn_session *s[3], *twin = open_session(engine, NULL, 0);
+    struct ltn_session *s[3], *twin = open_session(engine, NULL);
     struct ltn_batch *batch;
     const float *logits;
     struct ltn_error err;
@@ -252,7 +213,7 @@ static void test_a_device_fails(void **state)
 
     CHECK(ltn_batch_create(&batch, engine, 4, &err));
     for (int i = 0; i < 3; i++)
-        s[i] = open_session(engine, batch, 0);
+        s[i] = open_session(engine, &(struct ltn_session_options){.batch = batch});
     feed_random(s[0], 5, 1);
     feed_random(s[2], 7, 2);
     broken.embed = broken_embed;
@@ -292,7 +253,7 @@ static char *captured(struct ltn_many *many, size_t *bytes)
     enum ltn_status status = ltn_many(many, &err);
     assert_true(dup2(keep, STDOUT_FILENO) >= 0);
     close(keep);
-    check(status, &err, "ltn_many");
+    test_check(status, &err, "ltn_many");
     fseek(file, 0, SEEK_END);
     *bytes = (size_t)ftell(file);
     rewind(file);
@@ -366,27 +327,12 @@ static void test_any_width(void **state)
     }
 }
 
-struct collector {
-    char text[4096];
-    size_t bytes;
-};
-
-static enum ltn_status collect(void *ctx, int32_t id, const char *text, size_t bytes, struct ltn_error *err)
-{
-    struct collector *c = ctx;
-    (void)id, (void)err;
-    assert_true(c->bytes + bytes < sizeof c->text);
-    memcpy(c->text + c->bytes, text, bytes);
-    c->bytes += bytes;
-    return LTN_OK;
-}
-
 /* Each text is what its prompt alone gives under its own seed. */
 static void test_each_as_alone(void **state)
 {
     static const char *const prompts[] = {"the same", "the same", "another", "", "and one more"};
     struct ltn_engine *engine = open_engine(text_model, 1);
-    struct ltn_session *session = open_session(engine, NULL, 0);
+    struct ltn_session *session = open_session(engine, NULL);
     char path[160], *expected;
     size_t expected_bytes, bytes;
     struct ltn_error err;

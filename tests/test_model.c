@@ -16,16 +16,7 @@
 
 #include <cmocka.h>
 
-#define CHECK(call) check((call), &err, #call)
-
-static void check(enum ltn_status status, const struct ltn_error *err, const char *what)
-{
-    if (status != LTN_OK)
-        fail_msg("%s: %s", what, err->text);
-}
-
-/* ---- a model on a backend with one stream
- * ------------------------------------------------------------------------- */
+/* ---- a model on a backend with one stream ------------------------------------------------------------- */
 
 struct rig {
     struct ltn_backend *be;
@@ -162,8 +153,7 @@ static int argmax(const float *x, int n)
     return best;
 }
 
-/* ---- golden checkpoints
- * ---------------------------------------------------------------------------------------------- */
+/* ---- golden checkpoints ------------------------------------------------------------------------------- */
 
 /* The backends under test. */
 static enum kind kinds[2] = {PLAIN, FAST};
@@ -312,8 +302,7 @@ static void test_golden(void **state)
     ltn_st_close(&g);
 }
 
-/* ---- every variant against the oracle
- * --------------------------------------------------------------------------------- */
+/* ---- every variant against the oracle ----------------------------------------------------------------- */
 
 struct variant {
     const char *name;
@@ -413,8 +402,7 @@ static void test_variant(void **test_state)
     free(logits);
 }
 
-/* ---- packed sequences
- * --------------------------------------------------------------------------------------------------- */
+/* ---- packed sequences --------------------------------------------------------------------------------- */
 
 /* Several streams of different lengths and positions in one call give what each gives alone. */
 static void test_packed(void **test_state)
@@ -483,8 +471,7 @@ static void test_packed(void **test_state)
     rig_close(&r);
 }
 
-/* ---- slopes and configs
- * --------------------------------------------------------------------------------------------------- */
+/* ---- slopes and configs ------------------------------------------------------------------------------- */
 
 static void test_slopes(void **test_state)
 {

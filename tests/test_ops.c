@@ -17,7 +17,6 @@
 
 #include <cmocka.h>
 
-#define CHECK(call) check((call), &err, #call)
 #define LENGTH(array) ((int)(sizeof(array) / sizeof *(array)))
 
 enum { MAX_THREADS = 3, GUARD = 16 };
@@ -26,12 +25,6 @@ static struct ltn_backend *reference;
 static struct ltn_backend *fast[3 * MAX_THREADS]; /* by instruction set, then by threads */
 static int n_fast;
 static struct test_rng rng = {20240607};
-
-static void check(enum ltn_status status, const struct ltn_error *err, const char *what)
-{
-    if (status != LTN_OK)
-        fail_msg("%s: %s", what, err->text);
-}
 
 static int open_all(void **state)
 {

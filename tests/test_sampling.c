@@ -16,8 +16,7 @@
 #include "tests/support.h"
 #include "tests/text_model.h"
 
-/* ---- Philox: known answers of the authors' Random123 distribution ---------------------------------------
- */
+/* ---- Philox: known answers of the authors' Random123 distribution ------------------------------------- */
 
 static void test_philox(void **state)
 {
@@ -57,8 +56,7 @@ static void test_uniform_draws(void **state)
     assert_true(ltn_uniform((uint64_t)42 << 32, 7) != ltn_uniform(42, 7));
 }
 
-/* ---- sampling against a full sort -----------------------------------------------------------------------
- */
+/* ---- sampling against a full sort --------------------------------------------------------------------- */
 
 struct candidate {
     float logit;
@@ -466,8 +464,7 @@ static void test_logprobs(void **state)
     assert_true(fabs(ltn_logprobs(large, 3, 1, NULL, 0) + log(2)) < 1e-8);
 }
 
-/* ---- stop strings ---------------------------------------------------------------------------------------
- */
+/* ---- stop strings ------------------------------------------------------------------------------------- */
 
 /* Where the text ends by the rule: at the first byte at which a stop string is complete, less the longest
  * complete there. -1: nowhere. */
@@ -548,8 +545,7 @@ static void test_empty_stop_string(void **state)
     assert_non_null(strstr(err.text, "stop string 2"));
 }
 
-/* ---- in a session ---------------------------------------------------------------------------------------
- */
+/* ---- in a session ------------------------------------------------------------------------------------- */
 
 enum { N_TOKENS = 1500, V = 360 };
 

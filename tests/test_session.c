@@ -11,75 +11,31 @@
 
 #include <cmocka.h>
 
-#include "model/config.h"
-#include "src/ltn.h"
-#include "tests/support.h"
+#include "tests/sessions.h"
 #include "tests/text_model.h"
-
-#define CHECK(call) check((call), &err, #call)
-
-static void check(enum ltn_status status, const struct ltn_error *err, const char *what)
-{
-    if (status != LTN_OK)
-        fail_msg("%s: %s", what, err->text);
-}
 
 static char text_model[128], token_model[128], tnl3_model[128];
 
 static void write_models(void)
 {
-    struct ltn_config tnl3 = {.vocab_size = 77,
-                              .embed_dim = 96,
-                              .hidden_dim = 96,
-                              .n_layers = 5,
-                              .n_heads = 3,
-                              .glu_dim = 80,
-                              .gate_dim = 8,
-                              .act = LTN_ACT_SILU,
-                              .layer_norm = true,
-                              .bias = true,
-                              .bos_id = -1,
-                              .eos_id = -1,
-                              .pad_id = -1};
-    tnl3.lrpe[0] = tnl3.lrpe[3] = 1;
     snprintf(text_model, sizeof text_model, "%s/text.ltn", test_folder());
     snprintf(token_model, sizeof token_model, "%s/token.ltn", test_folder());
     snprintf(tnl3_model, sizeof tnl3_model, "%s/tnl3.ltn", test_folder());
     test_write_text_model(text_model, 1, 2);
     test_write_token_model(token_model, -1, -1);
-    test_write_model(tnl3, LTN_F32, 9, tnl3_model);
+    test_write_tnl3_model(tnl3_model, 5, LTN_F32);
 }
 
-static struct ltn_engine *open_engine(const char *path, int n_threads)
+/* malloc'd */
+static int32_t *new_ids(const struct ltn_engine *engine, size_t n, uint64_t seed)
 {
-    const struct ltn_engine_options options = {.device = "cpu", .n_threads = n_threads};
-    struct ltn_engine *engine;
-    struct ltn_error err;
-    CHECK(ltn_engine_open(&engine, path, &options, &err));
-    return engine;
-}
-
-static struct ltn_session *open_session(const struct ltn_engine *engine, int chunk_rows, int score_rows)
-{
-    const struct ltn_session_options options = {.chunk_rows = chunk_rows, .score_rows = score_rows};
-    struct ltn_session *session;
-    struct ltn_error err;
-    CHECK(ltn_session_create(&session, engine, &options, &err));
-    return session;
-}
-
-static int32_t *random_ids(const struct ltn_engine *engine, size_t n, uint64_t seed)
-{
-    struct test_rng rng = {seed};
     int32_t *ids = malloc(n * sizeof *ids);
     assert_non_null(ids);
-    for (size_t i = 0; i < n; i++)
-        ids[i] = test_below(&rng, ltn_engine_info(engine)->vocab_size);
+    random_ids(ids, n, ltn_engine_info(engine)->vocab_size, seed);
     return ids;
 }
 
-/* ---- split invariance -----------------------------------------------------------------------------------
- */
+/* ---- split invariance --------------------------------------------------------------------------------- */
 
 struct keeper {
     float *logits; /* [n, vocab] */
@@ -99,7 +55,7 @@ static enum ltn_status keep(void *ctx, const float *logits, int64_t position, in
 }
 
 /* Largest difference between the session's logits and those of the unbroken stream at the same place. */
-static double difference(struct ltn_session *session, const struct keeper *k)
+static double distance(struct ltn_session *session, const struct keeper *k)
 {
     struct ltn_error err;
     const float *logits;
@@ -120,12 +76,17 @@ static size_t random_piece(struct test_rng *rng, size_t left)
     return n < left ? n : left;
 }
 
+static struct ltn_session *in_chunks(const struct ltn_engine *engine, int rows)
+{
+    return open_session(engine, &(struct ltn_session_options){.chunk_rows = rows});
+}
+
 /* Feeds, asks for logits, saves and loads in memory, forks, rewinds, at random and unaligned places. */
 static double walk(const struct ltn_engine *engine, const int32_t *ids, size_t n, const struct keeper *k,
                    int chunk_rows, uint64_t seed)
 {
     struct test_rng rng = {seed};
-    struct ltn_session *session = open_session(engine, chunk_rows, 0);
+    struct ltn_session *session = in_chunks(engine, chunk_rows);
     size_t bytes = ltn_engine_info(engine)->session_bytes;
     void *saved = malloc(bytes);
     struct ltn_error err;
@@ -141,11 +102,11 @@ static double walk(const struct ltn_engine *engine, const int32_t *ids, size_t n
         case 0: /* load into a new session, the old one is gone */
             CHECK(ltn_session_export(session, saved, bytes, &err));
             ltn_session_free(session);
-            session = open_session(engine, 1 + test_below(&rng, 200), 0);
+            session = in_chunks(engine, 1 + test_below(&rng, 200));
             CHECK(ltn_session_import(session, saved, bytes, &err));
             break;
         case 1: { /* go on in a fork; what happens to the origin must not matter */
-            struct ltn_session *fork = open_session(engine, chunk_rows, 0);
+            struct ltn_session *fork = in_chunks(engine, chunk_rows);
             CHECK(ltn_session_feed(fork, ids, 3, &err));
             CHECK(ltn_session_copy(fork, session, &err));
             CHECK(ltn_session_feed(session, ids, n < 5 ? n : 5, &err));
@@ -165,9 +126,9 @@ static double walk(const struct ltn_engine *engine, const int32_t *ids, size_t n
         default:
             break;
         }
-        worst = fmax(worst, difference(session, k));
+        worst = fmax(worst, distance(session, k));
     }
-    worst = fmax(worst, difference(session, k));
+    worst = fmax(worst, distance(session, k));
     ltn_session_free(session);
     free(saved);
     return worst;
@@ -178,8 +139,8 @@ static void split_invariance(const char *path)
     enum { N = 20000 };
     static const int chunks[] = {0, 1, 7, 64};
     struct ltn_engine *engine = open_engine(path, 0);
-    int32_t *ids = random_ids(engine, N, 21);
-    struct ltn_session *whole = open_session(engine, 0, 1 << 20);
+    int32_t *ids = new_ids(engine, N, 21);
+    struct ltn_session *whole = open_session(engine, &(struct ltn_session_options){.score_rows = 1 << 20});
     struct keeper k = {.vocab = ltn_engine_info(engine)->vocab_size};
     struct ltn_error err;
 
@@ -187,7 +148,7 @@ static void split_invariance(const char *path)
     assert_non_null(k.logits);
     CHECK(ltn_session_score(whole, ids, N, keep, &k, &err));
     assert_int_equal(ltn_session_position(whole), N);
-    assert_true(difference(whole, &k) == 0);
+    assert_true(distance(whole, &k) == 0);
     for (size_t i = 0; i < sizeof chunks / sizeof *chunks; i++) {
         double worst = walk(engine, ids, N, &k, chunks[i], 100 + i) / k.largest;
         print_message("# chunks of %d: largest difference %.2g of the largest logit\n", chunks[i], worst);
@@ -215,8 +176,8 @@ static void test_split_invariance_tnl3(void **state)
 static void test_feeds_coalesce(void **state)
 {
     struct ltn_engine *engine = open_engine(token_model, 0);
-    int32_t *ids = random_ids(engine, 1000, 5);
-    struct ltn_session *a = open_session(engine, 0, 0), *b = open_session(engine, 0, 0);
+    int32_t *ids = new_ids(engine, 1000, 5);
+    struct ltn_session *a = open_session(engine, NULL), *b = open_session(engine, NULL);
     const float *x, *y;
     struct ltn_error err;
     (void)state;
@@ -232,8 +193,7 @@ static void test_feeds_coalesce(void **state)
     ltn_engine_close(engine);
 }
 
-/* ---- isolation ------------------------------------------------------------------------------------------
- */
+/* ---- isolation ---------------------------------------------------------------------------------------- */
 
 enum { STREAM = 1500, N_STREAMS = 4 };
 
@@ -247,8 +207,8 @@ struct stream {
 
 static struct ltn_session *begin_stream(struct stream *s)
 {
-    struct ltn_session *session = open_session(s->engine, 0, 0);
-    int32_t *ids = random_ids(s->engine, 333, s->seed);
+    struct ltn_session *session = open_session(s->engine, NULL);
+    int32_t *ids = new_ids(s->engine, 333, s->seed);
     struct ltn_error err;
     ltn_session_seed(session, s->seed);
     CHECK(ltn_session_feed(session, ids, 333, &err));
@@ -324,8 +284,7 @@ static void test_streams_do_not_touch(void **state)
     ltn_engine_close(engine);
 }
 
-/* ---- constant memory ------------------------------------------------------------------------------------
- */
+/* ---- constant memory ---------------------------------------------------------------------------------- */
 
 static long resident_kib(void)
 {
@@ -347,8 +306,8 @@ static void test_a_million_tokens(void **state)
 {
     enum { PIECE = 1000 };
     struct ltn_engine *engine = open_engine(token_model, 0);
-    struct ltn_session *session = open_session(engine, 0, 0);
-    int32_t *ids = random_ids(engine, PIECE, 3);
+    struct ltn_session *session = open_session(engine, NULL);
+    int32_t *ids = new_ids(engine, PIECE, 3);
     const float *logits;
     struct ltn_error err;
     long early = 0;
@@ -369,8 +328,7 @@ static void test_a_million_tokens(void **state)
     ltn_engine_close(engine);
 }
 
-/* ---- what is refused ------------------------------------------------------------------------------------
- */
+/* ---- what is refused ---------------------------------------------------------------------------------- */
 
 static enum ltn_status refuse(void *ctx, const float *logits, int64_t position, int32_t rows,
                               struct ltn_error *err)
@@ -382,7 +340,8 @@ static enum ltn_status refuse(void *ctx, const float *logits, int64_t position, 
 static void test_session_refuses(void **state)
 {
     struct ltn_engine *engine = open_engine(token_model, 1), *other = open_engine(text_model, 1);
-    struct ltn_session *session = open_session(engine, 0, 0), *foreign = open_session(other, 0, 4);
+    const struct ltn_session_options scoring = {.score_rows = 4};
+    struct ltn_session *session = open_session(engine, NULL), *foreign = open_session(other, &scoring);
     const struct ltn_session_options bad_options = {.chunk_rows = -1};
     size_t bytes = ltn_engine_info(engine)->session_bytes;
     struct ltn_session *none;
@@ -447,32 +406,11 @@ static void test_engine_refuses(void **state)
     ltn_session_free(NULL);
 }
 
-/* ---- text and generation --------------------------------------------------------------------------------
- */
-
-struct collector {
-    char text[16384];
-    size_t bytes;
-    int32_t ids[4096];
-    size_t n;
-    size_t stop_after; /* ids; 0: never */
-};
-
-static enum ltn_status collect(void *ctx, int32_t id, const char *text, size_t bytes, struct ltn_error *err)
-{
-    struct collector *c = ctx;
-    assert_true(c->bytes + bytes < sizeof c->text);
-    memcpy(c->text + c->bytes, text, bytes);
-    c->bytes += bytes;
-    c->text[c->bytes] = 0;
-    if (id >= 0)
-        c->ids[c->n++] = id;
-    return c->stop_after && c->n >= c->stop_after ? ltn_fail(err, LTN_ERR_STOPPED, "enough") : LTN_OK;
-}
+/* ---- text and generation ------------------------------------------------------------------------------ */
 
 static struct ltn_session *prompted(const struct ltn_engine *engine, const char *prompt)
 {
-    struct ltn_session *session = open_session(engine, 0, 0);
+    struct ltn_session *session = open_session(engine, NULL);
     struct ltn_error err;
     ltn_session_seed(session, 17);
     CHECK(ltn_session_feed_text(session, prompt, strlen(prompt), &err));
@@ -555,7 +493,7 @@ static void test_resumed_text(void **state)
         generate(session, &two, (int64_t)(n < 900 - two.n ? n : 900 - two.n), NULL, 0, true);
         CHECK(ltn_session_export(session, saved, bytes, &err));
         ltn_session_free(session);
-        session = open_session(engine, 0, 0);
+        session = open_session(engine, NULL);
         CHECK(ltn_session_import(session, saved, bytes, &err));
     }
     assert_memory_equal(one.ids, two.ids, 900 * sizeof *one.ids);
@@ -619,7 +557,7 @@ static void test_text_in_pieces(void **state)
 {
     const char *text = "the other day at \xc3\xa9t\xc3\xa9 \xf0\x9f\x98\x80 in the end  and so on";
     struct ltn_engine *engine = open_engine(text_model, 0);
-    struct ltn_session *a = prompted(engine, text), *b = open_session(engine, 0, 0);
+    struct ltn_session *a = prompted(engine, text), *b = open_session(engine, NULL);
     const float *x, *y;
     struct ltn_error err;
     (void)state;

@@ -1,41 +1,36 @@
 /* Session files through their C interface. */
-#include "tests/sessions.h"
+#include <setjmp.h>
+#include <stdarg.h>
 
 #include <fcntl.h>
 #include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
+
+#include <cmocka.h>
 #include <xxhash.h>
 
+#include "src/session.h"
 #include "src/session_file.h"
+#include "tests/files.h"
+#include "tests/sessions.h"
 #include "tests/text_model.h"
 
 static char text_model[128], token_model[128], tnl3_model[128], file[128];
 
 static void write_models(void)
 {
-    struct ltn_config tnl3 = {.vocab_size = 77,
-                              .embed_dim = 96,
-                              .hidden_dim = 96,
-                              .n_layers = 5,
-                              .n_heads = 3,
-                              .glu_dim = 80,
-                              .gate_dim = 8,
-                              .act = LTN_ACT_SILU,
-                              .layer_norm = true,
-                              .bias = true,
-                              .bos_id = -1,
-                              .eos_id = -1,
-                              .pad_id = -1};
-    tnl3.lrpe[0] = tnl3.lrpe[3] = 1;
     snprintf(text_model, sizeof text_model, "%s/text.ltn", test_folder());
     snprintf(token_model, sizeof token_model, "%s/token.ltn", test_folder());
     snprintf(tnl3_model, sizeof tnl3_model, "%s/tnl3.ltn", test_folder());
     snprintf(file, sizeof file, "%s/session", test_folder());
     test_write_text_model(text_model, 1, 2);
     test_write_token_model(token_model, -1, -1);
-    test_write_model(tnl3, LTN_F32, 9, tnl3_model);
+    test_write_tnl3_model(tnl3_model, 5, LTN_F32);
 }
 
 /* ---- resuming ------------------------------------------------------------------------------------------ */
@@ -46,9 +41,9 @@ static void write_models(void)
 static void walk(const char *model, uint64_t seed)
 {
     enum { STEPS = 150, MOST = 200 };
-    struct ltn_engine *engine = open_engine(model);
+    struct ltn_engine *engine = open_engine(model, 1);
     const size_t bytes = ltn_engine_info(engine)->session_bytes;
-    struct ltn_session *plain = open_session(engine), *moved = open_session(engine);
+    struct ltn_session *plain = open_session(engine, NULL), *moved = open_session(engine, NULL);
     struct test_rng rng = {seed};
     struct ltn_error err;
     void *memory = malloc(bytes);
@@ -58,7 +53,7 @@ static void walk(const char *model, uint64_t seed)
     ltn_session_seed(moved, seed);
     for (int step = 0; step < STEPS; step++) {
         int32_t ids[MOST], a, b;
-        struct ltn_session *other = open_session(engine);
+        struct ltn_session *other = open_session(engine, NULL);
         size_t n = 1 + (size_t)test_below(&rng, test_below(&rng, 2) ? MOST : 3);
         random_ids(ids, n, ltn_engine_info(engine)->vocab_size, test_random(&rng));
         CHECK(ltn_session_feed(other, ids, 1 + n / 2, &err)); /* nothing of this may stay */
@@ -118,8 +113,8 @@ static void test_resumed_text(void **state)
 {
     enum { N = 800 };
     static struct collector one, two;
-    struct ltn_engine *engine = open_engine(text_model);
-    struct ltn_session *session = open_session(engine), *whole = open_session(engine);
+    struct ltn_engine *engine = open_engine(text_model, 1);
+    struct ltn_session *session = open_session(engine, NULL), *whole = open_session(engine, NULL);
     struct test_rng rng = {6};
     struct ltn_error err;
     (void)state;
@@ -136,7 +131,7 @@ static void test_resumed_text(void **state)
         done += n;
         CHECK(ltn_session_save(session, file, &err));
         ltn_session_free(session);
-        session = open_session(engine);
+        session = open_session(engine, NULL);
         CHECK(ltn_session_load(session, file, &err));
     }
     assert_int_equal(one.bytes, two.bytes);
@@ -148,8 +143,8 @@ static void test_resumed_text(void **state)
 
 static void test_file_and_memory_are_one(void **state)
 {
-    struct ltn_engine *engine = open_engine(text_model);
-    struct ltn_session *session = open_session(engine);
+    struct ltn_engine *engine = open_engine(text_model, 1);
+    struct ltn_session *session = open_session(engine, NULL);
     size_t bytes = ltn_engine_info(engine)->session_bytes, found;
     uint8_t *memory = malloc(bytes);
     int32_t ids[100];
@@ -161,7 +156,7 @@ static void test_file_and_memory_are_one(void **state)
     for (int round = 0; round < 2; round++) { /* at position 0 and at 100 */
         CHECK(ltn_session_export(session, memory, bytes, &err));
         CHECK(ltn_session_save(session, file, &err));
-        uint8_t *data = read_whole(file, &found);
+        uint8_t *data = read_file(file, &found);
         assert_int_equal(found, bytes);
         assert_memory_equal(data, memory, bytes);
         free(data);
@@ -184,8 +179,8 @@ static void test_file_and_memory_are_one(void **state)
 /* One bit changed anywhere, the file cut anywhere: refused, and the session is as it was. */
 static void test_altered(void **state)
 {
-    struct ltn_engine *engine = open_engine(text_model);
-    struct ltn_session *session = open_session(engine), *kept = open_session(engine);
+    struct ltn_engine *engine = open_engine(text_model, 1);
+    struct ltn_session *session = open_session(engine, NULL), *kept = open_session(engine, NULL);
     size_t bytes = ltn_engine_info(engine)->session_bytes, header;
     uint8_t *memory = malloc(bytes + 1);
     struct test_rng rng = {3};
@@ -209,12 +204,12 @@ static void test_altered(void **state)
             memory[at] ^= (uint8_t)(1 << bit);
         }
     for (size_t n = 0; n < bytes; n += n < 16 || n > bytes - 16 ? 1 : 1 + (size_t)test_below(&rng, 300)) {
-        write_whole(file, memory, n);
+        write_file(file, memory, n);
         assert_int_equal(ltn_session_load(session, file, &err), LTN_ERR_INPUT);
         assert_ptr_equal(strstr(err.text, file), err.text);
     }
     memory[bytes] = 0;
-    write_whole(file, memory, bytes + 1);
+    write_file(file, memory, bytes + 1);
     assert_int_equal(ltn_session_load(session, file, &err), LTN_ERR_INPUT);
     assert_int_equal(ltn_session_import(session, memory, bytes - 1, &err), LTN_ERR_INPUT);
     assert_int_equal(ltn_session_position(session), 150);
@@ -222,7 +217,7 @@ static void test_altered(void **state)
 
     /* an id that the model has not, under a checksum that is right */
     struct ltn_session_file f;
-    write_whole(file, memory, bytes);
+    write_file(file, memory, bytes);
     CHECK(ltn_session_file_open(&f, file, &err));
     size_t recent = f.recent->offset, checksum = 0;
     for (size_t i = 0; i + 32 < header; i++)
@@ -245,8 +240,8 @@ static void test_altered(void **state)
 
 static void test_refused(void **state)
 {
-    struct ltn_engine *engine = open_engine(text_model), *other = open_engine(token_model);
-    struct ltn_session *session = open_session(engine), *foreign = open_session(other);
+    struct ltn_engine *engine = open_engine(text_model, 1), *other = open_engine(token_model, 1);
+    struct ltn_session *session = open_session(engine, NULL), *foreign = open_session(other, NULL);
     struct ltn_error err;
     char path[160];
     (void)state;
@@ -273,14 +268,14 @@ static void test_refused(void **state)
 /* No room: the old file stays, and nothing else. */
 static void test_full_disk(void **state)
 {
-    struct ltn_engine *engine = open_engine(text_model);
-    struct ltn_session *session = open_session(engine);
+    struct ltn_engine *engine = open_engine(text_model, 1);
+    struct ltn_session *session = open_session(engine, NULL);
     struct rlimit before, small;
     size_t bytes, found;
     struct ltn_error err;
     (void)state;
     CHECK(ltn_session_save(session, file, &err));
-    uint8_t *old = read_whole(file, &bytes);
+    uint8_t *old = read_file(file, &bytes);
     CHECK(ltn_session_feed(session, (int32_t[]){5, 6}, 2, &err));
     signal(SIGXFSZ, SIG_IGN);
     getrlimit(RLIMIT_FSIZE, &before);
@@ -291,7 +286,7 @@ static void test_full_disk(void **state)
     setrlimit(RLIMIT_FSIZE, &before);
     assert_int_equal(status, LTN_ERR_IO);
     assert_ptr_equal(strstr(err.text, file), err.text);
-    uint8_t *now = read_whole(file, &found);
+    uint8_t *now = read_file(file, &found);
     assert_int_equal(found, bytes);
     assert_memory_equal(now, old, bytes);
     assert_int_equal(files_in(test_folder(), ".tmp"), 0);
@@ -311,7 +306,7 @@ static int32_t id_at(int64_t position)
 /* Goes on from the file, one token and one save at a time, and reports each position once it is saved. */
 static void save_for_ever(const struct ltn_engine *engine, int report)
 {
-    struct ltn_session *session = open_session(engine);
+    struct ltn_session *session = open_session(engine, NULL);
     struct ltn_error err;
     if (ltn_session_load(session, file, &err))
         _exit(1);
@@ -327,8 +322,8 @@ static void save_for_ever(const struct ltn_engine *engine, int report)
 static void test_killed(void **state)
 {
     enum { KILLS = 100 };
-    struct ltn_engine *engine = open_engine(text_model);
-    struct ltn_session *session = open_session(engine), *expected = open_session(engine);
+    struct ltn_engine *engine = open_engine(text_model, 1);
+    struct ltn_session *session = open_session(engine, NULL), *expected = open_session(engine, NULL);
     struct test_rng rng = {77};
     struct ltn_error err;
     int64_t reported = 0, saves = 0;

@@ -1,12 +1,21 @@
 /* The prefix cache and endless input through their C interfaces. */
-#include "tests/sessions.h"
+#include <setjmp.h>
+#include <stdarg.h>
 
+#include <dirent.h>
 #include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cmocka.h>
+
 #include "src/ingest.h"
 #include "src/prefix_cache.h"
+#include "tests/files.h"
+#include "tests/sessions.h"
 #include "tests/text_model.h"
 
 static char text_model[128], token_model[128];
@@ -60,8 +69,8 @@ static void test_prefix_cache(void **state)
         size_t n;
         int32_t ids[N];
     } known[ROUNDS];
-    struct ltn_engine *engine = open_engine(token_model);
-    struct ltn_session *session = open_session(engine), *fresh = open_session(engine);
+    struct ltn_engine *engine = open_engine(token_model, 1);
+    struct ltn_session *session = open_session(engine, NULL), *fresh = open_session(engine, NULL);
     struct test_rng rng = {9};
     struct ltn_error err;
     (void)state;
@@ -111,9 +120,9 @@ static void each_entry(void (*fn)(const char *path))
 static void damage(const char *path)
 {
     size_t bytes;
-    uint8_t *data = read_whole(path, &bytes);
+    uint8_t *data = read_file(path, &bytes);
     data[bytes / 2] ^= 1;
-    write_whole(path, data, bytes);
+    write_file(path, data, bytes);
     free(data);
 }
 
@@ -137,8 +146,8 @@ static void swap(const char *path)
         snprintf(stolen, sizeof stolen, "%s", path);
         return;
     }
-    uint8_t *data = read_whole(stolen, &bytes);
-    write_whole(path, data, bytes);
+    uint8_t *data = read_file(stolen, &bytes);
+    write_file(path, data, bytes);
     free(data);
 }
 
@@ -146,8 +155,8 @@ static void test_bad_entries(void **state)
 {
     enum { N = 700 };
     void (*const harms[])(const char *) = {damage, cut, vanish};
-    struct ltn_engine *engine = open_engine(token_model);
-    struct ltn_session *session = open_session(engine), *fresh = open_session(engine);
+    struct ltn_engine *engine = open_engine(token_model, 1);
+    struct ltn_session *session = open_session(engine, NULL), *fresh = open_session(engine, NULL);
     int32_t ids[N];
     struct ltn_prefix_cache *c;
     struct ltn_error err;
@@ -178,7 +187,7 @@ static void test_bad_entries(void **state)
     /* what is none of the cache's is left alone */
     char path[200];
     snprintf(path, sizeof path, "%s/notes.txt", cache);
-    write_whole(path, "x", 1);
+    write_file(path, "x", 1);
     uint64_t one = ltn_engine_info(engine)->session_bytes;
     assert_int_equal(ltn_prefix_open(&c, session, cache, one - 1, &err), LTN_ERR_INPUT);
     CHECK(ltn_session_reset(session, &err));
@@ -197,8 +206,8 @@ static void test_bad_entries(void **state)
 static void test_least_recently_used(void **state)
 {
     enum { N = 100 };
-    struct ltn_engine *engine = open_engine(token_model);
-    struct ltn_session *session = open_session(engine);
+    struct ltn_engine *engine = open_engine(token_model, 1);
+    struct ltn_session *session = open_session(engine, NULL);
     const uint64_t most = 3 * ltn_engine_info(engine)->session_bytes;
     int32_t ids[4][N];
     (void)state;
@@ -223,7 +232,7 @@ static void test_least_recently_used(void **state)
 static void test_several_processes(void **state)
 {
     enum { PROCESSES = 4, ROUNDS = 60, N = 600 };
-    struct ltn_engine *engine = open_engine(token_model);
+    struct ltn_engine *engine = open_engine(token_model, 1);
     const uint64_t most = 5 * ltn_engine_info(engine)->session_bytes;
     pid_t children[PROCESSES];
     (void)state;
@@ -232,7 +241,7 @@ static void test_several_processes(void **state)
         children[p] = fork();
         if (children[p] != 0)
             continue;
-        struct ltn_session *session = open_session(engine), *fresh = open_session(engine);
+        struct ltn_session *session = open_session(engine, NULL), *fresh = open_session(engine, NULL);
         struct test_rng rng = {40 + (uint64_t)p};
         struct ltn_error err;
         int32_t ids[N];
@@ -306,15 +315,15 @@ static char *make_text(const char *path, size_t bytes)
     assert_non_null(text);
     while (n < bytes)
         n += (size_t)sprintf(text + n, "%s ", words[test_below(&rng, sizeof words / sizeof *words)]);
-    write_whole(path, text, n);
+    write_file(path, text, n);
     return text;
 }
 
 static void test_ingest(void **state)
 {
     static struct asked a;
-    struct ltn_engine *engine = open_engine(text_model);
-    struct ltn_session *session = open_session(engine), *fresh = open_session(engine);
+    struct ltn_engine *engine = open_engine(text_model, 1);
+    struct ltn_session *session = open_session(engine, NULL), *fresh = open_session(engine, NULL);
     static struct collector expected;
     const char *question = "and what was that?";
     char path[160];

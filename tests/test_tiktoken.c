@@ -9,7 +9,6 @@
 #include "tokenizer/bpe.h"
 #include "tools/hf_tokenizer.h"
 
-#include <sys/resource.h>
 #include <time.h>
 
 #define SPECIAL                                                                                              \
@@ -319,52 +318,13 @@ static void test_forced_cut(void **state)
     ltn_tokenizer_close(t);
 }
 
-static enum ltn_status count_emit(void *ctx, const int32_t *ids, size_t n, struct ltn_error *err)
-{
-    (void)ids, (void)err;
-    *(size_t *)ctx += n;
-    return LTN_OK;
-}
-
 static void test_constant_memory(void **state)
 {
     struct ltn_tokenizer *t = open_tiny(make_json("false", "-1", SPECIAL));
-    struct texts texts = tok_read_texts();
-    struct ltn_encoder *encoder;
-    struct random r = {5};
-    struct text text = {0};
-    struct rusage usage;
-    size_t n = 0, first = 0;
-    long before = 0;
     (void)state;
 
-    while (text.n < 300000) {
-        struct text part = tok_random_text(&r, &texts);
-        text_add(&text, part.data, part.n);
-        free(part.data);
-    }
-    text_add(&text, "<|endoftext|>", 13);
-    assert_int_equal(ltn_encoder_create(&encoder, t, count_emit, &n, NULL), LTN_OK);
-    for (size_t i = 0; i < 20; i++) {
-        assert_int_equal(ltn_encoder_feed(encoder, text.data, text.n, NULL), LTN_OK);
-        first = i == 0 ? n : first;
-        assert_int_equal(n, first * (i + 1));
-        getrusage(RUSAGE_SELF, &usage);
-        before = i == 2 ? usage.ru_maxrss : before;
-    }
-#ifndef __SANITIZE_ADDRESS__ /* which keeps freed memory */
-    assert_true(usage.ru_maxrss - before < 1024);
-#endif
-    ltn_encoder_free(encoder);
-    free(text.data);
-    tok_free_texts(&texts);
+    tok_check_constant_memory(t, 0, 5);
     ltn_tokenizer_close(t);
-}
-
-static enum ltn_status stop_emit(void *ctx, const int32_t *ids, size_t n, struct ltn_error *err)
-{
-    (void)ctx, (void)ids, (void)n;
-    return ltn_fail(err, LTN_ERR_STOPPED, "enough");
 }
 
 static void test_stop(void **state)
@@ -374,7 +334,7 @@ static void test_stop(void **state)
     struct ltn_error err;
     (void)state;
 
-    assert_int_equal(ltn_encoder_create(&encoder, t, stop_emit, NULL, &err), LTN_OK);
+    assert_int_equal(ltn_encoder_create(&encoder, t, tok_stop_emit, NULL, &err), LTN_OK);
     assert_int_equal(ltn_encoder_feed(encoder, "some text", 9, &err), LTN_ERR_STOPPED);
     assert_string_equal(err.text, "enough");
     ltn_encoder_free(encoder);

@@ -15,14 +15,6 @@
 #include "tests/support.h"
 #include "tests/text_model.h"
 
-#define CHECK(call) check((call), &err, #call)
-
-static void check(enum ltn_status status, const struct ltn_error *err, const char *what)
-{
-    if (status != LTN_OK)
-        fail_msg("%s: %s", what, err->text);
-}
-
 struct bench {
     struct ltn_engine *engine;
     struct ltn_session *session, *fresh;
@@ -74,8 +66,7 @@ static void assert_same(const struct bench *b, struct ltn_session *expected)
             fail_msg("logit %d: %g, expected %g", i, (double)found[i], (double)wanted[i]);
 }
 
-/* ---- a random walk --------------------------------------------------------------------------------------
- */
+/* ---- a random walk ------------------------------------------------------------------------------------ */
 
 enum { MAX_IDS = 3000, MAX_LINES = 5 };
 
@@ -217,8 +208,7 @@ static void random_walk_with_little_room(void **state)
     a_random_walk(2 * MAX_LINES);
 }
 
-/* ---- bounds ---------------------------------------------------------------------------------------------
- */
+/* ---- bounds ------------------------------------------------------------------------------------------- */
 
 static void long_past(void **state)
 {

@@ -8,13 +8,12 @@
 #include "tests/tokenizer_fixture.h"
 
 #include <pthread.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 static const char plain_json[] =
     "{\"type\":\"sentencepiece\",\"add_bos\":false,\"add_eos\":false,\"special\":[]}";
 
-/* ---- helpers ---- */
+/* ---- opening and decoding ---- */
 
 static void assert_decodes(const struct ltn_tokenizer *t, const int32_t *ids, size_t n, const char *expected)
 {
@@ -223,63 +222,13 @@ static void test_forced_cut(void **state)
     ltn_tokenizer_close(t);
 }
 
-static enum ltn_status count_emit(void *ctx, const int32_t *ids, size_t n, struct ltn_error *err)
-{
-    (void)ids, (void)err;
-    *(size_t *)ctx += n;
-    return LTN_OK;
-}
-
-static long max_rss_kib(void)
-{
-    struct rusage usage;
-
-    getrusage(RUSAGE_SELF, &usage);
-    return usage.ru_maxrss;
-}
-
 static void test_constant_memory(void **state)
 {
-    struct texts texts = tok_read_texts();
     struct ltn_tokenizer *t = open_json("tiny_bpe.model", special_json);
-    struct ltn_encoder *encoder;
-    struct random r = {7};
-    struct text text = {0};
-    size_t n = 0, first = 0;
-    long before = 0;
     (void)state;
 
-    while (text.n < 300000) {
-        struct text part = tok_random_text(&r, &texts);
-        text_add(&text, part.data, part.n);
-        free(part.data);
-    }
-    text_add(&text, "<|endoftext|>", 13); /* each copy a run of its own: as many ids each time */
-    assert_int_equal(ltn_encoder_create(&encoder, t, count_emit, &n, NULL), LTN_OK);
-    for (int i = 0; i < 20; i++) {
-        assert_int_equal(ltn_encoder_feed(encoder, text.data, text.n, NULL), LTN_OK);
-        if (i == 0)
-            first = n - 1; /* less bos */
-        assert_int_equal(n, 1 + first * ((size_t)i + 1));
-        if (i == 2)
-            before = max_rss_kib();
-    }
-    assert_int_equal(ltn_encoder_finish(encoder, NULL), LTN_OK);
-#ifndef __SANITIZE_ADDRESS__ /* which keeps freed memory */
-    assert_true(max_rss_kib() - before < 1024);
-#else
-    (void)before;
-#endif
-    ltn_encoder_free(encoder);
-    free(text.data);
-    tok_free_texts(&texts);
+    tok_check_constant_memory(t, 1, 7);
     ltn_tokenizer_close(t);
-}
-
-static enum ltn_status stop_emit(void *ctx, const int32_t *ids, size_t n, struct ltn_error *err)
-{
-    (void)ctx, (void)ids, (void)n;
-    return ltn_fail(err, LTN_ERR_STOPPED, "enough");
 }
 
 static void test_stop(void **state)
@@ -289,7 +238,7 @@ static void test_stop(void **state)
     struct ltn_error err;
     (void)state;
 
-    assert_int_equal(ltn_encoder_create(&encoder, t, stop_emit, NULL, &err), LTN_OK);
+    assert_int_equal(ltn_encoder_create(&encoder, t, tok_stop_emit, NULL, &err), LTN_OK);
     assert_int_equal(ltn_encoder_feed(encoder, "some text", 9, &err), LTN_OK);
     assert_int_equal(ltn_encoder_finish(encoder, &err), LTN_ERR_STOPPED);
     assert_string_equal(err.text, "enough");

@@ -27,7 +27,7 @@ static void expect_pickle(const char *error)
     if (error)
         check_error(status, &err, error);
     else
-        check(status, &err, "open");
+        test_check(status, &err, "open");
     ltn_torch_close(&bin);
 }
 

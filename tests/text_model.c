@@ -148,3 +148,22 @@ void test_write_text_model(const char *path, int bos_id, int eos_id)
     free(json);
     free(model);
 }
+
+void test_write_tnl3_model(const char *path, int n_layers, enum ltn_dtype dtype)
+{
+    struct ltn_config config = {.vocab_size = 77,
+                                .embed_dim = 96,
+                                .hidden_dim = 96,
+                                .n_layers = n_layers,
+                                .n_heads = 3,
+                                .glu_dim = 80,
+                                .gate_dim = 8,
+                                .act = LTN_ACT_SILU,
+                                .layer_norm = true,
+                                .bias = true,
+                                .bos_id = -1,
+                                .eos_id = -1,
+                                .pad_id = -1};
+    config.lrpe[0] = config.lrpe[3] = 1;
+    test_write_model(config, dtype, 9, path);
+}

@@ -1,6 +1,8 @@
 #include "tests/tokenizer_fixture.h"
 
-/* ---- helpers ---- */
+#include <sys/resource.h>
+
+/* ---- encoding and decoding ---- */
 
 struct ids tok_encode(const struct ltn_tokenizer *t, const char *text, size_t bytes)
 {
@@ -287,4 +289,62 @@ void tok_check(const char *folder, const char *model_name, const char *name, con
     free(file.data);
     free(model.data);
     free(val.data);
+}
+
+/* ---- streams ---- */
+
+enum ltn_status tok_stop_emit(void *ctx, const int32_t *ids, size_t n, struct ltn_error *err)
+{
+    (void)ctx, (void)ids, (void)n;
+    return ltn_fail(err, LTN_ERR_STOPPED, "enough");
+}
+
+static enum ltn_status count_emit(void *ctx, const int32_t *ids, size_t n, struct ltn_error *err)
+{
+    (void)ids, (void)err;
+    *(size_t *)ctx += n;
+    return LTN_OK;
+}
+
+static long max_rss_kib(void)
+{
+    struct rusage usage;
+
+    getrusage(RUSAGE_SELF, &usage);
+    return usage.ru_maxrss;
+}
+
+void tok_check_constant_memory(const struct ltn_tokenizer *t, size_t n_bos, uint64_t seed)
+{
+    struct texts texts = tok_read_texts();
+    struct ltn_encoder *encoder;
+    struct random r = {seed};
+    struct text text = {0};
+    size_t n = 0, first = 0;
+    long before = 0;
+
+    while (text.n < 300000) {
+        struct text part = tok_random_text(&r, &texts);
+        text_add(&text, part.data, part.n);
+        free(part.data);
+    }
+    text_add(&text, "<|endoftext|>", 13); /* each copy a run of its own: as many ids each time */
+    assert_int_equal(ltn_encoder_create(&encoder, t, count_emit, &n, NULL), LTN_OK);
+    for (size_t i = 0; i < 20; i++) {
+        assert_int_equal(ltn_encoder_feed(encoder, text.data, text.n, NULL), LTN_OK);
+        if (i == 0)
+            first = n - n_bos;
+        assert_int_equal(n, n_bos + first * (i + 1));
+        if (i == 2)
+            before = max_rss_kib();
+    }
+    assert_int_equal(ltn_encoder_finish(encoder, NULL), LTN_OK);
+#ifndef __SANITIZE_ADDRESS__ /* which keeps freed memory */
+    assert_true(max_rss_kib() - before < 1024);
+#else
+    (void)before;
+#endif
+    ltn_encoder_free(encoder);
+    free(text.data);
+    tok_free_texts(&texts);
 }

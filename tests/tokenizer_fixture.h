@@ -28,6 +28,13 @@ struct texts tok_read_texts(void); /* texts.hex */
 void tok_free_texts(struct texts *texts);
 struct text tok_random_text(struct random *r, const struct texts *texts); /* some of them put together */
 
+/* For ltn_encoder_create: refuses the first ids, LTN_ERR_STOPPED, "enough". */
+enum ltn_status tok_stop_emit(void *ctx, const int32_t *ids, size_t n, struct ltn_error *err);
+
+/* Encodes 6 MB of text through one encoder: each repetition gives as many ids, after n_bos at the beginning,
+ * and no more memory is taken. The tokenizer knows <|endoftext|>. */
+void tok_check_constant_memory(const struct ltn_tokenizer *t, size_t n_bos, uint64_t seed);
+
 /* Checks FOLDER/MODEL, opened with this JSON, against every line of NAME.ids; with_val: its lines about
  * val.txt, and nothing else. */
 void tok_check(const char *folder, const char *model, const char *name, const char *json, bool with_val);

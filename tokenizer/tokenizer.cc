@@ -456,9 +456,9 @@ enum ltn_status ltn_tokenizer_describe_tiktoken(const void *model, size_t bytes,
     });
 }
 
-/* ---- text to ids: special tokens are split off; what lies between goes to tiktoken, or is normalised and
- * cut into segments for SentencePiece ---- */
+/* ---- text to ids ---- */
 
+/* Special tokens are split off; what lies between goes to tiktoken or, normalised, to SentencePiece. */
 struct ltn_encoder {
     const struct ltn_tokenizer *t;
     ltn_ids_fn *emit;

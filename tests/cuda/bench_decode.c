@@ -58,8 +58,7 @@ static double median(const double *samples, int n)
     return sorted[n / 2];
 }
 
-/* ---- a model of random weights ---------------------------------------------------------------------------
- */
+/* ---- a model of random weights ------------------------------------------------------------------------ */
 
 /* Weights are pieces of one random block, so that making 14 GB of them takes no time. */
 enum { BLOCK = 16 << 20 };
@@ -166,8 +165,7 @@ static double weight_bytes(const struct ltn_model *m)
            (c->vocab_size * D + c->n_layers * (4 * H * D + H * D + 3 * G * D));
 }
 
-/* ---- measuring -------------------------------------------------------------------------------------------
- */
+/* ---- measuring ---------------------------------------------------------------------------------------- */
 
 static FILE *json;
 static int n_json;
@@ -360,8 +358,7 @@ static void bench_op(struct bench *b, const char *name, int op)
     fflush(stdout);
 }
 
-/* ---- the command line ------------------------------------------------------------------------------------
- */
+/* ---- the command line --------------------------------------------------------------------------------- */
 
 static int numbers(int64_t *out, const char *text)
 {

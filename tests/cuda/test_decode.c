@@ -13,14 +13,6 @@
 
 #include <cmocka.h>
 
-#define CHECK(call) check((call), &err, #call)
-
-static void check(enum ltn_status status, const struct ltn_error *err, const char *what)
-{
-    if (status != LTN_OK)
-        fail_msg("%s: %s", what, err->text);
-}
-
 enum { STREAMS = 70, VOCAB = 311, MAX_ROWS = 256 };
 
 struct rig {

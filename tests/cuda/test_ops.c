@@ -16,22 +16,13 @@
 
 #include <cmocka.h>
 
-#define CHECK(call) check((call), &err, #call)
-
-static void check(enum ltn_status status, const struct ltn_error *err, const char *what)
-{
-    if (status != LTN_OK)
-        fail_msg("%s: %s", what, err->text);
-}
-
 static struct ltn_backend *ref, *devices[3]; /* by the weights' dtype */
 static struct ltn_backend *be;               /* the one under test */
 static enum ltn_dtype weights;
 static struct test_rng rng = {1};
 static char what[160]; /* the case, for messages */
 
-/* ---- values on both sides: f32 on the host and in the reference, any type on the device -----------------
- */
+/* ---- values on both sides: f32 on the host and in the reference, any type on the device --------------- */
 
 enum { GUARD = 64 }; /* elements behind a buffer that must stay as they are */
 
@@ -172,8 +163,7 @@ static float *duplicate(const struct values *v)
     return copy;
 }
 
-/* ---- linear maps, plain and fused -----------------------------------------------------------------------
- */
+/* ---- linear maps, plain and fused --------------------------------------------------------------------- */
 
 enum kind { LINEAR, LINEAR_ADD, LOGITS, NORM_LINEAR, NORM_GLU, GATED_ADD, NORM_LOGITS, N_KINDS };
 static const char *const kind_names[] = {"linear",   "linear_add", "logits",     "norm_linear",
@@ -325,8 +315,7 @@ static void test_maps(void **state)
         }
 }
 
-/* ---- row by row -----------------------------------------------------------------------------------------
- */
+/* ---- row by row --------------------------------------------------------------------------------------- */
 
 struct norm_case {
     struct values y, x, gate, w, b;
@@ -478,8 +467,7 @@ static void test_embed(void **state)
         }
 }
 
-/* ---- attention ------------------------------------------------------------------------------------------
- */
+/* ---- attention ---------------------------------------------------------------------------------------- */
 
 struct attention_case {
     struct values o, qkv, state, slopes, theta;
@@ -563,8 +551,7 @@ static void test_lightning(void **state)
     check_lightning(32, 2, false, 0.25, batch, 7);
 }
 
-/* ---- the rest -------------------------------------------------------------------------------------------
- */
+/* ---- the rest ----------------------------------------------------------------------------------------- */
 
 static void test_greedy(void **state)
 {
