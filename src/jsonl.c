@@ -44,23 +44,39 @@ __attribute__((format(printf, 2, 3))) static void print(struct ltn_jsonl *j, con
     put(j, text, (size_t)n);
 }
 
-/* Text inside a JSON string (RFC 8259, section 7). */
+size_t ltn_jsonl_escape(const char *text, size_t bytes, char out[8], size_t *out_bytes)
+{
+    uint32_t c = 0;
+    size_t n = ltn_utf8_decode(text, bytes, &c);
+
+    if (n == 0)
+        *out_bytes = (size_t)sprintf(out, "\xEF\xBF\xBD");
+    else if (c == '"' || c == '\\')
+        *out_bytes = (size_t)sprintf(out, "\\%c", (char)c);
+    else if (c == '\n')
+        *out_bytes = (size_t)sprintf(out, "\\n");
+    else if (c < ' ' || c == 0x7F)
+        *out_bytes = (size_t)sprintf(out, "\\u%04x", (unsigned)c & 0xff);
+    else
+        memcpy(out, text, *out_bytes = n);
+    return n ? n : 1;
+}
+
+const char *ltn_jsonl_end_name(enum ltn_end end)
+{
+    static const char *const names[] = {[LTN_END_LENGTH] = "length",
+                                        [LTN_END_EOS] = "eos",
+                                        [LTN_END_STRING] = "string",
+                                        [LTN_END_STOPPED] = "stopped"};
+    return names[end];
+}
+
 static void put_escaped(struct ltn_jsonl *j, const char *text, size_t bytes)
 {
-    uint32_t c;
-    for (size_t at = 0; at < bytes;) {
-        size_t n = ltn_utf8_decode(text + at, bytes - at, &c);
-        if (n == 0)
-            put(j, "\xEF\xBF\xBD", 3);
-        else if (c == '"' || c == '\\')
-            print(j, "\\%c", (char)c);
-        else if (c == '\n')
-            put(j, "\\n", 2);
-        else if (c < ' ' || c == 0x7F)
-            print(j, "\\u%04x", (unsigned)c);
-        else
-            put(j, text + at, n);
-        at += n ? n : 1;
+    char out[8];
+    for (size_t at = 0, n; at < bytes;) {
+        at += ltn_jsonl_escape(text + at, bytes - at, out, &n);
+        put(j, out, n);
     }
 }
 
@@ -158,14 +174,10 @@ enum ltn_status ltn_jsonl_piece(struct ltn_jsonl *j, int32_t id, const char *tex
 
 enum ltn_status ltn_jsonl_end(struct ltn_jsonl *j, enum ltn_end end, struct ltn_error *err)
 {
-    static const char *const names[] = {[LTN_END_LENGTH] = "length",
-                                        [LTN_END_EOS] = "eos",
-                                        [LTN_END_STRING] = "string",
-                                        [LTN_END_STOPPED] = "stopped"};
     if (j->form != LTN_JSONL_TEXT)
         return LTN_OK;
     print(j, "%s, \"tokens\": %" PRId64, j->ids ? "]" : "\"", j->n_tokens);
     put_logprob(j, j->sum);
-    print(j, ", \"end\": \"%s\"}\n", names[end]);
+    print(j, ", \"end\": \"%s\"}\n", ltn_jsonl_end_name(end));
     return flush(j, err);
 }

@@ -38,6 +38,12 @@ struct ltn_jsonl {
     bool failed; /* for want of memory */
 };
 
+/* One character as it stands in a JSON string (RFC 8259, section 7), what is not UTF-8 as U+FFFD: out holds
+ * *out_bytes. Returns how many bytes of text[0 .. bytes), bytes > 0, it took. */
+size_t ltn_jsonl_escape(const char *text, size_t bytes, char out[8], size_t *out_bytes);
+
+const char *ltn_jsonl_end_name(enum ltn_end end); /* "length", "eos", "string", "stopped" */
+
 void ltn_jsonl_free(struct ltn_jsonl *j); /* a zeroed one is allowed */
 
 /* Text number `index` begins, goes on, ends. _drawn and _piece are a ltn_drawn_fn and a ltn_piece_fn but for

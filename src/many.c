@@ -12,9 +12,8 @@
 
 #include "model/json.h"
 #include "src/cli.h"
-#include "src/logprobs.h"
+#include "src/jsonl.h"
 #include "src/rng.h"
-#include "tokenizer/utf8.h"
 
 enum { SLICE = 4096, MAX_DEPTH = 64 };
 
@@ -100,30 +99,18 @@ static enum ltn_status append_string(struct buffer *b, const char *text, struct 
     return append(b, text, strlen(text), err);
 }
 
-/* ,"key": "text" as JSON wants it (RFC 8259, section 7); what is not UTF-8 becomes U+FFFD. */
+/* , "key": "text" */
 static enum ltn_status append_json(struct buffer *b, const char *key, const char *text, size_t bytes,
                                    struct ltn_error *err)
 {
-    char escape[8];
-    uint32_t c = 0;
+    char out[8];
 
     LTN_TRY(append_string(b, ", \"", err));
     LTN_TRY(append_string(b, key, err));
     LTN_TRY(append_string(b, "\": \"", err));
-    for (size_t at = 0, n; at < bytes; at += n ? n : 1) {
-        n = ltn_utf8_decode(text + at, bytes - at, &c);
-        if (n > 0 && c >= ' ' && c != '"' && c != '\\' && c != 0x7f) {
-            LTN_TRY(append(b, text + at, n, err));
-            continue;
-        }
-        snprintf(escape, sizeof escape,
-                 n == 0      ? "\xEF\xBF\xBD"
-                 : c == '\n' ? "\\n"
-                 : c == '"'  ? "\\\""
-                 : c == '\\' ? "\\\\"
-                             : "\\u%04x",
-                 (unsigned)c);
-        LTN_TRY(append_string(b, escape, err));
+    for (size_t at = 0, n; at < bytes;) {
+        at += ltn_jsonl_escape(text + at, bytes - at, out, &n);
+        LTN_TRY(append(b, out, n, err));
     }
     return append_string(b, "\"", err);
 }
@@ -132,10 +119,6 @@ static enum ltn_status append_json(struct buffer *b, const char *key, const char
 
 static enum ltn_status write_json(struct work *w, const struct answer *a, struct ltn_error *err)
 {
-    static const char *const ends[] = {[LTN_END_LENGTH] = "length",
-                                       [LTN_END_EOS] = "eos",
-                                       [LTN_END_STRING] = "string",
-                                       [LTN_END_STOPPED] = "stopped"};
     const struct ltn_many *many = w->many;
     struct buffer *line = &w->json;
     char number[64];
