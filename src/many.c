@@ -142,7 +142,7 @@ static enum ltn_status write_json(struct work *w, const struct answer *a, struct
                                   : ", \"tokens\": %" PRId64 ", \"logprob\": null",
              a->made.n_tokens, a->logprob);
     LTN_TRY(append_string(line, number, err));
-    LTN_TRY(append_json(line, "end", ends[a->made.end], strlen(ends[a->made.end]), err));
+    LTN_TRY(append_json(line, "end", ltn_jsonl_end_name(a->made.end), strlen(ends[a->made.end]), err));
     LTN_TRY(append_string(line, "}\n", err));
     return ltn_cli_write(line->text, line->bytes, err);
 }
