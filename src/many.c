@@ -142,7 +142,8 @@ static enum ltn_status write_json(struct work *w, const struct answer *a, struct
                                   : ", \"tokens\": %" PRId64 ", \"logprob\": null",
              a->made.n_tokens, a->logprob);
     LTN_TRY(append_string(line, number, err));
-    LTN_TRY(append_json(line, "end", ltn_jsonl_end_name(a->made.end), strlen(ends[a->made.end]), err));
+    const char *end = ltn_jsonl_end_name(a->made.end);
+    LTN_TRY(append_json(line, "end", end, strlen(end), err));
     LTN_TRY(append_string(line, "}\n", err));
     return ltn_cli_write(line->text, line->bytes, err);
 }
