@@ -22,7 +22,7 @@ def main(source, out):
     plt.rcParams.update({"font.size": 11, "svg.fonttype": "path", "svg.hashsalt": "ltn"})
     fig, ax = plt.subplots(figsize=(8, 3.6))
     for test, (label, colour) in NAMES.items():
-        rows = [r for r in result["rows"] if r["test"] == test]
+        rows = [r for r in result["rows"] if r["test"] == test and r.get("impl", "ltn") == "ltn"]
         if not rows:
             continue
         x = [r["length"] for r in rows]
