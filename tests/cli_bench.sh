@@ -42,7 +42,7 @@ status=$?
 pass "stdout without room" refused 1 "standard output: cannot write"
 "$bench" -m "$m" -l 100000 -r 1000 >"$tmp/out" 2>"$tmp/err" &
 pid=$!
-sleep 1
+ready $pid
 kill -INT $pid
 wait $pid
 status=$?

@@ -45,7 +45,9 @@ try "$run" -m "$m" -i --n-best 2
 pass "not with several answers" refused 2 "-i: answers are text"
 try "$run" -m "$m" -p x --prefix y
 pass "--prefix asks for -i" refused 2 "expected -i"
-printf 'type /quit\n' | session
+session <<'END'
+type /quit
+END
 if [ "$status" -eq 99 ]; then
     skip "everything at a terminal" "no terminal to be had here"
     finish

@@ -135,6 +135,7 @@ try "$run" -m "$m" -j 4 -n 10 --seed 1 --stats -f "$tmp/few"
 pass "--stats is one line on stderr" one_line "3 prompts, "
 
 # ---- ends ----
+: >"$tmp/out" # what an earlier run left there must not pass for this one's
 mkfifo "$tmp/fifo"
 "$run" -m "$m" -j 2 -n 5 --seed 1 --json <"$tmp/fifo" >"$tmp/out" 2>"$tmp/err" &
 pid=$!
@@ -154,6 +155,7 @@ exec 3>&-
 pass "Ctrl-C while waiting for input: 130" exited 130
 pass "quietly" test ! -s "$tmp/err"
 pass "with the texts that are done" same "$tmp/out" "$tmp/expected"
+: >"$tmp/out"
 printf 'the\nand\n' | "$run" -m "$m" -j 2 -n -1 --ignore-eos >"$tmp/out" 2>"$tmp/err" &
 pid=$!
 while [ ! -s "$tmp/out" ]; do sleep 0.05; done
@@ -164,7 +166,8 @@ pass "Ctrl-C while writing: 130" exited 130
 printf 'the\nand\n' >"$tmp/two"
 "$run" -m "$m" -j 2 -n -1 --ignore-eos --json -q -f "$tmp/two" >"$tmp/out" 2>"$tmp/err" &
 pid=$!
-sleep 1
+ready $pid
+sleep 0.5
 kill -INT $pid
 wait $pid
 status=$?

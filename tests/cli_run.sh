@@ -226,7 +226,7 @@ mkfifo "$tmp/fifo"
 "$run" -m "$m" -n 5 -q <"$tmp/fifo" >"$tmp/out" 2>"$tmp/err" &
 pid=$!
 exec 3>"$tmp/fifo"
-until grep -qE '^SigCgt:.*[2367abef]$' "/proc/$pid/status"; do sleep 0.05; done # SIGINT has its handler
+ready $pid
 kill -INT $pid
 wait $pid
 status=$?

@@ -110,7 +110,7 @@ mkfifo "$tmp/fifo"
 pid=$!
 exec 3>"$tmp/fifo"
 cat "$tmp/text" >&3
-sleep 0.5
+ready $pid
 kill -INT $pid
 wait $pid
 status=$?

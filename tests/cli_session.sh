@@ -70,7 +70,7 @@ cp "$tmp/kept" "$s"
 pid=$!
 exec 3>"$tmp/fifo"
 echo some text >&3
-sleep 0.3
+ready $pid
 kill -INT $pid
 wait $pid
 status=$?

@@ -44,6 +44,11 @@ try() {
     status=$?
 }
 
+# ready PID: waits until the program has its handler of SIGINT, which a shell's background job ignores before
+ready() {
+    while kill -0 "$1" 2>/dev/null && ! grep -qE '^SigCgt:.*[2367abef]$' "/proc/$1/status"; do sleep 0.05; done
+}
+
 # The last try ended with this status ...
 exited() { [ "$status" -eq "$1" ]; }
 # ... with one line on stderr, and that says ...
