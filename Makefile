@@ -61,7 +61,7 @@ all: programs docs $(CUDA_LIB) ## build programs, library, man pages, and the CU
 
 demo: setup ## set up, build, and let the model that ships with the repo tell a story
 	@$(MAKE) --no-print-directory -j$(JOBS) all
-	./ltn-run -p "Once upon a time" -n 250 --echo
+	./ltn-run -p "Once upon a time" -n 250 --echo -q
 
 test: setup ## set up, build, and run every test that needs no GPU
 	@$(MAKE) --no-print-directory -j$(JOBS) all tests
