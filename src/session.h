@@ -5,9 +5,9 @@
 #include "src/engine.h"
 #include "src/sampling.h"
 
-/* The last ids of the timeline are kept, in session files too (src/session_file.h): penalties look at them,
- * and a fresh detokenizer finds its way back into the text from the last few. */
-enum { LTN_RECENT_IDS = LTN_MAX_REPEAT_LAST };
+/* The last LTN_RECENT_IDS ids of the timeline are kept, in session files too (src/session_file.h): penalties
+ * look at them, and a fresh detokenizer finds its way back into the text from the last few. */
+_Static_assert((int)LTN_RECENT_IDS == (int)LTN_MAX_REPEAT_LAST, "what sessions keep is what penalties need");
 
 enum ltn_where { LTN_NOWHERE, LTN_ON_BACKEND, LTN_ON_HOST };
 
