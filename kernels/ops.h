@@ -132,6 +132,10 @@ struct ltn_ops {
     enum ltn_status (*copy)(struct ltn_backend *be, void *dst, const void *src, size_t bytes,
                             struct ltn_error *err);
     enum ltn_status (*sync)(struct ltn_backend *be, struct ltn_error *err); /* waits, reports late failures */
+    /* *out = the sum of the 64-bit words at src, as whole numbers, wrapping: every byte is read, next to none
+     * written. out: backend memory, one word; bytes: a multiple of 16. NULL where host_memory is set. */
+    enum ltn_status (*sum)(struct ltn_backend *be, uint64_t *out, const void *src, size_t bytes,
+                           struct ltn_error *err);
 
     /* ---- the small operations that every backend has ------------------------------------------------------
      */

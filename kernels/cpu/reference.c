@@ -240,9 +240,10 @@ static uint64_t weight_of(const struct chooser *c, int32_t i)
 static uint64_t amount_to(const struct chooser *c, enum order order, uint64_t last, bool weights)
 {
     uint64_t sum = 0;
-    for (int32_t i = 0; i < c->n; i++)
-        if (place_of(c, order, i) <= last && weight_of(c, i) > 0)
-            sum += weights ? weight_of(c, i) : 1;
+    for (int32_t i = 0; i < c->n; i++) {
+        const uint64_t weight = place_of(c, order, i) <= last ? weight_of(c, i) : 0;
+        sum += weights ? weight : weight > 0;
+    }
     return sum;
 }
 
