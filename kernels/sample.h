@@ -38,8 +38,8 @@ struct ltn_choice {
 
 /* What a text's next draw depends on beside the logits. Every draw advances it. */
 struct ltn_draws {
-    uint64_t seed, draw; /* the next draw is number `draw` under `seed` */
-    int64_t position;    /* tokens in the text; the one that is chosen becomes number `position` */
+    uint64_t seed, draw;            /* the next draw is number `draw` under `seed` */
+    int64_t position;               /* tokens in the text; the one that is chosen becomes number `position` */
     int32_t recent[LTN_RECENT_IDS]; /* token number i at i % LTN_RECENT_IDS */
 };
 

@@ -71,12 +71,9 @@ static enum ltn_status time_prefill(struct bench *b, int64_t length, double *sec
 static enum ltn_status time_decode(struct bench *b, int64_t n, double *seconds, struct ltn_error *err)
 {
     const struct ltn_sampling greedy = {.top_p = 1};
-    int32_t id;
+    const struct ltn_generate_options options = {.sampling = &greedy, .max_tokens = n, .ignore_eos = true};
     double begin = ltn_bench_now();
-    for (int64_t i = 0; i < n; i++) {
-        LTN_TRY(ltn_session_sample(b->session, &greedy, &id, err));
-        LTN_TRY(ltn_session_feed(b->session, &id, 1, err));
-    }
+    LTN_TRY(ltn_generate(b->session, &options, NULL, err));
     const float *logits;
     LTN_TRY(ltn_session_logits(b->session, &logits, err));
     *seconds = ltn_bench_now() - begin;

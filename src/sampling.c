@@ -37,7 +37,17 @@ static enum ltn_status check_share(const char *name, double share, struct ltn_er
     return ltn_fail(err, LTN_ERR_INPUT, "%s: expected 0 to 1, found %g", name, share);
 }
 
-enum ltn_status ltn_sampling_check(const struct ltn_sampling *s, struct ltn_error *err)
+static enum ltn_status check_bias(const struct ltn_logit_bias *bias, int32_t n, struct ltn_error *err)
+{
+    if (bias->id < 0 || bias->id >= n)
+        return ltn_fail(err, LTN_ERR_INPUT, "bias: expected an id from 0 to %d, found %d", n - 1, bias->id);
+    if (isnan(bias->value) || bias->value == INFINITY)
+        return ltn_fail(err, LTN_ERR_INPUT, "bias of token %d: expected a number or -infinity, found %g",
+                        bias->id, (double)bias->value);
+    return LTN_OK;
+}
+
+enum ltn_status ltn_sampling_check(const struct ltn_sampling *s, int32_t n, struct ltn_error *err)
 {
     if (!(s->temperature >= 0) || isinf(s->temperature))
         return ltn_fail(err, LTN_ERR_INPUT, "temperature: expected 0 or more, found %g", s->temperature);
@@ -56,10 +66,11 @@ enum ltn_status ltn_sampling_check(const struct ltn_sampling *s, struct ltn_erro
         return ltn_fail(err, LTN_ERR_INPUT, "%s_penalty: expected a finite number, found %g",
                         isfinite(s->presence_penalty) ? "frequency" : "presence",
                         isfinite(s->presence_penalty) ? s->frequency_penalty : s->presence_penalty);
+    if (s->n_bias > INT32_MAX)
+        return ltn_fail(err, LTN_ERR_INPUT, "bias: expected at most %d of them, found %zu", INT32_MAX,
+                        s->n_bias);
     for (size_t i = 0; i < s->n_bias; i++)
-        if (isnan(s->bias[i].value) || s->bias[i].value == INFINITY)
-            return ltn_fail(err, LTN_ERR_INPUT, "bias of token %d: expected a number or -infinity, found %g",
-                            s->bias[i].id, (double)s->bias[i].value);
+        LTN_TRY(check_bias(&s->bias[i], n, err));
     return LTN_OK;
 }
 
@@ -202,36 +213,22 @@ static void penalise(struct ltn_sampler *sampler, const struct ltn_sampling *s, 
     }
 }
 
-/* *logits becomes what the choice is made from. */
-static enum ltn_status adjust(struct ltn_sampler *sampler, const struct ltn_sampling *s,
-                              const int32_t *recent, int32_t n_recent, const float **logits,
-                              struct ltn_error *err)
+/* What the choice is made from. */
+static const float *adjust(struct ltn_sampler *sampler, const float *logits, const struct ltn_sampling *s,
+                           const int32_t *recent, int32_t n_recent)
 {
     const bool penalties = n_recent > 0 && ltn_sampling_has_penalties(s);
     if (!penalties && s->n_bias == 0)
-        return LTN_OK;
-    memcpy(sampler->adjusted, *logits, (size_t)sampler->n * sizeof *sampler->adjusted);
-    *logits = sampler->adjusted;
+        return logits;
+    memcpy(sampler->adjusted, logits, (size_t)sampler->n * sizeof *sampler->adjusted);
     if (penalties)
         penalise(sampler, s, recent, n_recent);
-    for (size_t i = 0; i < s->n_bias; i++) {
-        if (s->bias[i].id < 0 || s->bias[i].id >= sampler->n)
-            return ltn_fail(err, LTN_ERR_INPUT, "bias: expected an id from 0 to %d, found %d", sampler->n - 1,
-                            s->bias[i].id);
+    for (size_t i = 0; i < s->n_bias; i++)
         sampler->adjusted[s->bias[i].id] += s->bias[i].value;
-    }
-    return LTN_OK;
+    return sampler->adjusted;
 }
 
 /* ---- the choice ---- */
-
-enum ltn_status ltn_sampling_refusal(int32_t code, float value, int32_t n, struct ltn_error *err)
-{
-    if (code == LTN_NO_TOKEN)
-        return ltn_fail(err, LTN_ERR_INPUT, "logits: every one of the %d tokens has -infinity", n);
-    return ltn_fail(err, LTN_ERR_INPUT, "logits: expected finite numbers, found %f for token %d",
-                    (double)value, -1 - code);
-}
 
 /* The largest logit; refuses those that no choice can be made from. */
 static enum ltn_status survey(const float *logits, int32_t n, int32_t *best, struct ltn_error *err)
@@ -239,11 +236,14 @@ static enum ltn_status survey(const float *logits, int32_t n, int32_t *best, str
     *best = 0;
     for (int32_t i = 0; i < n; i++) {
         if (isnan(logits[i]) || logits[i] == INFINITY)
-            return ltn_sampling_refusal(ltn_bad_logit(i), logits[i], n, err);
+            return ltn_fail(err, LTN_ERR_INPUT, "logits: expected finite numbers, found %f for token %d",
+                            (double)logits[i], i);
         if (logits[i] > logits[*best])
             *best = i;
     }
-    return logits[*best] == -INFINITY ? ltn_sampling_refusal(LTN_NO_TOKEN, 0, n, err) : LTN_OK;
+    if (logits[*best] == -INFINITY)
+        return ltn_fail(err, LTN_ERR_INPUT, "logits: every one of the %d tokens has -infinity", n);
+    return LTN_OK;
 }
 
 enum ltn_status ltn_sample(struct ltn_sampler *sampler, const float *logits,
@@ -251,8 +251,8 @@ enum ltn_status ltn_sample(struct ltn_sampler *sampler, const float *logits,
                            double u, int32_t *id, struct ltn_error *err)
 {
     int32_t n = sampler->n, best;
-    LTN_TRY(ltn_sampling_check(sampling, err));
-    LTN_TRY(adjust(sampler, sampling, recent, n_recent, &logits, err));
+    LTN_TRY(ltn_sampling_check(sampling, n, err));
+    logits = adjust(sampler, logits, sampling, recent, n_recent);
     LTN_TRY(survey(logits, n, &best, err));
     *id = best;
     if (sampling->temperature == 0)

@@ -16,17 +16,15 @@ struct ltn_sampler {
 enum ltn_status ltn_sampler_create(struct ltn_sampler *sampler, int32_t n, struct ltn_error *err);
 void ltn_sampler_free(struct ltn_sampler *sampler); /* a zeroed one is allowed */
 
-/* Refuses what means nothing: a negative or non-finite temperature, negative top_k, shares outside 0 to 1. */
-enum ltn_status ltn_sampling_check(const struct ltn_sampling *sampling, struct ltn_error *err);
+/* Refuses what means nothing: a negative or non-finite temperature, negative top_k, shares outside 0 to 1, a
+ * bias for an id outside the vocabulary of n. */
+enum ltn_status ltn_sampling_check(const struct ltn_sampling *sampling, int32_t n, struct ltn_error *err);
 
 /* Does it look at past tokens? */
 bool ltn_sampling_has_penalties(const struct ltn_sampling *sampling);
 
 /* The same as the operation takes it; biases stay the caller's to place. */
 struct ltn_choice ltn_sampling_choice(const struct ltn_sampling *sampling);
-
-/* The error that stands in a log in place of an id. value: what the logit is, where the code names one. */
-enum ltn_status ltn_sampling_refusal(int32_t code, float value, int32_t n, struct ltn_error *err);
 
 /* Picks *id from logits [n], as kernels/sample.h has it. recent [n_recent] are ids that penalties look at. A
  * NaN or +infinity among the logits, or nothing but -infinity, is an error that names the token. */

@@ -56,7 +56,8 @@ struct ltn_choice test_choice(struct test_rng *rng, int32_t n, struct ltn_bias b
         c.frequency_penalty = test_normal(rng);
     }
     *n_bias = test_below(rng, 2) ? test_below(rng, TEST_BIASES + 1) : 0;
-    for (int i = 0; i < *n_bias; i++) /* some twice, which qsort of two of one value may swap: the same value */
+    for (int i = 0; i < *n_bias;
+         i++) /* some twice, which qsort of two of one value may swap: the same value */
         bias[i] = (struct ltn_bias){test_below(rng, n < 4 ? n : 4), test_below(rng, 5) ? 1.7f : -INFINITY};
     qsort(bias, (size_t)*n_bias, sizeof *bias, by_id);
     return c;

@@ -9,11 +9,11 @@
 
 #include <cmocka.h>
 
+#include "kernels/ops.h"
 #include "src/logprobs.h"
 #include "src/rng.h"
 #include "src/sampling.h"
 #include "src/stop.h"
-#include "kernels/ops.h"
 #include "tests/choices.h"
 #include "tests/support.h"
 #include "tests/text_model.h"
@@ -271,9 +271,9 @@ static void test_sample_against_operation(void **state)
                                        .n_bias = (size_t)n_bias};
         for (; n_recent < s.repeat_last && n_recent < before.position; n_recent++)
             recent[n_recent] = before.recent[(before.position - 1 - n_recent) % LTN_RECENT_IDS];
-        assert_int_equal(be->ops->sample(be, &id, logits, 1, n, &choice, &draws, logits + n, &steps, &log, 1,
-                                         NULL),
-                         LTN_OK);
+        assert_int_equal(
+            be->ops->sample(be, &id, logits, 1, n, &choice, &draws, logits + n, &steps, &log, 1, NULL),
+            LTN_OK);
         assert_int_equal(id, log < 0 ? 0 : log);
         assert_int_equal(steps, 8);
         assert_int_equal(draws.position, before.position + 1);
@@ -487,7 +487,7 @@ static void test_bad_logits_and_parameters(void **state)
                                        {.top_p = 1, .bias = not_a_number, .n_bias = 1},
                                        {.top_p = 1, .bias = infinite, .n_bias = 1}};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
-        assert_int_equal(ltn_sampling_check(&bad[i], &err), LTN_ERR_INPUT);
+        assert_int_equal(ltn_sampling_check(&bad[i], 4, &err), LTN_ERR_INPUT);
     ltn_sampler_free(&sampler);
 }
 

@@ -567,7 +567,7 @@ static void test_sample(void **state)
         struct ltn_draws draws[MOST_ROWS];
         int32_t ids[MOST_ROWS], log[LOG * MOST_ROWS];
         struct ltn_bias bias[TEST_BIASES];
-    } *device, *found = malloc(sizeof *found), *host = calloc(1, sizeof *host);
+    } * device, *found = malloc(sizeof *found), *host = calloc(1, sizeof *host);
     assert_true(found && host);
     CHECK(be->ops->alloc(be, (void **)&device, sizeof *device, &err));
     for (int round = 0; round < rounds; round++) {
@@ -583,10 +583,11 @@ static void test_sample(void **state)
         int32_t n_bias;
         struct ltn_choice choice = test_choice(&rng, n, host->bias, &n_bias), there;
         choice.n_bias = n_bias;
-        snprintf(what, sizeof what,
-                 "sample of %d x %d, temperature %g, top_k %d, typical %g, top_p %g, min_p %g, last %d, bias %d",
-                 rows, n, choice.temperature, choice.top_k, choice.typical, choice.top_p, choice.min_p,
-                 choice.repeat_last, choice.n_bias);
+        snprintf(
+            what, sizeof what,
+            "sample of %d x %d, temperature %g, top_k %d, typical %g, top_p %g, min_p %g, last %d, bias %d",
+            rows, n, choice.temperature, choice.top_k, choice.typical, choice.top_p, choice.min_p,
+            choice.repeat_last, choice.n_bias);
         host->steps = round;
         there = choice;
         choice.bias = host->bias;
