@@ -28,8 +28,8 @@ struct ltn_lightning_call {
 };
 
 /* Whether there is a kernel for this call on the current device: e in {64, 80, 96, 128, 160, 192, 256},
- * 16-byte aligned rows of q, k, v and o, enough shared memory and workspace. Else the caller's generic kernel
- * must do it.
+ * with LRPE in {32, 40, 48} too, 16-byte aligned rows of q, k, v and o, enough shared memory and workspace.
+ * Else the caller's generic kernel must do it.
  */
 bool ltn_lightning_supports(const struct ltn_lightning_call *call);
 
