@@ -128,6 +128,7 @@ static const struct command {
     int (*run)(int argc, char **argv);
 } commands[] = {
     {"model", ltn_bench_model},
+    {"attention", ltn_bench_attention},
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 

@@ -15,8 +15,9 @@
 /* A command, one file each: its part of the command line, argv[0] its name; returns the exit code. --help,
  * --print-man and --print-completion print what is its own. */
 int ltn_bench_model(int argc, char **argv);
+int ltn_bench_attention(int argc, char **argv);
 
-#define LTN_BENCH_COMMANDS "model" /* the words of the table in bench.c, "|" between */
+#define LTN_BENCH_COMMANDS "model|attention" /* the words of the table in bench.c, "|" between */
 
 double ltn_bench_now(void); /* seconds, of a clock that only goes forward */
 

@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int seg = 0; seg < it.seg; ++seg)
             accumulate(parts + seg * part_size, loss(slope, static_cast<int64_t>(seq.seg_len) * kChunk));
 
-    int64_t row0 = seq.first;
+    int64_t row0 = seq.first, pos = seq.pos + (LRPE && p.steps ? *p.steps : 0);
     const __nv_bfloat16 *q_from = p.q + it.head * E, *k_from = p.k + it.head * E;
     const __nv_bfloat16 *v_from = p.v + it.head * E + it.tile * DVT;
     float e = loss(slope, kChunk);
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kThreads)
         __syncthreads();
         if (LRPE) {
             rotate<E>(it.fused ? q : nullptr, k, kLdKey, p.theta + it.head * E,
-                      seq.pos + static_cast<int64_t>(c) * kChunk);
+                      pos + static_cast<int64_t>(c) * kChunk);
             __syncthreads();
         }
 
@@ -493,6 +493,7 @@ cudaError_t ltn_lightning_prefill(cudaStream_t stream, const struct ltn_lightnin
     p.v = static_cast<const __nv_bfloat16 *>(call->v);
     p.slopes = a->slopes;
     p.theta = a->theta;
+    p.steps = call->steps;
     p.flags = static_cast<unsigned *>(call->workspace);
     p.parts = reinterpret_cast<float *>(p.flags + kMaxFlags);
     p.ld = call->ld;

@@ -23,8 +23,9 @@ struct ltn_lightning_call {
     int32_t n_seqs;
     void *workspace; /* zeroed once before its first use; calls on different streams need different ones */
     size_t workspace_bytes;
-    int32_t walkers; /* parallel segments per sequence; 0: chosen from the sizes (LIGHTNING.md) */
-    bool portable;   /* take the mma.sync kernels even where the Hopper kernel would run */
+    int32_t walkers;      /* parallel segments per sequence; 0: chosen from the sizes (LIGHTNING.md) */
+    bool portable;        /* take the mma.sync kernels even where the Hopper kernel would run */
+    const int64_t *steps; /* device memory: what a replay adds to every position; NULL: nothing */
 };
 
 /* Whether there is a kernel for this call on the current device: e in {64, 80, 96, 128, 160, 192, 256},
