@@ -17,7 +17,6 @@
 #include "src/bench.h"
 
 #include <math.h>
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,7 +25,6 @@
 #include "model/config.h"
 #include "src/cli.h"
 #include "src/engine.h"
-#include "src/rng.h"
 
 static const size_t span = (size_t)320 << 20; /* bytes of inputs and outputs that the calls go over */
 
@@ -115,64 +113,18 @@ static enum ltn_status attend(const struct bench *b, const struct layer *l, uint
 /* ---- noise --------------------------------------------------------------------------------------------- */
 
 struct noise {
-    uint8_t *to;
-    int64_t n; /* elements */
+    void *to;
     enum ltn_dtype dtype;
+    int64_t n; /* elements */
 };
 enum { NOISE_TASK = 1 << 16 };
 
 static void make_noise(void *ctx, int64_t task, int worker)
 {
     const struct noise *noise = ctx;
-    const int64_t begin = task * NOISE_TASK,
-                  end = begin + NOISE_TASK < noise->n ? begin + NOISE_TASK : noise->n;
+    const int64_t begin = task * NOISE_TASK, rest = noise->n - begin;
     (void)worker;
-    for (int64_t i = begin; i < end; i += 4) {
-        uint32_t counter[4] = {(uint32_t)i, (uint32_t)(i >> 32)};
-        float x[4];
-        ltn_philox(counter, 4, 2);
-        for (int j = 0; j < 4; j += 2) { /* normal, by Box and Muller */
-            double radius = sqrt(-2 * log((counter[j] + 1.0) * 0x1p-32));
-            x[j] = (float)(radius * cos(0x1p-31 * M_PI * counter[j + 1]));
-            x[j + 1] = (float)(radius * sin(0x1p-31 * M_PI * counter[j + 1]));
-        }
-        for (int j = 0; j < 4 && i + j < end; j++) {
-            if (noise->dtype == LTN_F32)
-                ((float *)noise->to)[i + j] = x[j];
-            else
-                ((uint16_t *)noise->to)[i + j] =
-                    noise->dtype == LTN_BF16 ? ltn_f32_to_bf16(x[j]) : ltn_f32_to_f16(x[j]);
-        }
-    }
-}
-
-/* n elements of independent noise in host memory; the caller frees them. */
-static enum ltn_status host_noise(uint8_t **out, const struct bench *b, int64_t n, struct ltn_error *err)
-{
-    struct noise noise = {NULL, n, b->be->act_dtype};
-    noise.to = malloc((size_t)n * ltn_dtype_size(noise.dtype));
-    if (!noise.to)
-        return ltn_fail(err, LTN_ERR_MEMORY, "no memory for %lld random numbers", (long long)n);
-    pool_run(b->pool, (n + NOISE_TASK - 1) / NOISE_TASK, make_noise, &noise);
-    *out = noise.to;
-    return LTN_OK;
-}
-
-/* Fills backend memory with noise: a block of it, then copies of what is there. */
-static enum ltn_status fill(const struct bench *b, uint8_t *memory, size_t bytes, struct ltn_error *err)
-{
-    const size_t size = ltn_dtype_size(b->be->act_dtype), most = ((size_t)64 << 20) + 192;
-    size_t done = bytes < most ? bytes : most;
-    uint8_t *block = NULL;
-
-    LTN_TRY(host_noise(&block, b, (int64_t)(done / size), err));
-    enum ltn_status status = b->be->ops->upload(b->be, memory, block, done, err);
-    free(block);
-    for (size_t n; status == LTN_OK && done < bytes; done += n) {
-        n = bytes - done < done ? bytes - done : done;
-        status = b->be->ops->copy(b->be, memory + done, memory, n, err);
-    }
-    return status;
+    ltn_bench_noise(noise->to, noise->dtype, begin, rest < NOISE_TASK ? rest : NOISE_TASK);
 }
 
 /* ---- speed --------------------------------------------------------------------------------------------- */
@@ -230,7 +182,7 @@ static enum ltn_status sample(const struct bench *b, const struct layer *l, stru
     r->sets = (int64_t)(span / (4 * bytes)) + 1;
     LTN_TRY(b->be->ops->alloc(b->be, (void **)&r->qkv, 3 * bytes * (size_t)r->sets, err));
     LTN_TRY(b->be->ops->alloc(b->be, (void **)&r->o, bytes * (size_t)r->sets, err));
-    LTN_TRY(fill(b, r->qkv, 3 * bytes * (size_t)r->sets, err));
+    LTN_TRY(ltn_bench_fill(b->be, b->be->act_dtype, r->qkv, 3 * bytes * (size_t)r->sets, err));
     r->calls = r->sets;
     for (int i = 0; i < 2; i++) /* warms up */
         LTN_TRY(time_calls(b, l, r, row->n, &seconds, err));
@@ -359,13 +311,15 @@ static enum ltn_status run_check(const struct bench *b, const struct layer *l, s
     const size_t scratch = heads * (size_t)(l->d * l->a.head_dim + 2 * l->d + 2 * l->a.head_dim);
     double sums[4] = {0};
 
+    struct noise noise = {malloc(3 * bytes), be->act_dtype, (int64_t)(3 * bytes / l->size)};
+    c->qkv = noise.to;
     c->o = malloc(bytes);
     c->state = malloc(l->state_bytes);
     c->scratch = malloc(scratch * sizeof *c->scratch);
     c->squares = calloc(heads, sizeof *c->squares);
-    if (!c->o || !c->state || !c->scratch || !c->squares)
+    if (!c->qkv || !c->o || !c->state || !c->scratch || !c->squares)
         return ltn_fail(err, LTN_ERR_MEMORY, "no memory to check %lld rows", (long long)row->n);
-    LTN_TRY(host_noise(&c->qkv, b, (int64_t)(3 * bytes / l->size), err));
+    pool_run(b->pool, (noise.n + NOISE_TASK - 1) / NOISE_TASK, make_noise, &noise);
     LTN_TRY(be->ops->alloc(be, (void **)&c->device_qkv, 3 * bytes, err));
     LTN_TRY(be->ops->alloc(be, (void **)&c->device_o, bytes, err));
     LTN_TRY(be->ops->upload(be, c->device_qkv, c->qkv, 3 * bytes, err));
@@ -461,12 +415,6 @@ static enum ltn_status print_json(const struct bench *b, struct ltn_error *err)
 
 /* ---- the command --------------------------------------------------------------------------------------- */
 
-static int available_cores(void)
-{
-    cpu_set_t set;
-    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-}
-
 static enum ltn_status run_all(struct bench *b, int argc, char **argv, struct ltn_error *err)
 {
     const struct options *o = b->options;
@@ -474,7 +422,7 @@ static enum ltn_status run_all(struct bench *b, int argc, char **argv, struct lt
     char notice[512];
 
     LTN_TRY(ltn_cli_write("", 0, err));
-    b->n_threads = o->threads > 0 ? (int)o->threads : available_cores();
+    b->n_threads = o->threads > 0 ? (int)o->threads : ltn_bench_cores();
     LTN_TRY(pool_open(&b->pool, b->n_threads, err));
     LTN_TRY(ltn_backend_open(&b->be, o->device, strcmp(o->dtype, "f32") == 0 ? LTN_F32 : LTN_BF16,
                              b->n_threads, &notice, err));

@@ -27,7 +27,7 @@ try "$LTN_BIN/ltn-bench" model --device cpu -m "$m" -l 16 -r 1 -n 2 --format csv
 pass "the command by its name" exited 0
 pass "the command by its name: the same rows" is "$(wc -l <"$tmp/out")" 3
 try "$LTN_BIN/ltn-bench" frob
-pass "no such command" refused 2 "frob: no such command, expected one of model|attention"
+pass "no such command" refused 2 "frob: no such command, expected one of model|attention|prefill"
 
 attention="$LTN_BIN/ltn-bench attention --device cpu --head-dim 24 -l 30,70 -r 2 --check 100"
 try $attention --heads 1,3
@@ -42,6 +42,15 @@ done
 pass "attention: LRPE's errors too" awk '/"rel_l2":/ && $2 + 0 > 0 && $2 + 0 < 1e-5 { n++ } END { exit n != 2 }' "$tmp/out"
 try "$LTN_BIN/ltn-bench" attention --heads 0
 pass "attention: usage" refused 2 "--heads: expected up to 64 whole numbers from 1 to 1024 with commas between, found '0'"
+
+try "$LTN_BIN/ltn-bench" prefill --device cpu -l 2,3 --chunk 2 --seconds 0 --format json
+pass "prefill: JSON" exited 0
+for key in device date command gemm_tflops rows impl model dtype n tok_s share extra_bytes samples; do
+    pass "prefill: JSON: $key" grep -q "\"$key\":" "$tmp/out"
+done
+pass "prefill: a share of the products' speed" awk '/"share":/ && $2 + 0 > 0.05 && $2 + 0 < 5 { n++ } END { exit n != 2 }' "$tmp/out"
+try "$LTN_BIN/ltn-bench" prefill --shape 13b
+pass "prefill: no such shape" refused 2 "--shape: expected one of 385m|1b|7b, found '13b'"
 
 refuses_usage() {
     text=$1
