@@ -466,7 +466,7 @@ void tune()
 
 } // namespace
 
-/* The operation behind a C interface, for tools/bench_attention_peers.py (nvcc -shared). One sequence. */
+/* The operation behind a C interface, for tools/bench_attention_peers.py (libattention.so). One sequence. */
 extern "C" size_t attention_workspace(int heads, int e)
 {
     return ltn_lightning_workspace(heads, e, false);
