@@ -1,7 +1,10 @@
 #include "model/model.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "kernels/rng.h"
 
 /* Weights are staged through a host buffer of this size on their way to a device. */
 enum { STAGE_BYTES = 16 << 20, ALIGN = 64 };
@@ -105,6 +108,31 @@ static void put(struct ltn_model *model, const struct ltn_tensor_spec *spec, con
     }
 }
 
+static size_t attention_bytes(const struct ltn_config *config)
+{
+    return (size_t)config->n_layers * align_up((size_t)config->n_heads * sizeof(float));
+}
+
+/* What of the attention is no tensor: sizes and slopes, which go to *next. */
+static enum ltn_status put_attention(struct ltn_model *model, uint8_t **next, struct ltn_error *err)
+{
+    const struct ltn_config *config = &model->config;
+    float slopes[LTN_MAX_HEADS];
+
+    for (int32_t l = 0; l < config->n_layers; l++) {
+        struct ltn_attention *a = &model->layers[l].attention;
+        const size_t bytes = (size_t)config->n_heads * sizeof(float);
+        ltn_slopes(slopes, config->n_heads, l, config->n_layers);
+        LTN_TRY(model->be->ops->upload(model->be, *next, slopes, bytes, err));
+        a->n_heads = config->n_heads;
+        a->head_dim = config->head_dim;
+        a->slopes = (const float *)*next;
+        a->state_offset = ltn_state_offset(config, l);
+        *next += align_up(bytes);
+    }
+    return LTN_OK;
+}
+
 /* Copies a tensor to the backend, vectors widened to f32 on the way. */
 static enum ltn_status send(struct ltn_backend *be, void *dst, const struct ltn_tensor_spec *spec,
                             const struct ltn_st_tensor *t, const uint8_t *src, float *stage,
@@ -150,8 +178,7 @@ static enum ltn_status load(struct ltn_model *model, const struct ltn_checkpoint
 {
     const struct ltn_config *config = &model->config;
     struct ltn_backend *be = model->be;
-    size_t slopes_bytes = align_up((size_t)config->n_heads * sizeof(float));
-    size_t arena = (size_t)config->n_layers * slopes_bytes;
+    size_t arena = attention_bytes(config);
     uint64_t done = 0, total = 0;
 
     for (size_t i = 0; i < ck->n_specs; i++) {
@@ -166,16 +193,7 @@ static enum ltn_status load(struct ltn_model *model, const struct ltn_checkpoint
     LTN_TRY(be->ops->alloc(be, &model->arena, arena, err));
 
     uint8_t *next = model->arena;
-    for (int32_t l = 0; l < config->n_layers; l++) {
-        struct ltn_attention *a = &model->layers[l].attention;
-        ltn_slopes(stage, config->n_heads, l, config->n_layers);
-        LTN_TRY(be->ops->upload(be, next, stage, (size_t)config->n_heads * sizeof(float), err));
-        a->n_heads = config->n_heads;
-        a->head_dim = config->head_dim;
-        a->slopes = (const float *)next;
-        a->state_offset = ltn_state_offset(config, l);
-        next += slopes_bytes;
-    }
+    LTN_TRY(put_attention(model, &next, err));
     for (size_t i = 0; i < ck->n_specs; i++) {
         const struct ltn_tensor_spec *spec = &ck->specs[i];
         struct ltn_matrix matrix = {.dtype = ltn_checkpoint_matrix_dtype(ck->dtype, spec),
@@ -211,6 +229,81 @@ enum ltn_status ltn_model_load(struct ltn_model *model, const struct ltn_checkpo
                                  ? load(model, checkpoint, progress, ctx, stage, err)
                                  : ltn_fail(err, LTN_ERR_MEMORY, "no memory for the model's layer table");
     free(stage);
+    if (status != LTN_OK)
+        ltn_model_free(model);
+    return status;
+}
+
+/* ---- random weights ------------------------------------------------------------------------------------ */
+
+/* Fills memory with normal numbers of standard deviation 0.02: a block made here, then pieces of it from
+ * places that never fall on the same columns of a matrix, so that 14 GB take no longer than to copy them. */
+static enum ltn_status fill(struct ltn_backend *be, uint8_t *memory, size_t bytes, enum ltn_dtype dtype,
+                            struct ltn_error *err)
+{
+    enum { BLOCK = 16 << 20, SHIFT = ALIGN * 1021 };
+    const size_t size = ltn_dtype_size(dtype), n = BLOCK / size;
+    uint8_t *block = malloc(BLOCK);
+    if (!block)
+        return ltn_fail(err, LTN_ERR_MEMORY, "no memory for random weights");
+    for (size_t i = 0; i < n; i++) {
+        uint32_t counter[4] = {(uint32_t)i};
+        ltn_philox(counter, 1, 0);
+        const double radius = sqrt(-2 * log((counter[0] + 1.0) * 0x1p-32)); /* Box and Muller */
+        const float x = (float)(0.02 * radius * cos(0x1p-31 * M_PI * counter[1]));
+        const uint16_t half = dtype == LTN_BF16 ? ltn_f32_to_bf16(x) : ltn_f32_to_f16(x);
+        memcpy(block + i * size, dtype == LTN_F32 ? (const void *)&x : &half, size);
+    }
+    size_t done = bytes < BLOCK ? bytes : BLOCK;
+    enum ltn_status status = be->ops->upload(be, memory, block, done, err);
+    free(block);
+    for (size_t i = 1, piece; status == LTN_OK && done < bytes; i++, done += piece) {
+        const size_t from = i * SHIFT % (BLOCK / 2);
+        piece = bytes - done < BLOCK / 2 ? bytes - done : BLOCK / 2;
+        status = be->ops->copy(be, memory + done, memory + from, piece, err);
+    }
+    return status;
+}
+
+static enum ltn_status make_random(struct ltn_model *model, const struct ltn_tensor_spec *specs,
+                                   size_t n_specs, enum ltn_dtype dtype, struct ltn_error *err)
+{
+    struct ltn_backend *be = model->be;
+    size_t matrices = 0, vectors = 0;
+
+    for (size_t i = 0; i < n_specs; i++)
+        *(specs[i].is_matrix ? &matrices : &vectors) +=
+            align_up(count_of(&specs[i]) * (specs[i].is_matrix ? ltn_dtype_size(dtype) : sizeof(float)));
+    LTN_TRY(be->ops->alloc(be, &model->arena, matrices + vectors + attention_bytes(&model->config), err));
+    uint8_t *matrix = model->arena, *vector = matrix + matrices, *rest = vector + vectors;
+    LTN_TRY(fill(be, matrix, matrices, dtype, err));
+    if (vectors)
+        LTN_TRY(fill(be, vector, vectors, LTN_F32, err));
+    LTN_TRY(put_attention(model, &rest, err));
+    for (size_t i = 0; i < n_specs; i++) {
+        uint8_t **next = specs[i].is_matrix ? &matrix : &vector;
+        put(model, &specs[i], dtype, *next);
+        *next += align_up(count_of(&specs[i]) * (specs[i].is_matrix ? ltn_dtype_size(dtype) : sizeof(float)));
+    }
+    if (model->config.tied)
+        model->head = model->embed;
+    return be->ops->sync(be, err);
+}
+
+enum ltn_status ltn_model_random(struct ltn_model *model, const struct ltn_config *config,
+                                 enum ltn_dtype dtype, struct ltn_backend *be, struct ltn_error *err)
+{
+    struct ltn_tensor_spec *specs;
+    size_t n_specs;
+
+    *model = (struct ltn_model){0};
+    LTN_TRY(ltn_config_tensors(config, &specs, &n_specs, err));
+    *model = (struct ltn_model){.config = *config, .be = be};
+    model->layers = calloc((size_t)config->n_layers, sizeof *model->layers);
+    enum ltn_status status = model->layers
+                                 ? make_random(model, specs, n_specs, dtype, err)
+                                 : ltn_fail(err, LTN_ERR_MEMORY, "no memory for the model's layer table");
+    free(specs);
     if (status != LTN_OK)
         ltn_model_free(model);
     return status;
