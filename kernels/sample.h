@@ -99,7 +99,7 @@ LTN_BOTH uint32_t ltn_distance(float logit, float largest, double scale)
     return d <= LTN_FARTHEST ? (uint32_t)d : LTN_FAR;
 }
 
-LTN_BOTH uint64_t ltn_weight(uint32_t distance)
+LTN_BOTH uint64_t ltn_token_weight(uint32_t distance)
 {
     /* 2^-f on [0, 1] within 1.1e-8: interpolation of (2^-f - 1) / f at the six Chebyshev nodes */
     const uint32_t whole = distance >> LTN_DISTANCE_BITS;

@@ -124,14 +124,14 @@ static int by_place(const void *a, const void *b)
 
 static uint64_t amount_of(const struct ltn_sampler *sampler, int32_t i, bool weights)
 {
-    return weights ? ltn_weight(sampler->distance[i]) : sampler->distance[i] != LTN_FAR;
+    return weights ? ltn_token_weight(sampler->distance[i]) : sampler->distance[i] != LTN_FAR;
 }
 
 static uint64_t total_of(const struct ltn_sampler *sampler)
 {
     uint64_t total = 0;
     for (int32_t i = 0; i < sampler->n; i++)
-        total += ltn_weight(sampler->distance[i]);
+        total += ltn_token_weight(sampler->distance[i]);
     return total;
 }
 
@@ -174,7 +174,7 @@ static void keep_typical(struct ltn_sampler *sampler, double share)
 {
     uint64_t high = 0, low = 0, total = total_of(sampler);
     for (int32_t i = 0; i < sampler->n; i++) {
-        const uint64_t product = ltn_weight(sampler->distance[i]) * sampler->distance[i];
+        const uint64_t product = ltn_token_weight(sampler->distance[i]) * sampler->distance[i];
         high += product >> 32;
         low += product & 0xffffffffu;
     }
@@ -187,9 +187,9 @@ static void keep_min(struct ltn_sampler *sampler, double share)
     uint32_t nearest = LTN_FAR;
     for (int32_t i = 0; i < sampler->n; i++)
         nearest = sampler->distance[i] < nearest ? sampler->distance[i] : nearest;
-    const uint64_t least = ltn_share_of(share, ltn_weight(nearest));
+    const uint64_t least = ltn_share_of(share, ltn_token_weight(nearest));
     for (int32_t i = 0; i < sampler->n; i++)
-        if (ltn_weight(sampler->distance[i]) < least)
+        if (ltn_token_weight(sampler->distance[i]) < least)
             sampler->distance[i] = LTN_FAR;
 }
 
@@ -273,7 +273,7 @@ enum ltn_status ltn_sample(struct ltn_sampler *sampler, const float *logits,
 
     const uint64_t threshold = ltn_threshold(u, total_of(sampler));
     uint64_t sum = 0;
-    for (*id = 0; sum += ltn_weight(sampler->distance[*id]), sum <= threshold; ++*id)
+    for (*id = 0; sum += ltn_token_weight(sampler->distance[*id]), sum <= threshold; ++*id)
         ;
     return LTN_OK;
 }

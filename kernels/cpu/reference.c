@@ -19,7 +19,8 @@ static enum ltn_status reference_embed(struct ltn_backend *be, float *x, const s
     size_t cols = (size_t)table->cols;
     for (int32_t r = 0; r < rows; r++)
         for (size_t c = 0; c < cols; c++)
-            x[r * cols + c] = scale * ltn_load(table->data, table->dtype, (size_t)ids[r] * cols + c);
+            x[r * cols + c] =
+                scale * ltn_weight(table->data, table->scales, table->dtype, cols, (size_t)ids[r], c);
     return LTN_OK;
 }
 
@@ -73,7 +74,7 @@ static void matmul(float *y, const float *x, const struct ltn_matrix *w, const f
         for (size_t o = 0; o < outs; o++) {
             double sum = add ? y[r * outs + o] : 0;
             for (size_t c = 0; c < cols; c++)
-                sum += (double)x[r * cols + c] * ltn_load(w->data, w->dtype, o * cols + c);
+                sum += (double)x[r * cols + c] * ltn_weight(w->data, w->scales, w->dtype, cols, o, c);
             y[r * outs + o] = (float)(sum + (bias ? bias[o] : 0));
         }
     }
@@ -229,7 +230,7 @@ static uint64_t place_of(const struct chooser *c, enum order order, int32_t i)
 /* 0: the token is out. */
 static uint64_t weight_of(const struct chooser *c, int32_t i)
 {
-    const uint64_t weight = ltn_weight(ltn_distance(c->logits[i], c->largest, c->scale));
+    const uint64_t weight = ltn_token_weight(ltn_distance(c->logits[i], c->largest, c->scale));
     return weight >= c->least && place_of(c, BY_LOGIT, i) <= c->last[BY_LOGIT] &&
                    place_of(c, BY_NEARNESS, i) <= c->last[BY_NEARNESS]
                ? weight
@@ -386,6 +387,7 @@ enum ltn_status ltn_reference_open(struct ltn_backend **out, struct ltn_error *e
     **out = (struct ltn_backend){
         .ops = &reference_ops,
         .act_dtype = LTN_F32,
+        .dtypes = (1u << LTN_N_DTYPES) - 1,
         .host_memory = true,
         .chunk_rows = 256,
         .name = "CPU, plain reference",

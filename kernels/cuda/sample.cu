@@ -188,7 +188,7 @@ static __device__ __forceinline__ struct token look(const struct row *r, int32_t
 
 static __device__ __forceinline__ uint64_t weigh(const struct row *r, int32_t i)
 {
-    const uint64_t weight = ltn_weight(look(r, i).distance);
+    const uint64_t weight = ltn_token_weight(look(r, i).distance);
     return weight >= r->least ? weight : 0;
 }
 
@@ -254,7 +254,8 @@ static __device__ void histogram(const struct row *r, struct shared *s, const st
         const uint32_t bin = bin_of(r, p, &t);
         atomicAdd(&s->count[bin], 1);
         if (weights)
-            atomicAdd((unsigned long long *)&s->weight[bin], (unsigned long long)ltn_weight(t.distance));
+            atomicAdd((unsigned long long *)&s->weight[bin],
+                      (unsigned long long)ltn_token_weight(t.distance));
     }
     sync_cluster();
 }
@@ -272,7 +273,7 @@ static __device__ uint64_t rank(const struct row *r, struct shared *s, const str
     for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS) {
         const struct token t = look(r, i);
         if (on_path(r, p, &t))
-            s->own[atomicAdd(&s->n_own, 1)] = {t.place[p->order], weights ? ltn_weight(t.distance) : 1};
+            s->own[atomicAdd(&s->n_own, 1)] = {t.place[p->order], weights ? ltn_token_weight(t.distance) : 1};
     }
     sync_cluster();
     for (uint32_t part = 0; part < r->parts; part++) {
@@ -337,7 +338,7 @@ static __device__ void keep_typical(struct row *r, struct shared *s, double shar
     uint64_t total = 0, high = 0, low = 0;
     for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS) {
         const uint32_t distance = look(r, i).distance;
-        const uint64_t weight = ltn_weight(distance), product = weight * distance;
+        const uint64_t weight = ltn_token_weight(distance), product = weight * distance;
         total += weight;
         high += product >> 32;
         low += product & 0xffffffffu;

@@ -77,7 +77,7 @@ static size_t place(struct ltn_model *m, uint8_t *arena, enum ltn_dtype dtype)
     const int32_t D = c->embed_dim, H = c->hidden_dim, G = c->glu_dim, V = c->vocab_size;
     uint8_t *next = arena;
 #define MATRIX(rows, cols)                                                                                   \
-    (struct ltn_matrix){take(&next, (size_t)(rows) * (size_t)(cols)*size), dtype, rows, cols}
+    (struct ltn_matrix){take(&next, (size_t)(rows) * (size_t)(cols)*size), dtype, rows, cols, NULL}
     m->embed = m->head = MATRIX(V, D);
     for (int32_t l = 0; l < c->n_layers; l++) {
         struct ltn_layer *layer = &m->layers[l];

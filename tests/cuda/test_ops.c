@@ -457,8 +457,8 @@ static void test_embed(void **state)
                 ids[r] = r == 1 ? VOCAB - 1 : test_below(&rng, VOCAB);
             c.table = make((size_t)VOCAB * cols[i], weights, 1);
             c.x = make((size_t)rows[j] * cols[i], LTN_F32, 1);
-            c.m = (struct ltn_matrix){c.table.device, weights, VOCAB, cols[i]};
-            struct ltn_matrix host = {c.table.host, LTN_F32, VOCAB, cols[i]};
+            c.m = (struct ltn_matrix){c.table.device, weights, VOCAB, cols[i], NULL};
+            struct ltn_matrix host = {c.table.host, LTN_F32, VOCAB, cols[i], NULL};
             CHECK(be->ops->alloc(be, (void **)&c.ids, sizeof ids, &err));
             CHECK(be->ops->upload(be, c.ids, ids, sizeof ids, &err));
             CHECK(ref->ops->embed(ref, c.x.host, &host, ids, rows[j], 1.7f, &err));
@@ -681,7 +681,7 @@ static void test_errors(void **state)
     assert_non_null(strstr(err.text, "free"));
     CHECK(be->ops->sync(be, &err)); /* the failure is over */
     /* weights of a type that the backend was not opened for */
-    struct ltn_matrix m = {NULL, weights == LTN_F32 ? LTN_BF16 : LTN_F32, 8, 8};
+    struct ltn_matrix m = {NULL, weights == LTN_F32 ? LTN_BF16 : LTN_F32, 8, 8, NULL};
     assert_int_equal(be->ops->logits(be, NULL, NULL, &m, 1, &err), LTN_ERR_UNSUPPORTED);
 }
 
