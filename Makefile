@@ -33,7 +33,7 @@ TOOL_OBJ := $(patsubst %,$(B)/%.o,$(filter-out tools/convert.c,$(wildcard tools/
 TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c tests/typist.c
 TEST_BIN := $(TEST_SRC:tests/%.c=$(B)/tests/%)
 TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c))) $(B)/tests/cuda/device.c.o
-CUDA_BIN := $(B)/tests/cuda/test_ops $(B)/tests/cuda/test_decode $(B)/tests/cuda/bench_decode
+CUDA_BIN := $(B)/tests/cuda/test_ops $(B)/tests/cuda/test_decode $(B)/tests/cuda/bench_ops
 # The tensor-core attention stands by itself so far, with a test and bench of its own.
 ATTN_SRC := kernels/cuda/lightning_mma.cu kernels/cuda/lightning_hopper.cu
 CUDA_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(ATTN_SRC),$(wildcard kernels/cuda/*.cu)))
@@ -81,9 +81,10 @@ test-cuda: setup ## run the tests that need a GPU
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
 
 bench-gpu: setup ## measure decoding, reading and attention on the GPU, beside PyTorch's, into tools/results
-	@$(MAKE) --no-print-directory -j$(JOBS) all $(B)/tests/cuda/bench_decode $(B)/tests/cuda/libattention.so
+	@$(MAKE) --no-print-directory -j$(JOBS) all $(B)/tests/cuda/libattention.so
 	@mkdir -p tools/results
-	LTN_BIN=$(BIN) $(B)/tests/cuda/bench_decode --batches 1,8,64,256 --positions 0,10000,1000000 --json tools/results/decode.json
+	$(BIN)/ltn-bench decode --device cuda --shape all --batch 1,8,64,256 --position 0,10000,1000000 --format json >tools/results/decode.new
+	mv tools/results/decode.new tools/results/decode.json
 	python3 tools/bench_attention_peers.py --ltn $(B)/tests/cuda/libattention.so -o tools/results/attention.json
 	python3 tools/bench_prefill.py --bench $(BIN)/ltn-bench -o tools/results/prefill.json
 

@@ -177,6 +177,7 @@ static const struct command {
     int (*run)(int argc, char **argv);
 } commands[] = {
     {"model", ltn_bench_model},
+    {"decode", ltn_bench_decode},
     {"attention", ltn_bench_attention},
     {"prefill", ltn_bench_prefill},
 };
@@ -184,7 +185,7 @@ enum { N_COMMANDS = sizeof commands / sizeof *commands };
 
 int main(int argc, char **argv)
 {
-    char first[] = "model";
+    char first[] = "model", random[] = "decode";
 
     for (size_t i = 0; argc > 1 && i < N_COMMANDS; i++)
         if (strcmp(argv[1], commands[i].name) == 0)
@@ -197,6 +198,11 @@ int main(int argc, char **argv)
         if (code != LTN_EXIT_OK)
             return code;
     }
+    for (int i = 1; i < argc; i++)
+        if (strcmp(argv[i], "--random") == 0) { /* no model, so it is made up */
+            argv[0] = random;
+            return ltn_bench_decode(argc, argv);
+        }
     argv[0] = first;
     return commands[0].run(argc, argv);
 }

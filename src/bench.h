@@ -15,10 +15,11 @@
 /* A command, one file each: its part of the command line, argv[0] its name; returns the exit code. --help,
  * --print-man and --print-completion print what is its own. */
 int ltn_bench_model(int argc, char **argv);
+int ltn_bench_decode(int argc, char **argv);
 int ltn_bench_attention(int argc, char **argv);
 int ltn_bench_prefill(int argc, char **argv);
 
-#define LTN_BENCH_COMMANDS "model|attention|prefill" /* the words of the table in bench.c, "|" between */
+#define LTN_BENCH_COMMANDS "model|decode|attention|prefill" /* the words of the table in bench.c, "|" between */
 
 int ltn_bench_cores(void);  /* that this process may use */
 double ltn_bench_now(void); /* seconds, of a clock that only goes forward */

@@ -23,6 +23,16 @@ pass "JSON: the threads" grep -qE '"threads":[[:space:]]*1,' "$tmp/out"
 pass "JSON: all samples" is "$(grep '"samples"' "$tmp/out" | tail -n 1 | tr -cd , | wc -c)" 2
 
 pass "JSON: the command" grep -qF '"ltn-bench model --device cpu -m' "$tmp/out"
+
+try "$bench" --random --shape 385m --dtype q4 --device cpu -r 1 --batch 1,2 --position 0,1000000 --seconds 0.01
+pass "decode: a row for each batch and position" is "$(grep -cE '^385m +q4 +[12] +(0|1000000) +[0-9]' "$tmp/out")" 4
+pass "decode: nothing on stderr" test ! -s "$tmp/err"
+try "$bench" decode --shape 385m --dtype q4 --device cpu -r 2 --seconds 0.01 --format json
+for key in device date read_gbps rows model dtype batch position tok_s gbps share state_bytes samples; do
+    pass "decode, JSON: $key" grep -q "\"$key\":" "$tmp/out"
+done
+try "$bench" decode --shape 3b
+pass "decode: no such shape" exited 2
 try "$LTN_BIN/ltn-bench" model --device cpu -m "$m" -l 16 -r 1 -n 2 --format csv
 pass "the command by its name" exited 0
 pass "the command by its name: the same rows" is "$(wc -l <"$tmp/out")" 3
