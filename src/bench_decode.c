@@ -323,7 +323,7 @@ int ltn_bench_decode(int argc, char **argv)
         {.name = "shape", .argument = "SHAPE", .kind = LTN_FLAG_CHOICE, .target = &o.shape,
          .choices = LTN_RELEASED "|all", .help = "the released model whose shape to take, or each in turn"},
         {.name = "random", .kind = LTN_FLAG_SWITCH, .target = &o.random,
-         .help = "random weights, which this command always has; ltn-bench --random is ltn-bench decode"},
+         .help = "random weights, as always here: the word decode may be left out then"},
         {.letter = 'b', .name = "batch", .argument = "STREAMS", .kind = LTN_FLAG_INTS, .target = &o.batches, .min = 1,
          .max = 4096, .help = "streams at once"},
         {.name = "position", .argument = "TOKENS", .kind = LTN_FLAG_INTS, .target = &o.positions, .max = 1e15,

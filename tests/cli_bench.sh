@@ -27,17 +27,17 @@ pass "JSON: the command" grep -qF '"ltn-bench model --device cpu -m' "$tmp/out"
 try "$bench" --random --shape 385m --dtype q4 --device cpu -r 1 --batch 1,2 --position 0,1000000 --seconds 0.01
 pass "decode: a row for each batch and position" is "$(grep -cE '^385m +q4 +[12] +(0|1000000) +[0-9]' "$tmp/out")" 4
 pass "decode: nothing on stderr" test ! -s "$tmp/err"
-try "$bench" decode --shape 385m --dtype q4 --device cpu -r 2 --seconds 0.01 --format json
+try "$LTN_BIN/ltn-bench" decode --device cpu --shape 385m --dtype q4 -r 2 --seconds 0.01 --format json
 for key in device date read_gbps rows model dtype batch position tok_s gbps share state_bytes samples; do
     pass "decode, JSON: $key" grep -q "\"$key\":" "$tmp/out"
 done
-try "$bench" decode --shape 3b
+try "$LTN_BIN/ltn-bench" decode --device cpu --shape 3b
 pass "decode: no such shape" exited 2
 try "$LTN_BIN/ltn-bench" model --device cpu -m "$m" -l 16 -r 1 -n 2 --format csv
 pass "the command by its name" exited 0
 pass "the command by its name: the same rows" is "$(wc -l <"$tmp/out")" 3
 try "$LTN_BIN/ltn-bench" frob
-pass "no such command" refused 2 "frob: no such command, expected one of model|attention|prefill"
+pass "no such command" refused 2 "frob: no such command, expected one of model|decode|attention|prefill"
 
 attention="$LTN_BIN/ltn-bench attention --device cpu --head-dim 24 -l 30,70 -r 2 --check 100"
 try $attention --heads 1,3
