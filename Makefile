@@ -33,9 +33,8 @@ TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c tests/typist.c
 TEST_BIN := $(TEST_SRC:tests/%.c=$(B)/tests/%)
 TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c))) $(B)/tests/cuda/device.c.o
 CUDA_BIN := $(B)/tests/cuda/test_ops $(B)/tests/cuda/test_decode $(B)/tests/cuda/bench_decode
-# The tensor-core attention stands by itself so far, with a test and bench of its own.
 ATTN_SRC := kernels/cuda/lightning_mma.cu kernels/cuda/lightning_hopper.cu
-CUDA_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(ATTN_SRC),$(wildcard kernels/cuda/*.cu)))
+CUDA_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/cuda/*.cu))
 PROGRAMS := $(patsubst src/%.c,$(BIN)/ltn-%,$(MAINS)) $(BIN)/tools/convert
 NAMES    := $(MAINS:src/%.c=ltn-%) ltn-convert
 MAN      := $(NAMES:%=$(B)/man/%.1)

@@ -1,5 +1,7 @@
 /* Opening and closing the device, its memory, and the table of operations. */
 #include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/gemm_hopper.h"
+#include "kernels/cuda/lightning_mma.h"
 
 #include <new>
 #include <stdio.h>
@@ -151,12 +153,54 @@ static enum ltn_status cuda_download(struct ltn_backend *base, void *host, const
 /* ---- attention: by sequences -----------------------------------------------------------------------------
  */
 
+/* The workspace of the tensor-core attention: zeroed, and made larger when a shape is the first to need it.
+ */
+static enum ltn_status lightning_room(struct cuda_backend *be, size_t bytes, struct ltn_error *err)
+{
+    if (bytes <= be->lightning_bytes)
+        return LTN_OK;
+    CUDA_TRY(be, err, cudaStreamSynchronize(be->stream));
+    CUDA_TRY(be, err, cudaFree(be->lightning_workspace));
+    be->lightning_workspace = NULL;
+    be->lightning_bytes = 0;
+    CUDA_TRY(be, err, cudaMalloc(&be->lightning_workspace, bytes));
+    CUDA_TRY(be, err, cudaMemsetAsync(be->lightning_workspace, 0, bytes, be->stream));
+    be->lightning_bytes = bytes;
+    return LTN_OK;
+}
+
+/* *done: whether the tensor-core kernels took the call. They go by rows of more than one token and know
+ * positions on the host alone, so that steps are left to the others. */
+static enum ltn_status lightning_tensor(struct cuda_backend *be, struct ltn_lightning_call *call, bool *done,
+                                        struct ltn_error *err)
+{
+    const struct ltn_attention *a = call->a;
+    bool many = false;
+    *done = false;
+    for (int32_t i = 0; i < call->n_seqs; i++)
+        many = many || call->seqs[i].count > 1;
+    if (!many || be->base.act_dtype != LTN_BF16 || be->steps)
+        return LTN_OK;
+    LTN_TRY(lightning_room(be, ltn_lightning_workspace(a->n_heads, a->head_dim, a->theta != NULL), err));
+    call->workspace = be->lightning_workspace;
+    call->workspace_bytes = be->lightning_bytes;
+    *done = ltn_lightning_supports(call);
+    if (*done)
+        CUDA_TRY(be, err, ltn_lightning_prefill(be->stream, call));
+    return LTN_OK;
+}
+
 static enum ltn_status cuda_lightning(struct ltn_backend *base, void *o, const void *q, const void *k,
                                       const void *v, int32_t ld, const struct ltn_attention *a,
                                       const struct ltn_seq *seqs, int32_t n_seqs, struct ltn_error *err)
 {
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
+    struct ltn_lightning_call call = {o, q, k, v, ld, a, seqs, n_seqs, NULL, 0, 0, false};
+    bool done;
+    LTN_TRY(lightning_tensor(be, &call, &done, err));
+    if (done)
+        return LTN_OK;
     /* Runs of sequences of one row each, and runs of longer ones. */
     for (int32_t i = 0; i < n_seqs;) {
         bool one = seqs[i].count == 1;
@@ -180,6 +224,7 @@ static void cuda_close(struct ltn_backend *base)
     if (be->stream)
         cudaStreamSynchronize(be->stream);
     gemm_close(be);
+    cudaFree(be->lightning_workspace);
     cudaFree(be->partials);
     cudaFree(be->step_barrier);
     for (int i = 0; i < STAGES; i++) {
@@ -233,6 +278,7 @@ static enum ltn_status start(struct cuda_backend *be, struct ltn_error *err)
                         prop.name, prop.major, prop.minor);
     be->n_sms = prop.multiProcessorCount;
     be->overlaps = prop.major >= 9;
+    be->hopper = hopper_gemm_present(be->device);
     be->max_shared = prop.sharedMemPerBlockOptin;
     snprintf(be->base.name, sizeof be->base.name, "cuda:%d, %.60s, %d SMs", be->device, prop.name, be->n_sms);
     CUDA_TRY(be, err, cudaStreamCreateWithFlags(&be->stream, cudaStreamNonBlocking));

@@ -34,6 +34,7 @@ struct cuda_backend {
     struct ltn_backend base;
     int device;
     int n_sms;
+    bool hopper;         /* gemm_hopper.cu has its kernels here */
     bool overlaps;       /* programmatic dependent launch works */
     size_t max_shared;   /* bytes of shared memory that a block may have */
     cudaStream_t stream; /* the one queue */
@@ -43,6 +44,8 @@ struct cuda_backend {
     int next_stage;
     size_t stage_used; /* bytes of stage[next_stage] already given out */
     struct gemm_library *gemm;
+    void *lightning_workspace; /* device, [lightning_bytes]; NULL until the tensor-core attention is used */
+    size_t lightning_bytes;
     uint8_t *partials;      /* device: batch.cu's partial sums and counters */
     uint32_t *step_barrier; /* device: step.cu's; NULL: the device cannot hold all blocks at once */
     const int64_t *steps;   /* while recording: what is added to positions; else NULL */

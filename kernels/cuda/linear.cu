@@ -2,8 +2,10 @@
  *
  *   gemv.cu   one row, or a few where batch.cu cannot: everything fused, norms included
  *   batch.cu  up to 64 rows of 16-bit weights: feature map and second matrix fused, norms before it
+ *   gemm_hopper.cu  many rows on Hopper: SiLU, product of two, sum into the residual fused, norms before it
  *   gemm.cu   the rest: nothing fused */
 #include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/gemm_hopper.h"
 
 static struct product product_of(const struct ltn_linear *l, int32_t rows, enum product_out out, void *y)
 {
@@ -24,6 +26,32 @@ static bool for_gemv(const struct cuda_backend *be, const struct product *p, enu
            gemv_fits(be, p->cols, p->rows);
 }
 
+/* Enough tiles of 256 x 256 to be worth its large tiles; by constants, so that bits depend on sizes alone. */
+static bool for_hopper(const struct cuda_backend *be, const struct product *p, enum ltn_dtype dtype)
+{
+    enum { SIDE = 256, TILES = 48 };
+    const int64_t tiles = (((int64_t)p->rows + SIDE - 1) / SIDE) * ((p->outs + SIDE - 1) / SIDE);
+    return be->hopper && dtype == LTN_BF16 && !p->bias && !p->bias2 && tiles >= TILES && p->out != OUT_F32 &&
+           p->cols % 8 == 0 && p->outs % 8 == 0 && p->act_cols % 8 == 0 && aligned16(p->w) &&
+           aligned16(p->w2) && aligned16(p->x) && aligned16(p->y);
+}
+
+static enum ltn_status hopper(struct cuda_backend *be, const struct product *p, struct ltn_error *err)
+{
+    struct hopper_gemm g = {};
+    g.out = p->out == OUT_ADD ? HOPPER_ADD : p->w2 ? HOPPER_GLU : HOPPER_ACT;
+    g.w = p->w;
+    g.w2 = p->w2;
+    g.x = p->x;
+    g.y = p->y;
+    g.rows = p->rows;
+    g.outs = p->outs;
+    g.cols = p->cols;
+    g.act_cols = p->act_cols;
+    CUDA_TRY(be, err, hopper_gemm_run(be->stream, be->n_sms, &g));
+    return LTN_OK;
+}
+
 static enum ltn_status plain(struct ltn_backend *base, enum product_out out, void *y, const void *x,
                              const struct ltn_linear *l, int32_t rows, struct ltn_error *err)
 {
@@ -33,7 +61,9 @@ static enum ltn_status plain(struct ltn_backend *base, enum product_out out, voi
     p.x = x;
     if (for_gemv(be, &p, l->w.dtype))
         return gemv(be, &p, l->w.dtype, err);
-    return batch_suits(be, &p, l->w.dtype) ? batch(be, &p, l->w.dtype, err) : gemm(be, &p, l->w.dtype, err);
+    if (batch_suits(be, &p, l->w.dtype))
+        return batch(be, &p, l->w.dtype, err);
+    return for_hopper(be, &p, l->w.dtype) ? hopper(be, &p, err) : gemm(be, &p, l->w.dtype, err);
 }
 
 enum ltn_status cuda_linear(struct ltn_backend *be, void *y, const void *x, const struct ltn_linear *l,
@@ -77,6 +107,8 @@ enum ltn_status cuda_norm_linear(struct ltn_backend *base, void *y, const float 
         p.x = scratch;
         if (batch_suits(be, &p, l->w.dtype)) {
             LTN_TRY(batch(be, &p, l->w.dtype, err));
+        } else if (act == LTN_ACT_SILU && for_hopper(be, &p, l->w.dtype)) {
+            LTN_TRY(hopper(be, &p, err));
         } else {
             LTN_TRY(cuda_linear(base, y, scratch, l, rows, err));
             act_later = true;
@@ -107,6 +139,8 @@ enum ltn_status cuda_norm_glu(struct ltn_backend *base, void *y, const float *x,
     p.x = scratch;
     if (batch_suits(be, &p, l1->w.dtype))
         return batch(be, &p, l1->w.dtype, err);
+    if (for_hopper(be, &p, l1->w.dtype))
+        return hopper(be, &p, err);
     LTN_TRY(cuda_linear(base, y, scratch, l1, rows, err));
     LTN_TRY(cuda_linear(base, scratch2, scratch, l2, rows, err));
     return cuda_multiply(base, y, scratch2, (int64_t)rows * p.outs, err);
