@@ -11,11 +11,6 @@ static size_t align_up(size_t n)
     return (n + ALIGN - 1) / ALIGN * ALIGN;
 }
 
-static enum ltn_dtype dtype_of(const struct ltn_st_tensor *t)
-{
-    return t->dtype == LTN_ST_F32 ? LTN_F32 : t->dtype == LTN_ST_BF16 ? LTN_BF16 : LTN_F16;
-}
-
 static size_t count_of(const struct ltn_tensor_spec *spec)
 {
     size_t n = 1;
@@ -24,35 +19,29 @@ static size_t count_of(const struct ltn_tensor_spec *spec)
     return n;
 }
 
-/* A matrix that lies aligned in host memory needs no copy. */
+/* A matrix, or its scales, that lies aligned in host memory needs no copy. */
 static bool usable_in_place(const struct ltn_backend *be, const struct ltn_tensor_spec *spec,
                             const struct ltn_st_tensor *t)
 {
     return be->host_memory && spec->is_matrix && t->offset % ALIGN == 0;
 }
 
-/* Bytes that the tensor takes in the arena. */
+/* Bytes that the tensor takes in the arena; none at all (NULL) takes none. */
 static size_t arena_bytes(const struct ltn_backend *be, const struct ltn_tensor_spec *spec,
                           const struct ltn_st_tensor *t)
 {
-    if (usable_in_place(be, spec, t))
+    if (!t || usable_in_place(be, spec, t))
         return 0;
     return align_up(spec->is_matrix ? t->bytes : count_of(spec) * sizeof(float));
 }
 
-static void put_matrix(struct ltn_matrix *m, const struct ltn_tensor_spec *spec, enum ltn_dtype dtype,
-                       const void *data)
-{
-    *m = (struct ltn_matrix){data, dtype, (int32_t)spec->shape[0], (int32_t)spec->shape[1]};
-}
-
-static void put_linear(struct ltn_linear *l, const struct ltn_tensor_spec *spec, enum ltn_dtype dtype,
-                       const void *data)
+static void put_linear(struct ltn_linear *l, const struct ltn_tensor_spec *spec,
+                       const struct ltn_matrix *matrix)
 {
     if (spec->is_bias)
-        l->bias = data;
+        l->bias = matrix->data;
     else
-        put_matrix(&l->w, spec, dtype, data);
+        l->w = *matrix;
 }
 
 static void put_norm(struct ltn_norm *norm, const struct ltn_tensor_spec *spec, const void *data)
@@ -63,18 +52,19 @@ static void put_norm(struct ltn_norm *norm, const struct ltn_tensor_spec *spec, 
         norm->weight = data;
 }
 
-/* Gives a tensor its place in the model: the one list of which name is what. */
-static void put(struct ltn_model *model, const struct ltn_tensor_spec *spec, enum ltn_dtype dtype,
-                const void *data)
+/* Gives a tensor its place in the model: the one list of which name is what. matrix: where it lies; of a
+ * vector the data alone counts. */
+static void put(struct ltn_model *model, const struct ltn_tensor_spec *spec, const struct ltn_matrix *matrix)
 {
+    const void *data = matrix->data;
     struct ltn_layer *layer = spec->layer >= 0 ? &model->layers[spec->layer] : NULL;
 
     switch (spec->slot) {
     case LTN_SLOT_EMBED:
-        put_matrix(&model->embed, spec, dtype, data);
+        model->embed = *matrix;
         break;
     case LTN_SLOT_HEAD:
-        put_matrix(&model->head, spec, dtype, data);
+        model->head = *matrix;
         break;
     case LTN_SLOT_FINAL_NORM:
         put_norm(&model->final_norm, spec, data);
@@ -92,25 +82,25 @@ static void put(struct ltn_model *model, const struct ltn_tensor_spec *spec, enu
         layer->attention.theta = data;
         break;
     case LTN_SLOT_QKV:
-        put_linear(&layer->qkv, spec, dtype, data);
+        put_linear(&layer->qkv, spec, matrix);
         break;
     case LTN_SLOT_GATE0:
-        put_linear(&layer->gate0, spec, dtype, data);
+        put_linear(&layer->gate0, spec, matrix);
         break;
     case LTN_SLOT_GATE1:
-        put_linear(&layer->gate1, spec, dtype, data);
+        put_linear(&layer->gate1, spec, matrix);
         break;
     case LTN_SLOT_OUT:
-        put_linear(&layer->out, spec, dtype, data);
+        put_linear(&layer->out, spec, matrix);
         break;
     case LTN_SLOT_L1:
-        put_linear(&layer->l1, spec, dtype, data);
+        put_linear(&layer->l1, spec, matrix);
         break;
     case LTN_SLOT_L2:
-        put_linear(&layer->l2, spec, dtype, data);
+        put_linear(&layer->l2, spec, matrix);
         break;
     case LTN_SLOT_L3:
-        put_linear(&layer->l3, spec, dtype, data);
+        put_linear(&layer->l3, spec, matrix);
         break;
     }
 }
@@ -120,8 +110,6 @@ static enum ltn_status send(struct ltn_backend *be, void *dst, const struct ltn_
                             const struct ltn_st_tensor *t, const uint8_t *src, float *stage,
                             struct ltn_error *err)
 {
-    enum ltn_dtype dtype = dtype_of(t);
-
     if (spec->is_matrix) {
         for (uint64_t done = 0; done < t->bytes; done += STAGE_BYTES) {
             uint64_t n = t->bytes - done < STAGE_BYTES ? t->bytes - done : STAGE_BYTES;
@@ -129,6 +117,8 @@ static enum ltn_status send(struct ltn_backend *be, void *dst, const struct ltn_
         }
         return LTN_OK;
     }
+    enum ltn_dtype dtype;
+    ltn_checkpoint_dtype(&dtype, t->dtype);
     size_t n = count_of(spec);
     for (size_t i = 0; i < n; i++) {
         /* A small tensor may lie unaligned in the file. */
@@ -137,6 +127,21 @@ static enum ltn_status send(struct ltn_backend *be, void *dst, const struct ltn_
         stage[i] = ltn_load(&word, dtype, 0);
     }
     return be->ops->upload(be, dst, stage, n * sizeof(float), err);
+}
+
+/* *at: the tensor as the backend sees it; *next: the free part of the arena. */
+static enum ltn_status place(const void **at, uint8_t **next, struct ltn_backend *be,
+                             const struct ltn_checkpoint *ck, const struct ltn_tensor_spec *spec,
+                             const struct ltn_st_tensor *t, float *stage, struct ltn_error *err)
+{
+    const uint8_t *src = ck->file.map + t->offset;
+    *at = src;
+    if (usable_in_place(be, spec, t))
+        return LTN_OK;
+    *at = *next;
+    LTN_TRY(send(be, *next, spec, t, src, stage, err));
+    *next += arena_bytes(be, spec, t);
+    return LTN_OK;
 }
 
 static enum ltn_status load(struct ltn_model *model, const struct ltn_checkpoint *ck,
@@ -150,7 +155,12 @@ static enum ltn_status load(struct ltn_model *model, const struct ltn_checkpoint
     uint64_t done = 0, total = 0;
 
     for (size_t i = 0; i < ck->n_specs; i++) {
-        arena += arena_bytes(be, &ck->specs[i], ck->tensors[i]);
+        const struct ltn_tensor_spec *spec = &ck->specs[i];
+        enum ltn_dtype dtype = ltn_checkpoint_matrix_dtype(ck->dtype, spec);
+        if (spec->is_matrix && !(be->dtypes >> dtype & 1))
+            return ltn_fail(err, LTN_ERR_UNSUPPORTED, "%s: tensor \"%s\" is %s, which %s does not have",
+                            ck->file.path, spec->name, ltn_dtype_name(dtype), be->name);
+        arena += arena_bytes(be, spec, ck->tensors[i]) + arena_bytes(be, spec, ck->scales[i]);
         total += ck->tensors[i]->bytes;
     }
     LTN_TRY(be->ops->alloc(be, &model->arena, arena, err));
@@ -168,16 +178,14 @@ static enum ltn_status load(struct ltn_model *model, const struct ltn_checkpoint
     }
     for (size_t i = 0; i < ck->n_specs; i++) {
         const struct ltn_tensor_spec *spec = &ck->specs[i];
-        const struct ltn_st_tensor *t = ck->tensors[i];
-        const uint8_t *src = ck->file.map + t->offset;
-        if (usable_in_place(be, spec, t)) {
-            put(model, spec, dtype_of(t), src);
-        } else {
-            LTN_TRY(send(be, next, spec, t, src, stage, err));
-            put(model, spec, dtype_of(t), next);
-            next += arena_bytes(be, spec, t);
-        }
-        done += t->bytes;
+        struct ltn_matrix matrix = {.dtype = ltn_checkpoint_matrix_dtype(ck->dtype, spec),
+                                    .rows = (int32_t)spec->shape[0],
+                                    .cols = (int32_t)spec->shape[1]};
+        LTN_TRY(place(&matrix.data, &next, be, ck, spec, ck->tensors[i], stage, err));
+        if (ck->scales[i])
+            LTN_TRY(place(&matrix.scales, &next, be, ck, spec, ck->scales[i], stage, err));
+        put(model, spec, &matrix);
+        done += ck->tensors[i]->bytes;
         if (progress)
             progress(ctx, done, total);
     }

@@ -22,6 +22,13 @@ pass "JSON: the commit" grep -qE '"commit":[[:space:]]*"abc123"' "$tmp/out"
 pass "JSON: the threads" grep -qE '"threads":[[:space:]]*1,' "$tmp/out"
 pass "JSON: all samples" is "$(grep '"samples"' "$tmp/out" | tail -n 1 | tr -cd , | wc -c)" 2
 
+pass "JSON: the command" grep -qF '"ltn-bench model --device cpu -m' "$tmp/out"
+try "$LTN_BIN/ltn-bench" model --device cpu -m "$m" -l 16 -r 1 -n 2 --format csv
+pass "the command by its name" exited 0
+pass "the command by its name: the same rows" is "$(wc -l <"$tmp/out")" 3
+try "$LTN_BIN/ltn-bench" frob
+pass "no such command" refused 2 "frob: no such command, expected one of model"
+
 refuses_usage() {
     text=$1
     shift
