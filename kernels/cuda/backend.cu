@@ -150,24 +150,23 @@ static enum ltn_status cuda_download(struct ltn_backend *base, void *host, const
     return LTN_OK;
 }
 
-/* ---- attention: by sequences -----------------------------------------------------------------------------
- */
-
-/* The workspace of the tensor-core attention: zeroed, and made larger when a shape is the first to need it.
- */
-static enum ltn_status lightning_room(struct cuda_backend *be, size_t bytes, struct ltn_error *err)
+enum ltn_status make_room(struct cuda_backend *be, void **room, size_t *bytes, size_t needed,
+                          struct ltn_error *err)
 {
-    if (bytes <= be->lightning_bytes)
+    if (needed <= *bytes)
         return LTN_OK;
     CUDA_TRY(be, err, cudaStreamSynchronize(be->stream));
-    CUDA_TRY(be, err, cudaFree(be->lightning_workspace));
-    be->lightning_workspace = NULL;
-    be->lightning_bytes = 0;
-    CUDA_TRY(be, err, cudaMalloc(&be->lightning_workspace, bytes));
-    CUDA_TRY(be, err, cudaMemsetAsync(be->lightning_workspace, 0, bytes, be->stream));
-    be->lightning_bytes = bytes;
+    CUDA_TRY(be, err, cudaFree(*room));
+    *room = NULL;
+    *bytes = 0;
+    CUDA_TRY(be, err, cudaMalloc(room, needed));
+    *bytes = needed;
+    CUDA_TRY(be, err, cudaMemsetAsync(*room, 0, needed, be->stream));
     return LTN_OK;
 }
+
+/* ---- attention: by sequences -----------------------------------------------------------------------------
+ */
 
 /* *done: whether the tensor-core kernels took the call. They go by rows of more than one token and know
  * positions on the host alone, so that steps are left to the others. */
@@ -181,7 +180,8 @@ static enum ltn_status lightning_tensor(struct cuda_backend *be, struct ltn_ligh
         many = many || call->seqs[i].count > 1;
     if (!many || be->base.act_dtype != LTN_BF16 || be->steps)
         return LTN_OK;
-    LTN_TRY(lightning_room(be, ltn_lightning_workspace(a->n_heads, a->head_dim, a->theta != NULL), err));
+    LTN_TRY(make_room(be, &be->lightning_workspace, &be->lightning_bytes,
+                      ltn_lightning_workspace(a->n_heads, a->head_dim, a->theta != NULL), err));
     call->workspace = be->lightning_workspace;
     call->workspace_bytes = be->lightning_bytes;
     *done = ltn_lightning_supports(call);
@@ -225,6 +225,7 @@ static void cuda_close(struct ltn_backend *base)
         cudaStreamSynchronize(be->stream);
     gemm_close(be);
     cudaFree(be->lightning_workspace);
+    cudaFree(be->fp8_workspace);
     cudaFree(be->partials);
     cudaFree(be->step_barrier);
     for (int i = 0; i < STAGES; i++) {
@@ -259,6 +260,7 @@ static const struct ltn_ops cuda_ops = {
     .norm_glu = cuda_norm_glu,
     .gated_linear_add = cuda_gated_linear_add,
     .norm_logits = cuda_norm_logits,
+    .matrix_fp8 = cuda_matrix_fp8,
     .step = cuda_step,
     .greedy = cuda_greedy,
     .record = cuda_record,
