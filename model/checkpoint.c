@@ -177,10 +177,8 @@ static enum ltn_status check_tensor(struct ltn_checkpoint *c, const struct ltn_s
             return ltn_fail(err, LTN_ERR_INPUT, "%s: tensor \"%s\" is %s, expected F32, BF16 or F16",
                             c->file.path, s->name, ltn_st_dtype_name(t->dtype));
     } else if (t->dtype != s->dtype) {
-        return ltn_fail(err, LTN_ERR_INPUT,
-                        "%s: tensor \"%s\" is %s, expected %s as the metadata's dtype is %s", c->file.path,
-                        s->name, ltn_st_dtype_name(t->dtype), ltn_st_dtype_name(s->dtype),
-                        dtype_keys[c->dtype]);
+        return ltn_fail(err, LTN_ERR_INPUT, "%s: tensor \"%s\" is %s, expected %s as the metadata says",
+                        c->file.path, s->name, ltn_st_dtype_name(t->dtype), ltn_st_dtype_name(s->dtype));
     }
     if (t->rank != s->rank || memcmp(t->shape, s->shape, (size_t)s->rank * sizeof *s->shape) != 0) {
         char found[128], expected[128];

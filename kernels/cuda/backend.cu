@@ -168,8 +168,7 @@ enum ltn_status make_room(struct cuda_backend *be, void **room, size_t *bytes, s
 /* ---- attention: by sequences -----------------------------------------------------------------------------
  */
 
-/* *done: whether the tensor-core kernels took the call. They go by rows of more than one token and know
- * positions on the host alone, so that steps are left to the others. */
+/* *done: whether the tensor-core kernels took the call: for sequences of more than one row. */
 static enum ltn_status lightning_tensor(struct cuda_backend *be, struct ltn_lightning_call *call, bool *done,
                                         struct ltn_error *err)
 {
@@ -178,10 +177,16 @@ static enum ltn_status lightning_tensor(struct cuda_backend *be, struct ltn_ligh
     *done = false;
     for (int32_t i = 0; i < call->n_seqs; i++)
         many = many || call->seqs[i].count > 1;
-    if (!many || be->base.act_dtype != LTN_BF16 || be->steps)
+    if (!many || be->base.act_dtype != LTN_BF16)
         return LTN_OK;
-    LTN_TRY(make_room(be, &be->lightning_workspace, &be->lightning_bytes,
-                      ltn_lightning_workspace(a->n_heads, a->head_dim, a->theta != NULL), err));
+    const size_t needed = ltn_lightning_workspace(a->n_heads, a->head_dim, a->theta != NULL);
+    if (needed > be->lightning_bytes) {
+        cudaStreamCaptureStatus recording;
+        CUDA_TRY(be, err, cudaStreamIsCapturing(be->stream, &recording));
+        if (recording != cudaStreamCaptureStatusNone) /* nothing can be allocated now */
+            return LTN_OK;
+        LTN_TRY(make_room(be, &be->lightning_workspace, &be->lightning_bytes, needed, err));
+    }
     call->workspace = be->lightning_workspace;
     call->workspace_bytes = be->lightning_bytes;
     *done = ltn_lightning_supports(call);
@@ -196,7 +201,7 @@ static enum ltn_status cuda_lightning(struct ltn_backend *base, void *o, const v
 {
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
-    struct ltn_lightning_call call = {o, q, k, v, ld, a, seqs, n_seqs, NULL, 0, 0, false};
+    struct ltn_lightning_call call = {o, q, k, v, ld, a, seqs, n_seqs, NULL, 0, 0, false, be->steps};
     bool done;
     LTN_TRY(lightning_tensor(be, &call, &done, err));
     if (done)
@@ -288,6 +293,10 @@ static enum ltn_status start(struct cuda_backend *be, struct ltn_error *err)
         CUDA_TRY(be, err, cudaMallocHost(&be->stage[i], STAGE_BYTES));
         CUDA_TRY(be, err, cudaEventCreateWithFlags(&be->staged[i], cudaEventDisableTiming));
     }
+    /* the attention of heads of up to 128; larger ones get more when they come */
+    if (be->base.act_dtype == LTN_BF16)
+        LTN_TRY(make_room(be, &be->lightning_workspace, &be->lightning_bytes,
+                          ltn_lightning_workspace(1, 128, true), err));
     LTN_TRY(batch_open(be, err));
     LTN_TRY(step_open(be, err));
     return gemv_open(be, err);
