@@ -33,7 +33,7 @@ TOOL_OBJ := $(patsubst %,$(B)/%.o,$(filter-out tools/convert.c,$(wildcard tools/
 TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c tests/typist.c
 TEST_BIN := $(TEST_SRC:tests/%.c=$(B)/tests/%)
 TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c))) $(B)/tests/cuda/device.c.o
-CUDA_BIN := $(B)/tests/cuda/test_ops $(B)/tests/cuda/test_decode $(B)/tests/cuda/bench_decode
+CUDA_BIN := $(B)/tests/cuda/test_ops $(B)/tests/cuda/test_decode $(B)/tests/cuda/test_prefill $(B)/tests/cuda/bench_decode
 ATTN_SRC := kernels/cuda/lightning_mma.cu kernels/cuda/lightning_hopper.cu
 CUDA_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/cuda/*.cu))
 PROGRAMS := $(patsubst src/%.c,$(BIN)/ltn-%,$(MAINS)) $(BIN)/tools/convert
@@ -77,6 +77,7 @@ test-cuda: setup ## run the tests that need a GPU
 	$(B)/tests/cuda/attention test
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_ops
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_decode
+	LTN_BIN=$(BIN) $(B)/tests/cuda/test_prefill
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
 
 bench-gpu: setup ## measure decoding, reading and attention on the GPU, beside PyTorch's, into tools/results
