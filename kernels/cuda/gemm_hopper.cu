@@ -98,12 +98,12 @@ __device__ __forceinline__ float silu(float x)
 
 __device__ __forceinline__ float2 column_scale(const float *scale, int col, int outs)
 {
-    return scale && col < outs ? *reinterpret_cast<const float2 *>(scale + col) : make_float2(1, 1);
+    return col < outs ? __ldg(reinterpret_cast<const float2 *>(scale + col)) : make_float2(0, 0);
 }
 
 /* A warp's 16 rows of the result: thread t holds, for each j, columns 8 j + 2 (t % 4) (+ 1) of rows t / 4 in
  * c[4 j] (+ 1) and t / 4 + 8 in c[4 j + 2] (+ 1). */
-template <int OUT>
+template <bool FP8, int OUT>
 __device__ __forceinline__ void finish(float (&c)[128], const params &p, const CUtensorMap *y, uint32_t box,
                                        int row, int col)
 {
@@ -126,17 +126,29 @@ __device__ __forceinline__ void finish(float (&c)[128], const params &p, const C
         __syncwarp();
 #pragma unroll
         for (int j = b * runs; j < (b + 1) * runs; j++) {
-            const float2 t = column_scale(p.col_scale, col + 8 * j + pair, p.outs);
             float *v = &c[4 * j];
-            v[0] *= s[0] * t.x, v[1] *= s[0] * t.y, v[2] *= s[1] * t.x, v[3] *= s[1] * t.y;
-            if (OUT == HOPPER_GLU) {
-                const float2 u = column_scale(p.col_scale2, col + 8 * j + pair, p.outs);
-                const float *g = &c[64 + 4 * j];
-                v[0] *= g[0] * u.x, v[1] *= g[1] * u.y, v[2] *= g[2] * u.x, v[3] *= g[3] * u.y;
+            const float *g = &c[(64 + 4 * j) % 128]; /* of HOPPER_GLU: the other factor */
+            v[0] *= s[0], v[1] *= s[0], v[2] *= s[1], v[3] *= s[1];
+            if (OUT == HOPPER_GLU)
+                v[0] *= g[0], v[1] *= g[1], v[2] *= g[2], v[3] *= g[3];
+            if (FP8) {
+                float2 t = column_scale(p.col_scale, col + 8 * j + pair, p.outs);
+                if (OUT == HOPPER_GLU) {
+                    const float2 u = column_scale(p.col_scale2, col + 8 * j + pair, p.outs);
+                    t.x *= u.x, t.y *= u.y;
+                }
+                v[0] *= t.x, v[1] *= t.y, v[2] *= t.x, v[3] *= t.y;
             }
-            if (OUT == HOPPER_ACT && col + 8 * j < p.act_cols) {
-                v[0] = silu(v[0]), v[1] = silu(v[1]), v[2] = silu(v[2]), v[3] = silu(v[3]);
-            }
+        }
+        /* one branch a box: all its elements are then on their way through the special functions at once */
+        if (OUT == HOPPER_ACT && col + 64 * b < p.act_cols) {
+#pragma unroll
+            for (int j = b * runs; j < (b + 1) * runs; j++)
+#pragma unroll
+                for (int i = 4 * j; i < 4 * j + 4; i++) {
+                    const float v = silu(c[i]);
+                    c[i] = col + 8 * j < p.act_cols ? v : c[i];
+                }
         }
         if (OUT == HOPPER_ADD) {
 #pragma unroll
@@ -200,8 +212,8 @@ __device__ void consume(const params &p, const tensor_maps &maps, uint32_t base,
         wgmma_wait<0>();
         if (lane < 2)
             barrier_arrive_at(&bar.empty[before], lane);
-        finish<OUT>(c, p, &maps.y, box, (2 * m + rank) * kRows + warp * 16,
-                    OUT == HOPPER_GLU ? n * (kCols / 2) : n * kCols);
+        finish<FP8, OUT>(c, p, &maps.y, box, (2 * m + rank) * kRows + warp * 16,
+                         OUT == HOPPER_GLU ? n * (kCols / 2) : n * kCols);
     }
     if (lane == 0)
         tma_wait_all();
@@ -281,11 +293,6 @@ cudaError_t launch(cudaStream_t stream, int n_sms, const params &p, const tensor
     return cudaLaunchKernelEx(&config, gemm_kernel<FP8, OUT>, p, maps);
 }
 
-bool aligned(const void *p)
-{
-    return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
-
 } // namespace
 
 bool hopper_gemm_present(int device)
@@ -297,13 +304,6 @@ bool hopper_gemm_present(int device)
            major == 9 && minor == 0 && tensor_map_encoder() != nullptr &&
            cudaFuncGetAttributes(&kernel, gemm_kernel<false, HOPPER_ACT>) == cudaSuccess &&
            kernel.sharedSizeBytes == 0; /* built for sm_90a, not for sm_90 or another */
-}
-
-bool hopper_gemm_suits(const struct hopper_gemm *g)
-{
-    return g->cols % (g->fp8 ? 16 : 8) == 0 && g->outs % 8 == 0 && g->act_cols % 8 == 0 && aligned(g->w) &&
-           aligned(g->w2) && aligned(g->x) && aligned(g->y) && aligned(g->col_scale) &&
-           aligned(g->col_scale2);
 }
 
 cudaError_t hopper_gemm_run(cudaStream_t stream, int n_sms, const struct hopper_gemm *g)
