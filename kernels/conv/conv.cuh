@@ -72,7 +72,47 @@ enum ltn_status conv_alloc(struct conv_device *dev, void **out, size_t bytes, st
 enum ltn_status conv_upload_filter(struct conv_device *dev, struct conv_op *op, const float *filter,
                                    struct ltn_error *err);
 
+/* Division of 0 <= n < 2^31 by a fixed divisor: multiply and shift (Granlund, Montgomery, "Division by
+ * invariant integers using multiplication", 1994). */
+struct conv_divisor {
+    uint32_t d, factor, shift;
+};
+static inline struct conv_divisor conv_divisor_of(int64_t d) /* 1 <= d < 2^31 */
+{
+    uint32_t shift = 0;
+    while (((int64_t)1 << shift) < d)
+        shift++;
+    return {(uint32_t)d,
+            (uint32_t)((((uint64_t)1 << 32) * (((uint64_t)1 << shift) - (uint64_t)d)) / (uint64_t)d + 1),
+            shift};
+}
+static __device__ __forceinline__ uint32_t divide(uint32_t n, struct conv_divisor d)
+{
+    return (__umulhi(n, d.factor) + n) >> d.shift;
+}
+
+static __device__ __forceinline__ float conv_f32(float v)
+{
+    return v;
+}
+static __device__ __forceinline__ float conv_f32(__nv_bfloat16 v)
+{
+    return __bfloat162float(v);
+}
+
+/* The epilogue. */
+static __device__ __forceinline__ float conv_finish(float sum, const float *bias, int32_t o, bool relu)
+{
+    const float v = bias ? sum + bias[o] : sum;
+    return relu && v < 0 ? 0 : v;
+}
+
 void blas_close(struct conv_device *dev);
 void cudnn_close(struct conv_device *dev);
+/* A large square product in bf16: TFLOP/s into *tflops, 0 where there is no cuBLAS. */
+enum ltn_status blas_peak(struct conv_device *dev, double *tflops, struct ltn_error *err);
+/* The versions of the libraries at hand, appended to text. */
+void blas_name(struct conv_device *dev, char *text, size_t size);
+void cudnn_name(struct conv_device *dev, char *text, size_t size);
 
 #endif

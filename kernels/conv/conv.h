@@ -84,6 +84,9 @@ int64_t ltn_conv_y_elements(const struct ltn_conv_shape *s);
 int64_t ltn_conv_filter_elements(const struct ltn_conv_shape *s); /* [co][ci / groups][hf][wf] */
 double ltn_conv_flop(const struct ltn_conv_shape *s); /* 2 per product, those with padding included */
 
+/* Layer 1 .. 12 of the paper's evaluation (its table 2), without padding, f32, NCHW. */
+struct ltn_conv_shape ltn_conv_layer(int layer, int32_t n);
+
 /* The definition above, in f64, one loop each. x, y in the shape's layout, type and relu of the shape
  * honoured as far as they are about values: x, filter are used as they are. bias: [co] or NULL. */
 void ltn_conv2d_reference(double *y, const struct ltn_conv_shape *s, const float *x, const float *filter,
