@@ -8,8 +8,8 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-struct conv_blas;  /* cuBLAS, opened when it is first needed: im2col.cu */
-struct conv_cudnn; /* cuDNN alike: cudnn.cu */
+struct blas_library;  /* cuBLAS, opened when it is first needed: im2col.cu */
+struct cudnn_library; /* cuDNN alike: cudnn.cu */
 
 struct conv_device {
     struct ltn_conv base;
@@ -18,8 +18,8 @@ struct conv_device {
     size_t max_shared;   /* bytes of shared memory that a block may have */
     cudaStream_t stream; /* the one queue */
     void *flush;         /* FLUSH_BYTES to write between samples; NULL until then */
-    struct conv_blas *blas;
-    struct conv_cudnn *cudnn;
+    struct blas_library *blas;
+    struct cudnn_library *cudnn;
 };
 
 /* An operator on this device. An algorithm's create fills in what it needs; free releases filter, bias and

@@ -31,7 +31,7 @@ typedef cublasStatus_t blas_product_fn(cublasHandle_t, cublasOperation_t, cublas
                                        long long stride_b, const void *beta, void *c, cudaDataType, int ldc,
                                        long long stride_c, int batch, cublasComputeType_t, cublasGemmAlgo_t);
 
-struct conv_blas {
+struct blas_library {
     void *handle; /* of dlopen */
 #define DECLARE(name) decltype(&::name) name;
     BLAS_FUNCTIONS(DECLARE)
@@ -58,10 +58,10 @@ static enum ltn_status blas_open(struct conv_device *dev, struct ltn_error *err)
     if (dev->blas && dev->blas->blas)
         return LTN_OK;
     blas_close(dev); /* what an attempt that failed half-way left */
-    dev->blas = new (std::nothrow) conv_blas();
+    dev->blas = new (std::nothrow) blas_library();
     if (!dev->blas)
         return ltn_fail(err, LTN_ERR_MEMORY, "convolution: no host memory");
-    struct conv_blas *b = dev->blas;
+    struct blas_library *b = dev->blas;
     b->handle = dlopen(BLAS_LIBRARY, RTLD_NOW | RTLD_LOCAL);
     if (!b->handle)
         return ltn_fail(err, LTN_ERR_UNSUPPORTED, "cuBLAS: %s", dlerror());
@@ -83,7 +83,7 @@ static enum ltn_status blas_open(struct conv_device *dev, struct ltn_error *err)
 
 void blas_close(struct conv_device *dev)
 {
-    struct conv_blas *b = dev->blas;
+    struct blas_library *b = dev->blas;
     if (!b)
         return;
     if (b->blas)
