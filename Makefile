@@ -80,10 +80,12 @@ test-cuda: setup ## run the tests that need a GPU
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_decode
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
 
-bench-gpu: setup ## time decoding on the GPU in the released shapes, into tools/results/decode.json
-	@$(MAKE) --no-print-directory -j$(JOBS) all $(B)/tests/cuda/bench_decode
+bench-gpu: setup ## measure decoding, reading and attention on the GPU, beside PyTorch's, into tools/results
+	@$(MAKE) --no-print-directory -j$(JOBS) all $(B)/tests/cuda/bench_decode $(B)/tests/cuda/libattention.so
 	@mkdir -p tools/results
 	LTN_BIN=$(BIN) $(B)/tests/cuda/bench_decode --batches 1,8,64,256 --positions 0,10000,1000000 --json tools/results/decode.json
+	python3 tools/bench_attention_peers.py --ltn $(B)/tests/cuda/libattention.so -o tools/results/attention.json
+	python3 tools/bench_prefill.py --bench $(BIN)/ltn-bench -o tools/results/prefill.json
 
 programs: $(PROGRAMS) $(B)/libltn.a $(BIN)/libltn.so
 
@@ -142,6 +144,10 @@ $(B)/%.cu.o: %.cu
 
 $(B)/tests/cuda/attention: $(ATTN_SRC:%=$(B)/%.o) $(B)/tests/cuda/attention.cu.o
 	$(call say,NVCC)$(NVCC) -cudart static -o $@ $^
+
+# What the peers' script times beside them.
+$(B)/tests/cuda/libattention.so: $(ATTN_SRC:%=$(B)/%.o) $(B)/tests/cuda/attention.cu.o
+	$(call say,NVCC)$(NVCC) -shared -cudart static -o $@ $^
 
 $(BIN)/libltn_cuda.so: $(CUDA_OBJ) $(B)/kernels/status.c.o kernels/cuda/exports
 	$(call say,NVCC)$(NVCC) -shared -cudart static -Xlinker --version-script=kernels/cuda/exports -o $@ $(filter %.o,$^) -ldl

@@ -3,13 +3,21 @@
 #include "src/bench.h"
 
 #include <math.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/utsname.h>
 #include <time.h>
 
+#include "kernels/rng.h"
 #include "src/cli.h"
+
+int ltn_bench_cores(void)
+{
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+}
 
 double ltn_bench_now(void)
 {
@@ -44,6 +52,47 @@ enum ltn_status ltn_bench_summarise(struct ltn_bench_summary *out, const double 
     out->max = sorted[n - 1];
     free(sorted);
     return LTN_OK;
+}
+
+/* ---- noise --------------------------------------------------------------------------------------------- */
+
+void ltn_bench_noise(void *to, enum ltn_dtype dtype, int64_t first, int64_t n)
+{
+    for (int64_t i = first; i < first + n; i += 4) {
+        uint32_t counter[4] = {(uint32_t)i, (uint32_t)(i >> 32)};
+        float x[4];
+        ltn_philox(counter, 4, 2);
+        for (int j = 0; j < 4; j += 2) { /* Box and Muller */
+            double radius = sqrt(-2 * log((counter[j] + 1.0) * 0x1p-32));
+            double angle = 0x1p-31 * M_PI * counter[j + 1];
+            x[j] = (float)(radius * cos(angle));
+            x[j + 1] = (float)(radius * sin(angle));
+        }
+        for (int64_t j = 0; j < 4 && i + j < first + n; j++) {
+            if (dtype == LTN_F32)
+                ((float *)to)[i + j] = x[j];
+            else
+                ((uint16_t *)to)[i + j] = dtype == LTN_BF16 ? ltn_f32_to_bf16(x[j]) : ltn_f32_to_f16(x[j]);
+        }
+    }
+}
+
+enum ltn_status ltn_bench_fill(struct ltn_backend *be, enum ltn_dtype dtype, void *memory, size_t bytes,
+                               struct ltn_error *err)
+{
+    const size_t most = ((size_t)8 << 20) + 192; /* no multiple of a row */
+    size_t done = bytes < most ? bytes : most;
+    void *block = malloc(done);
+    if (!block)
+        return ltn_fail(err, LTN_ERR_MEMORY, "no memory for random numbers");
+    ltn_bench_noise(block, dtype, 0, (int64_t)(done / ltn_dtype_size(dtype)));
+    enum ltn_status status = be->ops->upload(be, memory, block, done, err);
+    free(block);
+    for (size_t n; status == LTN_OK && done < bytes; done += n) {
+        n = bytes - done < done ? bytes - done : done;
+        status = be->ops->copy(be, (uint8_t *)memory + done, memory, n, err);
+    }
+    return status;
 }
 
 /* ---- the head of the results --------------------------------------------------------------------------- */
@@ -128,6 +177,8 @@ static const struct command {
     int (*run)(int argc, char **argv);
 } commands[] = {
     {"model", ltn_bench_model},
+    {"attention", ltn_bench_attention},
+    {"prefill", ltn_bench_prefill},
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 

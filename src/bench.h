@@ -15,9 +15,12 @@
 /* A command, one file each: its part of the command line, argv[0] its name; returns the exit code. --help,
  * --print-man and --print-completion print what is its own. */
 int ltn_bench_model(int argc, char **argv);
+int ltn_bench_attention(int argc, char **argv);
+int ltn_bench_prefill(int argc, char **argv);
 
-#define LTN_BENCH_COMMANDS "model" /* the words of the table in bench.c, "|" between */
+#define LTN_BENCH_COMMANDS "model|attention|prefill" /* the words of the table in bench.c, "|" between */
 
+int ltn_bench_cores(void);  /* that this process may use */
 double ltn_bench_now(void); /* seconds, of a clock that only goes forward */
 
 struct ltn_bench_summary {
@@ -26,6 +29,13 @@ struct ltn_bench_summary {
 /* Of n >= 1 samples, which keep their order. */
 enum ltn_status ltn_bench_summarise(struct ltn_bench_summary *out, const double *samples, size_t n,
                                     struct ltn_error *err);
+
+/* Elements first .. first + n - 1 of an endless row of normal numbers, at their places in `to`; first: a
+ * multiple of 4. */
+void ltn_bench_noise(void *to, enum ltn_dtype dtype, int64_t first, int64_t n);
+/* Fills backend memory with such numbers: a block of some MB, then copies of it. */
+enum ltn_status ltn_bench_fill(struct ltn_backend *be, enum ltn_dtype dtype, void *memory, size_t bytes,
+                               struct ltn_error *err);
 
 struct ltn_bench_head {
     char device[128]; /* the processor's name, or the backend's where that is a device */
