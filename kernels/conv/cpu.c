@@ -156,7 +156,8 @@ static void row_task(void *ctx, int64_t task, int worker)
         cpu_of(op->base.conv)
             ->micro->dots[LTN_F32](y, ldy, strip + (size_t)p * (size_t)s->dw * column, (size_t)s->sw * column,
                                    op->filter + (size_t)(g * op->pieces + p) * (size_t)og * (size_t)op->piece,
-                                   wo, og, op->piece, p > 0, p == 0 && op->bias ? op->bias + g * og : NULL);
+                                   NULL, wo, og, op->piece, p > 0,
+                                   p == 0 && op->bias ? op->bias + g * og : NULL);
     if (s->relu)
         for (int j = 0; j < wo; j++)
             for (int o = 0; o < og; o++)
