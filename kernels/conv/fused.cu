@@ -1,0 +1,753 @@
+/* Fused im2win for Hopper: see fused.h for what lies in shared memory, fused_plan.c for how it is chosen.
+ *
+ * One block stays on each multiprocessor and takes tiles in turn. Warpgroups 0 and 1 multiply and write outputs,
+ * together on one tile (share 2), or each on its own (share 1), so that one writes while the other multiplies.
+ * Warps 8-14 load strips, warp 15 packed filters.
+ *
+ * A thread's accumulators are of two output positions and, by the order in which the filters were packed, of runs of
+ * 16 bytes of neighbouring channels (channel_of), so that outputs go straight to memory. */
+#include "kernels/conv/fused.h"
+#include "kernels/conv/fused_cuda.h"
+
+#include <cuda_bf16.h>
+
+namespace
+{
+
+constexpr int kGroup = 128;
+constexpr int kBlock = 4 * kGroup;
+constexpr int kLoaders = LTN_FUSED_LOADERS;
+
+/* n / d for n < 2^31 */
+struct divisor {
+    uint32_t d, multiplier, shift;
+};
+
+divisor make_divisor(uint32_t d)
+{
+    uint32_t bits = 0;
+    while ((1ull << bits) < d)
+        ++bits;
+    /* ceil(2^(31 + bits) / d) <= 2^32 - 1 for d > 1; 2^31 for d = 1 */
+    return {d, static_cast<uint32_t>(((1ull << (31 + bits)) + d - 1) / d), 31 + bits};
+}
+
+__device__ __forceinline__ int quotient(int n, const divisor &d)
+{
+    return static_cast<int>((static_cast<uint64_t>(static_cast<uint32_t>(n)) * d.multiplier) >> d.shift);
+}
+
+struct fused_params {
+    const void *x;
+    void *y;
+    const float *bias;
+    const int4 *fetch;
+    const int2 *steps_table;
+    const char *weights;
+    int64_t x_image, y_image; /* elements */
+    int x_row, x_col, x_group;
+    int y_row, y_col, y_channel, y_group;
+    int n, hi, wi, ho, wo, sh, sw, pt, pl, hq;
+    divisor by_wq, by_hq, by_planes, by_phases, by_n_tiles, by_m_tiles;
+    int positions, tiles, cog;
+    int subplanes, planes, phases, load, stride, blocks, steps, zero;
+    int share, tile_rows, resident, stage_steps, stages, slots, slot_bytes;
+    int at_weights, at_slots; /* in shared memory */
+    bool relu, vector;
+};
+
+struct alignas(8) barriers {
+    uint64_t full[LTN_FUSED_MAX_SLOTS], empty[LTN_FUSED_MAX_SLOTS];
+    uint64_t w_full[LTN_FUSED_MAX_STAGES], w_empty[LTN_FUSED_MAX_STAGES];
+};
+static_assert(sizeof(barriers) <= 1024 - 128, "fits in the plan's fixed part");
+
+/* Output channel, within the tile, of column `col` of the products: each thread holds columns 8 b + 2 (lane % 4) + 0, 1,
+ * which become neighbours, 16 bytes at a time. */
+template <typename T> __host__ __device__ constexpr int channel_of(int col)
+{
+    return sizeof(T) == 2 ? (col & ~31) | ((col >> 1) & 3) << 3 | ((col >> 3) & 3) << 1 | (col & 1)
+                          : (col & ~15) | ((col >> 1) & 3) << 2 | ((col >> 3) & 1) << 1 | (col & 1);
+}
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+__device__ __forceinline__ uint32_t smem_address(const void *p)
+{
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void barrier_init(uint64_t *bar, int count)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(count));
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t *bar)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(bar)) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_expect(uint64_t *bar, uint32_t bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t *bar, uint32_t parity)
+{
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n"
+                 "}\n" ::"r"(smem_address(bar)),
+                 "r"(parity)
+                 : "memory");
+}
+
+__device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint64_t *bar)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
+                 "l"(src), "r"(bytes), "r"(smem_address(bar))
+                 : "memory");
+}
+
+/* ---- products ---- */
+
+#define ACC8(d, i)                                                                                                     \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
+        "+f"(d[i + 7])
+#define ACC16(d, i) ACC8(d, i), ACC8(d, i + 8)
+#define ACC32(d, i) ACC16(d, i), ACC16(d, i + 16)
+#define REGS16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define REGS32 REGS16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define REGS48 REGS32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define REGS64 REGS48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+
+/* d (+)= A B^T, 64 positions by N channels by two units; both operands in shared memory */
+template <typename T, int N> struct product;
+
+#define PRODUCT(N, REGS, ACCS, A, B, P)                                                                                \
+    template <> struct product<__nv_bfloat16, N> {                                                                     \
+        static __device__ __forceinline__ void add(float(&d)[N / 2], uint64_t a, uint64_t b, int accumulate)           \
+        {                                                                                                              \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGS "}, " A ", " B              \
+                         ", p, 1, 1, 0, 0;\n}\n"                                                                       \
+                         : ACCS                                                                                        \
+                         : "l"(a), "l"(b), "r"(accumulate));                                                           \
+        }                                                                                                              \
+    };                                                                                                                 \
+    template <> struct product<float, N> {                                                                             \
+        static __device__ __forceinline__ void add(float(&d)[N / 2], uint64_t a, uint64_t b, int accumulate)           \
+        {                                                                                                              \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k8.f32.tf32.tf32 {" REGS "}, " A ", " B               \
+                         ", p, 1, 1;\n}\n"                                                                             \
+                         : ACCS                                                                                        \
+                         : "l"(a), "l"(b), "r"(accumulate));                                                           \
+        }                                                                                                              \
+    };
+
+#define ACCS16 ACC16(d, 0)
+#define ACCS32 ACC32(d, 0)
+#define ACCS48 ACC32(d, 0), ACC16(d, 32)
+#define ACCS64 ACC32(d, 0), ACC32(d, 32)
+PRODUCT(32, REGS16, ACCS16, "%16", "%17", "%18")
+PRODUCT(64, REGS32, ACCS32, "%32", "%33", "%34")
+PRODUCT(96, REGS48, ACCS48, "%48", "%49", "%50")
+PRODUCT(128, REGS64, ACCS64, "%64", "%65", "%66")
+
+/* No swizzle, "K-major": 8-row groups are 128 bytes apart, the two units of a row `apart` units. */
+__device__ __forceinline__ uint64_t descriptor(uint32_t units, uint32_t apart)
+{
+    return static_cast<uint64_t>(units | (apart << 16)) | (static_cast<uint64_t>(8) << 32);
+}
+
+template <int M, int N> __device__ __forceinline__ void pin(float (&x)[M][N])
+{
+#pragma unroll
+    for (int i = 0; i < M; ++i)
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+            asm volatile("" : "+f"(x[i][j])::"memory");
+}
+
+/* ---- tiles and turns ---- */
+
+struct tile {
+    int first;   /* position */
+    int channel; /* of the group */
+    int n_tile, group;
+};
+
+__device__ __forceinline__ tile tile_at(const fused_params &p, int index, int bn)
+{
+    tile t;
+    int rest = quotient(index, p.by_n_tiles);
+    t.n_tile = index - rest * static_cast<int>(p.by_n_tiles.d);
+    t.group = quotient(rest, p.by_m_tiles);
+    t.first = (rest - t.group * static_cast<int>(p.by_m_tiles.d)) * p.tile_rows;
+    t.channel = t.n_tile * bn;
+    return t;
+}
+
+/* Place in a ring, and the parity of the barrier's phase. */
+struct turn {
+    int at = 0;
+    uint32_t phase = 0;
+    __device__ __forceinline__ void next(int size)
+    {
+        if (++at == size) {
+            at = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+/* ---- loading strips ---- */
+
+__device__ __forceinline__ uint32_t tf32(float x)
+{
+    uint32_t r;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+    return r;
+}
+
+__device__ __forceinline__ uint4 rounded(uint4 v)
+{
+    return make_uint4(tf32(__uint_as_float(v.x)), tf32(__uint_as_float(v.y)), tf32(__uint_as_float(v.z)),
+                      tf32(__uint_as_float(v.w)));
+}
+
+__device__ __forceinline__ uint4 load_unit(const void *p)
+{
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ void store_unit(uint32_t at, uint4 v)
+{
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+/* A position's place in the input: row and column of what a unit with dy = dx = 0 holds. */
+struct place {
+    int64_t at; /* element of that, may lie outside */
+    int y, x;
+};
+
+__device__ __forceinline__ place place_of(const fused_params &p, int position)
+{
+    int row = quotient(position, p.by_wq), image = quotient(row, p.by_hq);
+    int q = position - row * static_cast<int>(p.by_wq.d), m = row - image * static_cast<int>(p.by_hq.d);
+    place s;
+    s.y = image < p.n ? m * p.sh - p.pt : LTN_FUSED_FAR;
+    s.x = q * p.sw - p.pl;
+    s.at = image * p.x_image + static_cast<int64_t>(m * p.sh - p.pt) * p.x_row + static_cast<int64_t>(s.x) * p.x_col;
+    return s;
+}
+
+/* The source of unit i of a strip: plane i mod planes of position i / planes. NULL: zero. */
+template <typename T>
+__device__ __forceinline__ const T *unit_source(const fused_params &p, const T *x, int first, const int4 *fetch, int i,
+                                                uint32_t slot, uint32_t *at)
+{
+    int pos = quotient(i, p.by_planes), plane = i - pos * p.planes;
+    int4 e = __ldg(fetch + plane);
+    place s = place_of(p, first + pos);
+    *at = slot + (plane * p.stride + pos) * 16;
+    bool inside = static_cast<unsigned>(s.y + e.x) < static_cast<unsigned>(p.hi) &&
+                  static_cast<unsigned>(s.x + e.y) < static_cast<unsigned>(p.wi);
+    return inside ? x + s.at + e.z : nullptr;
+}
+
+/* Units are 16 aligned bytes of the input. bf16: copied as they are, and `full` hears of it when they have come. */
+__device__ void load_vectors(const fused_params &p, const __nv_bfloat16 *x, int first, int block, uint32_t slot,
+                             uint64_t *full)
+{
+    const int items = p.planes * p.load;
+    const int4 *fetch = p.fetch + block * p.planes;
+#pragma unroll 2
+    for (int i = threadIdx.x - 2 * kGroup; i < items; i += kLoaders) {
+        uint32_t at;
+        const __nv_bfloat16 *from = unit_source(p, x, first, fetch, i, slot, &at);
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from ? from : x),
+                     "r"(from ? 16 : 0)
+                     : "memory");
+    }
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(smem_address(full)) : "memory");
+}
+
+/* tf32: rounded on the way. */
+__device__ void load_vectors(const fused_params &p, const float *x, int first, int block, uint32_t slot, uint64_t *full)
+{
+    constexpr int kDeep = 4;
+    const int items = p.planes * p.load;
+    const int4 *fetch = p.fetch + block * p.planes;
+    for (int i0 = threadIdx.x - 2 * kGroup; i0 < items; i0 += kDeep * kLoaders) {
+        uint4 v[kDeep];
+        uint32_t at[kDeep];
+#pragma unroll
+        for (int k = 0; k < kDeep; ++k) {
+            v[k] = make_uint4(0, 0, 0, 0);
+            if (i0 + k * kLoaders < items) {
+                const float *from = unit_source(p, x, first, fetch, i0 + k * kLoaders, slot, &at[k]);
+                if (from)
+                    v[k] = load_unit(from);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < kDeep; ++k)
+            if (i0 + k * kLoaders < items)
+                store_unit(at[k], rounded(v[k]));
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    barrier_arrive(full);
+}
+
+template <typename T> struct elements; /* V elements on their way from the input to one unit */
+
+template <> struct elements<__nv_bfloat16> {
+    static constexpr int kUnit = 8;
+    unsigned short v[kUnit];
+    __device__ __forceinline__ uint4 unit() const
+    {
+        return make_uint4(v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16);
+    }
+};
+
+template <> struct elements<float> {
+    static constexpr int kUnit = 4;
+    uint32_t v[kUnit];
+    __device__ __forceinline__ uint4 unit() const
+    {
+        return rounded(make_uint4(v[0], v[1], v[2], v[3]));
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ elements<T> gather(const fused_params &p, const T *x, const place &s, const int4 *fetch)
+{
+    using E = elements<T>;
+    E out;
+#pragma unroll
+    for (int k = 0; k < E::kUnit; ++k) {
+        int4 e = __ldg(fetch + k);
+        out.v[k] = 0;
+        if (static_cast<unsigned>(s.y + e.x) < static_cast<unsigned>(p.hi) &&
+            static_cast<unsigned>(s.x + e.y) < static_cast<unsigned>(p.wi)) {
+            if (sizeof(T) == 2)
+                out.v[k] = __ldg(reinterpret_cast<const unsigned short *>(x + s.at + e.z));
+            else
+                out.v[k] = __ldg(reinterpret_cast<const unsigned *>(x + s.at + e.z));
+        }
+    }
+    return out;
+}
+
+/* Units are gathered element by element: any layout, any number of channels. Neighbouring threads take neighbouring
+ * columns. */
+template <typename T>
+__device__ void load_elements(const fused_params &p, const T *x, int first, int block, uint32_t slot, uint64_t *full)
+{
+    constexpr int V = elements<T>::kUnit;
+    const int items = p.phases * p.load;
+    const int4 *fetch = p.fetch + block * p.subplanes * V;
+    for (int i = threadIdx.x - 2 * kGroup; i < items; i += kLoaders) {
+        int pos = quotient(i, p.by_phases), phase = i - pos * p.phases;
+        place s = place_of(p, first + pos);
+        s.x += phase;
+        s.at += phase * p.x_col;
+        uint32_t at = slot + (phase * p.subplanes * p.stride + pos) * 16;
+        int k = 0;
+        for (; k + 2 <= p.subplanes; k += 2) {
+            elements<T> a = gather(p, x, s, fetch + k * V), b = gather(p, x, s, fetch + (k + 1) * V);
+            store_unit(at + k * p.stride * 16, a.unit());
+            store_unit(at + (k + 1) * p.stride * 16, b.unit());
+        }
+        if (k < p.subplanes)
+            store_unit(at + k * p.stride * 16, gather(p, x, s, fetch + k * V).unit());
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    barrier_arrive(full);
+}
+
+template <typename T, int BN> __device__ void load_strips(const fused_params &p, char *base, barriers &bar)
+{
+    const uint32_t slots = smem_address(base) + p.at_slots;
+    if (p.zero) /* the plane of zeros behind each strip; the barriers of the first strips cover it */
+        for (int s = 0; s < p.slots; ++s)
+            for (int i = threadIdx.x - 2 * kGroup; i < p.tile_rows; i += kLoaders)
+                store_unit(slots + s * p.slot_bytes + (p.planes * p.stride + i) * 16, make_uint4(0, 0, 0, 0));
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    turn now;
+    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+        const tile t = tile_at(p, index, BN);
+        const T *x = static_cast<const T *>(p.x) + static_cast<int64_t>(t.group) * p.x_group;
+        for (int b = 0; b < p.blocks; ++b) {
+            barrier_wait(&bar.empty[now.at], now.phase ^ 1);
+            const uint32_t slot = slots + now.at * p.slot_bytes;
+            if (p.vector)
+                load_vectors(p, x, t.first, b, slot, &bar.full[now.at]);
+            else
+                load_elements(p, x, t.first, b, slot, &bar.full[now.at]);
+            now.next(p.slots);
+        }
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+/* By one thread. */
+template <int BN> __device__ void load_filters(const fused_params &p, char *base, barriers &bar)
+{
+    const uint32_t at = smem_address(base) + p.at_weights;
+    const int64_t block_bytes = static_cast<int64_t>(p.steps) * BN * 32;
+    turn now;
+    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+        const tile t = tile_at(p, index, BN);
+        const char *from =
+            p.weights + (static_cast<int64_t>(t.group) * p.by_n_tiles.d + t.n_tile) * p.blocks * block_bytes;
+        uint32_t to = at;
+        for (int b = 0; b < p.blocks; ++b)
+            for (int s = 0; s < p.steps; s += p.stage_steps) {
+                uint32_t bytes = min(p.stage_steps, p.steps - s) * BN * 32;
+                if (!p.resident) {
+                    barrier_wait(&bar.w_empty[now.at], now.phase ^ 1);
+                    to = at + now.at * p.stage_steps * BN * 32;
+                }
+                barrier_arrive_expect(&bar.w_full[now.at], bytes);
+                bulk_load(to, from, bytes, &bar.w_full[now.at]);
+                from += bytes;
+                to += bytes;
+                now.next(p.stages);
+            }
+        if (p.resident)
+            break;
+    }
+}
+
+/* ---- multiplying and writing ---- */
+
+__device__ __forceinline__ uint32_t pack(float a, float b)
+{
+    __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+    return *reinterpret_cast<uint32_t *>(&v);
+}
+
+__device__ __forceinline__ uint4 pack(const float (&v)[8], __nv_bfloat16)
+{
+    return make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+}
+
+__device__ __forceinline__ uint4 pack(const float (&v)[4], float)
+{
+    return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
+}
+
+/* One row of accumulators: those of `d` at [4 b + 2 half + 0, 1]. */
+template <typename T, int BN>
+__device__ __forceinline__ void write_row(const fused_params &p, const float (&d)[BN / 2], int half, int position,
+                                          const tile &t)
+{
+    constexpr int V = 16 / sizeof(T);
+    int row = quotient(position, p.by_wq), image = quotient(row, p.by_hq);
+    int j = position - row * static_cast<int>(p.by_wq.d), m = row - image * static_cast<int>(p.by_hq.d);
+    if (image >= p.n || m >= p.ho || j >= p.wo)
+        return;
+    T *y = static_cast<T *>(p.y) + image * p.y_image + static_cast<int64_t>(m) * p.y_row +
+           static_cast<int64_t>(j) * p.y_col + static_cast<int64_t>(t.group) * p.y_group;
+    const float *bias = p.bias ? p.bias + t.group * p.cog : nullptr;
+#pragma unroll
+    for (int i = 0; i < BN / (4 * V); ++i) {
+        int c = t.channel + i * 4 * V + (threadIdx.x & 3) * V;
+        float v[V];
+#pragma unroll
+        for (int k = 0; k < V; ++k)
+            v[k] = d[4 * (i * V / 2 + k / 2) + 2 * half + (k & 1)];
+        if (bias)
+#pragma unroll
+            for (int k = 0; k < V; ++k)
+                v[k] += c + k < p.cog ? __ldg(bias + c + k) : 0.0f;
+        if (p.relu)
+#pragma unroll
+            for (int k = 0; k < V; ++k)
+                v[k] = v[k] < 0.0f ? 0.0f : v[k]; /* NaN stays */
+        if (p.y_channel == 1 && p.cog % V == 0) {
+            if (c < p.cog)
+                *reinterpret_cast<uint4 *>(y + c) = pack(v, T());
+        } else {
+#pragma unroll
+            for (int k = 0; k < V; ++k)
+                if (c + k < p.cog)
+                    y[static_cast<int64_t>(c + k) * p.y_channel] = static_cast<T>(v[k]);
+        }
+    }
+}
+
+template <typename T, int BN, int MT>
+__device__ void multiply(const fused_params &p, char *base, barriers &bar, int group)
+{
+    const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
+    const int2 *steps = reinterpret_cast<const int2 *>(base);
+    const int rows = p.share == 2 ? group * MT * 64 : 0; /* of this warpgroup in the tile */
+    const uint32_t weights = (smem_address(base) + p.at_weights) >> 4;
+    const uint32_t slots = (smem_address(base) + p.at_slots) >> 4;
+    turn now, filters;
+    int skip = p.share == 2 ? 0 : group; /* tiles of the other warpgroup before this one's next */
+
+    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+        if (p.share == 1) { /* one strip per tile, and each warpgroup every other tile */
+            if (skip-- > 0) {
+                now.next(p.slots);
+                continue;
+            }
+            skip = 1;
+        }
+        float acc[MT][BN / 2];
+        int accumulate = 0, w_held = -1, s_held = -1; /* what the stage before reads */
+        for (int b = 0; b < p.blocks; ++b) {
+            barrier_wait(&bar.full[now.at], now.phase);
+            if (sizeof(T) == 2) /* copied units have had no fence yet */
+                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            const uint32_t strip = slots + now.at * (p.slot_bytes >> 4) + rows;
+            for (int s0 = 0; s0 < p.steps; s0 += p.stage_steps) {
+                const int n = min(p.stage_steps, p.steps - s0);
+                barrier_wait(&bar.w_full[filters.at], p.resident ? 0 : filters.phase);
+                uint64_t w = descriptor(
+                    weights + (p.resident ? b * p.steps + s0 : filters.at * p.stage_steps) * (BN * 2), BN);
+                int2 step = steps[s0];
+                for (int s = 0; s < n; ++s, w += BN * 2) {
+                    uint64_t a = descriptor(strip + step.x, step.y);
+                    step = steps[s0 + s + 1]; /* of the next round; behind the table lies more shared memory */
+                    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                    for (int m = 0; m < MT; ++m)
+                        product<T, BN>::add(acc[m], a + m * 64, w, accumulate);
+                    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                    accumulate = 1;
+                    if (s == 0) { /* with this step under way, see the stage before done and let it go */
+                        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                        if (lane == 0) {
+                            if (w_held >= 0)
+                                barrier_arrive(&bar.w_empty[w_held]);
+                            if (s_held >= 0)
+                                barrier_arrive(&bar.empty[s_held]);
+                        }
+                    }
+                }
+                w_held = p.resident ? -1 : filters.at;
+                s_held = s0 + p.stage_steps >= p.steps ? now.at : -1;
+                filters.next(p.stages);
+            }
+            now.next(p.slots);
+        }
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        pin(acc);
+        if (lane == 0) {
+            if (w_held >= 0)
+                barrier_arrive(&bar.w_empty[w_held]);
+            barrier_arrive(&bar.empty[s_held]);
+        }
+        const tile t = tile_at(p, index, BN);
+        int position = t.first + rows + warp * 16 + (lane >> 2);
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            write_row<T, BN>(p, acc[m], 0, position + m * 64, t);
+            write_row<T, BN>(p, acc[m], 1, position + m * 64 + 8, t);
+        }
+    }
+}
+
+#endif /* __CUDA_ARCH_FEAT_SM90_ALL */
+
+template <typename T, int BN, int MT>
+__global__ void __launch_bounds__(kBlock, 1) fused_kernel(const __grid_constant__ fused_params p)
+{
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    extern __shared__ __align__(128) char raw[];
+    barriers &bar = *reinterpret_cast<barriers *>(raw);
+    char *base = raw + 1024 - 128; /* steps, filters, strips */
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < p.slots; ++i) {
+            barrier_init(&bar.full[i], kLoaders);
+            barrier_init(&bar.empty[i], 4 * p.share);
+        }
+        for (int i = 0; i < p.stages; ++i) {
+            barrier_init(&bar.w_full[i], 1);
+            barrier_init(&bar.w_empty[i], 8);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    for (int i = threadIdx.x; i < p.steps; i += kBlock)
+        reinterpret_cast<int2 *>(base)[i] = p.steps_table[i];
+    __syncthreads();
+    const int group = __shfl_sync(0xFFFFFFFF, threadIdx.x / kGroup, 0); /* the compiler then knows that it is uniform */
+    if (group < 2) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 176;");
+        multiply<T, BN, MT>(p, base, bar, group);
+    } else {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 80;");
+        if (threadIdx.x < 2 * kGroup + kLoaders)
+            load_strips<T, BN>(p, base, bar);
+        else if (threadIdx.x == 2 * kGroup + kLoaders)
+            load_filters<BN>(p, base, bar);
+    }
+#else
+    __trap();
+#endif
+}
+
+/* ---- packing ---- */
+
+/* packed [group][n_tile][block][step][2][bn][unit] */
+template <typename T>
+__global__ void pack_kernel(T *packed, const T *filter, const int32_t *map, int64_t count, int k_units, int bn, int n_tiles,
+                            int cog, int filter_elements)
+{
+    constexpr int V = 16 / sizeof(T);
+    for (int64_t at = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; at < count;
+         at += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+        int64_t rest = at / V;
+        int i = static_cast<int>(at - rest * V), col = static_cast<int>(rest % bn);
+        rest /= bn;
+        int k = static_cast<int>(rest % k_units);
+        rest /= k_units;
+        int64_t group = rest / n_tiles;
+        int c = static_cast<int>(rest % n_tiles) * bn + channel_of<T>(col), from = map[k * V + i];
+        T v = static_cast<T>(0.0f);
+        if (c < cog && from >= 0)
+            v = filter[(group * cog + c) * filter_elements + from];
+        if (sizeof(T) == 4) {
+            uint32_t r;
+            asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(static_cast<float>(v)));
+            v = static_cast<T>(__uint_as_float(r));
+        }
+        packed[at] = v;
+    }
+}
+
+template <typename T, int BN, int MT> cudaError_t launch(cudaStream_t stream, const fused_params &p, size_t shared, int n_sm)
+{
+    cudaError_t err = cudaFuncSetAttribute(fused_kernel<T, BN, MT>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shared));
+    if (err != cudaSuccess)
+        return err;
+    fused_kernel<T, BN, MT><<<p.tiles < n_sm ? p.tiles : n_sm, kBlock, shared, stream>>>(p);
+    return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t launch_tile(cudaStream_t stream, const fused_params &p, const ltn_fused_plan &plan, int n_sm)
+{
+    switch (plan.bn * 4 + plan.mt) {
+    case 32 * 4 + 1:
+        return launch<T, 32, 1>(stream, p, plan.shared_bytes, n_sm);
+    case 32 * 4 + 2:
+        return launch<T, 32, 2>(stream, p, plan.shared_bytes, n_sm);
+    case 64 * 4 + 1:
+        return launch<T, 64, 1>(stream, p, plan.shared_bytes, n_sm);
+    case 64 * 4 + 2:
+        return launch<T, 64, 2>(stream, p, plan.shared_bytes, n_sm);
+    case 64 * 4 + 3:
+        return launch<T, 64, 3>(stream, p, plan.shared_bytes, n_sm);
+    case 96 * 4 + 1:
+        return launch<T, 96, 1>(stream, p, plan.shared_bytes, n_sm);
+    case 96 * 4 + 2:
+        return launch<T, 96, 2>(stream, p, plan.shared_bytes, n_sm);
+    case 128 * 4 + 1:
+        return launch<T, 128, 1>(stream, p, plan.shared_bytes, n_sm);
+    case 128 * 4 + 2:
+        return launch<T, 128, 2>(stream, p, plan.shared_bytes, n_sm);
+    }
+    return cudaErrorInvalidValue;
+}
+
+} // namespace
+
+cudaError_t ltn_fused_pack(cudaStream_t stream, const ltn_fused_plan &plan, const fused_problem &p, void *packed,
+                           const void *filter)
+{
+    int k_units = plan.blocks * plan.steps * 2, cog = p.co / p.groups;
+    int64_t count = static_cast<int64_t>(p.groups) * plan.n_tiles * k_units * plan.bn * plan.unit;
+    char *base = static_cast<char *>(packed);
+    const int32_t *map = reinterpret_cast<const int32_t *>(base + plan.at_map);
+    int filter_elements = p.ci / p.groups * p.hf * p.wf;
+    int grid = static_cast<int>(count / 256 + 1 < 4096 ? count / 256 + 1 : 4096);
+    if (p.bf16)
+        pack_kernel<<<grid, 256, 0, stream>>>(reinterpret_cast<__nv_bfloat16 *>(base + plan.at_weights),
+                                              static_cast<const __nv_bfloat16 *>(filter), map, count, k_units, plan.bn,
+                                              plan.n_tiles, cog, filter_elements);
+    else
+        pack_kernel<<<grid, 256, 0, stream>>>(reinterpret_cast<float *>(base + plan.at_weights),
+                                              static_cast<const float *>(filter), map, count, k_units, plan.bn,
+                                              plan.n_tiles, cog, filter_elements);
+    return cudaGetLastError();
+}
+
+cudaError_t ltn_fused_run(cudaStream_t stream, const ltn_fused_plan &plan, const fused_problem &c, const void *packed,
+                          const void *x, const float *bias, bool relu, void *y, int n_sm)
+{
+    const char *base = static_cast<const char *>(packed);
+    fused_params p = {};
+    int cog = c.co / c.groups;
+    p.x = x;
+    p.y = y;
+    p.bias = bias;
+    p.fetch = reinterpret_cast<const int4 *>(base + plan.at_fetch);
+    p.steps_table = reinterpret_cast<const int2 *>(base + plan.at_steps);
+    p.weights = base + plan.at_weights;
+    p.x_image = static_cast<int64_t>(c.ci) * c.hi * c.wi;
+    p.y_image = static_cast<int64_t>(c.co) * plan.ho * plan.wo;
+    p.x_row = c.nhwc ? c.wi * c.ci : c.wi;
+    p.x_col = c.nhwc ? c.ci : 1;
+    p.x_group = c.ci / c.groups * (c.nhwc ? 1 : c.hi * c.wi);
+    p.y_row = c.nhwc ? plan.wo * c.co : plan.wo;
+    p.y_col = c.nhwc ? c.co : 1;
+    p.y_channel = c.nhwc ? 1 : plan.ho * plan.wo;
+    p.y_group = cog * p.y_channel;
+    p.n = c.n;
+    p.hi = c.hi;
+    p.wi = c.wi;
+    p.ho = plan.ho;
+    p.wo = plan.wo;
+    p.sh = c.sh;
+    p.sw = c.sw;
+    p.pt = c.pt;
+    p.pl = c.pl;
+    p.hq = plan.hq;
+    p.positions = c.n * plan.hq * plan.wq;
+    int m_tiles = (p.positions + plan.tile_rows - 1) / plan.tile_rows;
+    p.tiles = m_tiles * plan.n_tiles * c.groups;
+    p.by_wq = make_divisor(plan.wq);
+    p.by_hq = make_divisor(plan.hq);
+    p.by_planes = make_divisor(plan.planes);
+    p.by_phases = make_divisor(plan.phases);
+    p.by_n_tiles = make_divisor(plan.n_tiles);
+    p.by_m_tiles = make_divisor(m_tiles);
+    p.cog = cog;
+    p.subplanes = plan.subplanes;
+    p.planes = plan.planes;
+    p.phases = plan.phases;
+    p.load = plan.load;
+    p.stride = plan.stride;
+    p.blocks = plan.blocks;
+    p.steps = plan.steps;
+    p.zero = plan.zero;
+    p.share = plan.share;
+    p.tile_rows = plan.tile_rows;
+    p.resident = plan.resident;
+    p.stage_steps = plan.stage_steps;
+    p.stages = plan.stages;
+    p.slots = plan.slots;
+    p.slot_bytes = plan.slot_bytes;
+    p.at_weights = (plan.steps * 8 + 255) & ~255;
+    int held = plan.resident ? plan.blocks * plan.steps : plan.stages * plan.stage_steps;
+    p.at_slots = p.at_weights + held * plan.bn * 32;
+    p.relu = relu;
+    p.vector = plan.vector;
+    return c.bf16 ? launch_tile<__nv_bfloat16>(stream, p, plan, n_sm) : launch_tile<float>(stream, p, plan, n_sm);
+}
