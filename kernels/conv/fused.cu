@@ -5,11 +5,12 @@
  * Warps 8-14 load strips, warp 15 packed filters.
  *
  * A thread's accumulators are of two output positions and, by the order in which the filters were packed, of runs of
- * 16 bytes of neighbouring channels (channel_of), so that outputs go straight to memory. */
+ * 16 bytes of neighbouring channels (ltn_fused_channel), so that outputs go straight to memory. */
+#include "kernels/conv/conv.cuh"
 #include "kernels/conv/fused.h"
-#include "kernels/conv/fused_cuda.h"
 
-#include <cuda_bf16.h>
+#include <stdio.h>
+#include <stdlib.h>
 
 namespace
 {
@@ -46,14 +47,14 @@ struct fused_params {
     const char *weights;
     int64_t x_image, y_image; /* elements */
     int x_row, x_col, x_group;
-    int y_row, y_col, y_channel, y_group;
-    int n, hi, wi, ho, wo, sh, sw, pt, pl, hq;
+    int64_t y_row, y_col, y_channel, y_group;
+    int n, hi, wi, ho, wo, sh, sw, pt, pl;
     divisor by_wq, by_hq, by_planes, by_phases, by_n_tiles, by_m_tiles;
-    int positions, tiles, cog;
-    int subplanes, planes, phases, load, stride, blocks, steps, zero;
-    int share, tile_rows, resident, stage_steps, stages, slots, slot_bytes;
+    int tiles, cog;
+    int subplanes, planes, phases, load, stride, blocks, steps;
+    int share, tile_rows, stage_steps, stages, slots, slot_bytes;
     int at_weights, at_slots; /* in shared memory */
-    bool relu, vector;
+    bool zero, resident, vector, relu;
 };
 
 struct alignas(8) barriers {
@@ -61,14 +62,6 @@ struct alignas(8) barriers {
     uint64_t w_full[LTN_FUSED_MAX_STAGES], w_empty[LTN_FUSED_MAX_STAGES];
 };
 static_assert(sizeof(barriers) <= 1024 - 128, "fits in the plan's fixed part");
-
-/* Output channel, within the tile, of column `col` of the products: each thread holds columns 8 b + 2 (lane % 4) + 0, 1,
- * which become neighbours, 16 bytes at a time. */
-template <typename T> __host__ __device__ constexpr int channel_of(int col)
-{
-    return sizeof(T) == 2 ? (col & ~31) | ((col >> 1) & 3) << 3 | ((col >> 3) & 3) << 1 | (col & 1)
-                          : (col & ~15) | ((col >> 1) & 3) << 2 | ((col >> 3) & 1) << 1 | (col & 1);
-}
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -458,8 +451,7 @@ __device__ __forceinline__ void write_row(const fused_params &p, const float (&d
     int j = position - row * static_cast<int>(p.by_wq.d), m = row - image * static_cast<int>(p.by_hq.d);
     if (image >= p.n || m >= p.ho || j >= p.wo)
         return;
-    T *y = static_cast<T *>(p.y) + image * p.y_image + static_cast<int64_t>(m) * p.y_row +
-           static_cast<int64_t>(j) * p.y_col + static_cast<int64_t>(t.group) * p.y_group;
+    T *y = static_cast<T *>(p.y) + image * p.y_image + m * p.y_row + j * p.y_col + t.group * p.y_group;
     const float *bias = p.bias ? p.bias + t.group * p.cog : nullptr;
 #pragma unroll
     for (int i = 0; i < BN / (4 * V); ++i) {
@@ -483,7 +475,7 @@ __device__ __forceinline__ void write_row(const fused_params &p, const float (&d
 #pragma unroll
             for (int k = 0; k < V; ++k)
                 if (c + k < p.cog)
-                    y[static_cast<int64_t>(c + k) * p.y_channel] = static_cast<T>(v[k]);
+                    y[(c + k) * p.y_channel] = static_cast<T>(v[k]);
         }
     }
 }
@@ -597,137 +589,76 @@ __global__ void __launch_bounds__(kBlock, 1) fused_kernel(const __grid_constant_
             load_filters<BN>(p, base, bar);
     }
 #else
+    __shared__ volatile char absent[1]; /* tells refuse() */
+    absent[0] = 0;
     __trap();
 #endif
 }
 
-/* ---- packing ---- */
+/* ---- the operator ---- */
 
-/* packed [group][n_tile][block][step][2][bn][unit] */
-template <typename T>
-__global__ void pack_kernel(T *packed, const T *filter, const int32_t *map, int64_t count, int k_units, int bn, int n_tiles,
-                            int cog, int filter_elements)
-{
-    constexpr int V = 16 / sizeof(T);
-    for (int64_t at = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; at < count;
-         at += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-        int64_t rest = at / V;
-        int i = static_cast<int>(at - rest * V), col = static_cast<int>(rest % bn);
-        rest /= bn;
-        int k = static_cast<int>(rest % k_units);
-        rest /= k_units;
-        int64_t group = rest / n_tiles;
-        int c = static_cast<int>(rest % n_tiles) * bn + channel_of<T>(col), from = map[k * V + i];
-        T v = static_cast<T>(0.0f);
-        if (c < cog && from >= 0)
-            v = filter[(group * cog + c) * filter_elements + from];
-        if (sizeof(T) == 4) {
-            uint32_t r;
-            asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(static_cast<float>(v)));
-            v = static_cast<T>(__uint_as_float(r));
-        }
-        packed[at] = v;
-    }
-}
+using kernel = void (*)(const fused_params);
 
-template <typename T, int BN, int MT> cudaError_t launch(cudaStream_t stream, const fused_params &p, size_t shared, int n_sm)
-{
-    cudaError_t err = cudaFuncSetAttribute(fused_kernel<T, BN, MT>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared));
-    if (err != cudaSuccess)
-        return err;
-    fused_kernel<T, BN, MT><<<p.tiles < n_sm ? p.tiles : n_sm, kBlock, shared, stream>>>(p);
-    return cudaGetLastError();
-}
-
-template <typename T>
-cudaError_t launch_tile(cudaStream_t stream, const fused_params &p, const ltn_fused_plan &plan, int n_sm)
+/* NULL: no such tile */
+template <typename T> kernel kernel_of(const ltn_fused_plan &plan)
 {
     switch (plan.bn * 4 + plan.mt) {
     case 32 * 4 + 1:
-        return launch<T, 32, 1>(stream, p, plan.shared_bytes, n_sm);
+        return fused_kernel<T, 32, 1>;
     case 32 * 4 + 2:
-        return launch<T, 32, 2>(stream, p, plan.shared_bytes, n_sm);
+        return fused_kernel<T, 32, 2>;
     case 64 * 4 + 1:
-        return launch<T, 64, 1>(stream, p, plan.shared_bytes, n_sm);
+        return fused_kernel<T, 64, 1>;
     case 64 * 4 + 2:
-        return launch<T, 64, 2>(stream, p, plan.shared_bytes, n_sm);
+        return fused_kernel<T, 64, 2>;
     case 64 * 4 + 3:
-        return launch<T, 64, 3>(stream, p, plan.shared_bytes, n_sm);
+        return fused_kernel<T, 64, 3>;
     case 96 * 4 + 1:
-        return launch<T, 96, 1>(stream, p, plan.shared_bytes, n_sm);
+        return fused_kernel<T, 96, 1>;
     case 96 * 4 + 2:
-        return launch<T, 96, 2>(stream, p, plan.shared_bytes, n_sm);
+        return fused_kernel<T, 96, 2>;
     case 128 * 4 + 1:
-        return launch<T, 128, 1>(stream, p, plan.shared_bytes, n_sm);
+        return fused_kernel<T, 128, 1>;
     case 128 * 4 + 2:
-        return launch<T, 128, 2>(stream, p, plan.shared_bytes, n_sm);
+        return fused_kernel<T, 128, 2>;
     }
-    return cudaErrorInvalidValue;
+    return nullptr;
 }
 
-} // namespace
+struct fused_op {
+    ltn_fused_plan plan;
+    kernel run;
+    fused_params params; /* but x, y and what depends on the number of images */
+    int images;          /* at most, in one launch */
+};
 
-cudaError_t ltn_fused_pack(cudaStream_t stream, const ltn_fused_plan &plan, const fused_problem &p, void *packed,
-                           const void *filter)
+fused_params params_of(const ltn_fused_plan &plan, const ltn_conv_shape &s)
 {
-    int k_units = plan.blocks * plan.steps * 2, cog = p.co / p.groups;
-    int64_t count = static_cast<int64_t>(p.groups) * plan.n_tiles * k_units * plan.bn * plan.unit;
-    char *base = static_cast<char *>(packed);
-    const int32_t *map = reinterpret_cast<const int32_t *>(base + plan.at_map);
-    int filter_elements = p.ci / p.groups * p.hf * p.wf;
-    int grid = static_cast<int>(count / 256 + 1 < 4096 ? count / 256 + 1 : 4096);
-    if (p.bf16)
-        pack_kernel<<<grid, 256, 0, stream>>>(reinterpret_cast<__nv_bfloat16 *>(base + plan.at_weights),
-                                              static_cast<const __nv_bfloat16 *>(filter), map, count, k_units, plan.bn,
-                                              plan.n_tiles, cog, filter_elements);
-    else
-        pack_kernel<<<grid, 256, 0, stream>>>(reinterpret_cast<float *>(base + plan.at_weights),
-                                              static_cast<const float *>(filter), map, count, k_units, plan.bn,
-                                              plan.n_tiles, cog, filter_elements);
-    return cudaGetLastError();
-}
-
-cudaError_t ltn_fused_run(cudaStream_t stream, const ltn_fused_plan &plan, const fused_problem &c, const void *packed,
-                          const void *x, const float *bias, bool relu, void *y, int n_sm)
-{
-    const char *base = static_cast<const char *>(packed);
+    bool nhwc = s.layout == LTN_NHWC;
+    int cog = s.co / s.groups, held = plan.resident ? plan.blocks * plan.steps : plan.stages * plan.stage_steps;
     fused_params p = {};
-    int cog = c.co / c.groups;
-    p.x = x;
-    p.y = y;
-    p.bias = bias;
-    p.fetch = reinterpret_cast<const int4 *>(base + plan.at_fetch);
-    p.steps_table = reinterpret_cast<const int2 *>(base + plan.at_steps);
-    p.weights = base + plan.at_weights;
-    p.x_image = static_cast<int64_t>(c.ci) * c.hi * c.wi;
-    p.y_image = static_cast<int64_t>(c.co) * plan.ho * plan.wo;
-    p.x_row = c.nhwc ? c.wi * c.ci : c.wi;
-    p.x_col = c.nhwc ? c.ci : 1;
-    p.x_group = c.ci / c.groups * (c.nhwc ? 1 : c.hi * c.wi);
-    p.y_row = c.nhwc ? plan.wo * c.co : plan.wo;
-    p.y_col = c.nhwc ? c.co : 1;
-    p.y_channel = c.nhwc ? 1 : plan.ho * plan.wo;
+    p.x_image = static_cast<int64_t>(s.ci) * s.hi * s.wi;
+    p.y_image = static_cast<int64_t>(s.co) * plan.ho * plan.wo;
+    p.x_row = nhwc ? s.wi * s.ci : s.wi;
+    p.x_col = nhwc ? s.ci : 1;
+    p.x_group = s.ci / s.groups * (nhwc ? 1 : s.hi * s.wi);
+    p.y_row = nhwc ? static_cast<int64_t>(plan.wo) * s.co : plan.wo;
+    p.y_col = nhwc ? s.co : 1;
+    p.y_channel = nhwc ? 1 : static_cast<int64_t>(plan.ho) * plan.wo;
     p.y_group = cog * p.y_channel;
-    p.n = c.n;
-    p.hi = c.hi;
-    p.wi = c.wi;
+    p.hi = s.hi;
+    p.wi = s.wi;
     p.ho = plan.ho;
     p.wo = plan.wo;
-    p.sh = c.sh;
-    p.sw = c.sw;
-    p.pt = c.pt;
-    p.pl = c.pl;
-    p.hq = plan.hq;
-    p.positions = c.n * plan.hq * plan.wq;
-    int m_tiles = (p.positions + plan.tile_rows - 1) / plan.tile_rows;
-    p.tiles = m_tiles * plan.n_tiles * c.groups;
+    p.sh = s.sh;
+    p.sw = s.sw;
+    p.pt = s.pt;
+    p.pl = s.pl;
     p.by_wq = make_divisor(plan.wq);
     p.by_hq = make_divisor(plan.hq);
     p.by_planes = make_divisor(plan.planes);
     p.by_phases = make_divisor(plan.phases);
     p.by_n_tiles = make_divisor(plan.n_tiles);
-    p.by_m_tiles = make_divisor(m_tiles);
     p.cog = cog;
     p.subplanes = plan.subplanes;
     p.planes = plan.planes;
@@ -736,18 +667,105 @@ cudaError_t ltn_fused_run(cudaStream_t stream, const ltn_fused_plan &plan, const
     p.stride = plan.stride;
     p.blocks = plan.blocks;
     p.steps = plan.steps;
-    p.zero = plan.zero;
     p.share = plan.share;
     p.tile_rows = plan.tile_rows;
-    p.resident = plan.resident;
     p.stage_steps = plan.stage_steps;
     p.stages = plan.stages;
     p.slots = plan.slots;
     p.slot_bytes = plan.slot_bytes;
     p.at_weights = (plan.steps * 8 + 255) & ~255;
-    int held = plan.resident ? plan.blocks * plan.steps : plan.stages * plan.stage_steps;
     p.at_slots = p.at_weights + held * plan.bn * 32;
-    p.relu = relu;
+    p.zero = plan.zero;
+    p.resident = plan.resident;
     p.vector = plan.vector;
-    return c.bf16 ? launch_tile<__nv_bfloat16>(stream, p, plan, n_sm) : launch_tile<float>(stream, p, plan, n_sm);
+    p.relu = s.relu;
+    return p;
 }
+
+const char *refuse(const conv_device *dev, const ltn_conv_shape *s)
+{
+    ltn_fused_plan plan;
+    cudaFuncAttributes kernel;
+    if (s->type == LTN_CONV_F32)
+        return "fused im2win is for tf32 and bf16";
+    if (dev->major != 9 || cudaFuncGetAttributes(&kernel, fused_kernel<float, 32, 1>) != cudaSuccess ||
+        kernel.sharedSizeBytes != 0)
+        return "fused im2win needs a Hopper GPU, and to be built for sm_90a";
+    if (ltn_fused_choose(&plan, s, nullptr, nullptr) != LTN_OK)
+        return "no plan of fused im2win fits this shape";
+    return nullptr;
+}
+
+enum ltn_status create(conv_device *dev, conv_op *op, const float *filter, ltn_error *err)
+{
+    const ltn_conv_shape &s = op->base.shape;
+    fused_op *f = static_cast<fused_op *>(calloc(1, sizeof(fused_op)));
+    if (f == nullptr)
+        return ltn_fail(err, LTN_ERR_MEMORY, "convolution: no memory for an operator");
+    op->own = f;
+    LTN_TRY(ltn_fused_choose(&f->plan, &s, nullptr, err));
+    const ltn_fused_plan &plan = f->plan;
+    f->run = s.type == LTN_CONV_BF16 ? kernel_of<__nv_bfloat16>(plan) : kernel_of<float>(plan);
+    f->params = params_of(plan, s);
+    /* positions and tiles of one launch are counted in 32 bits */
+    int64_t per_image = static_cast<int64_t>(plan.hq) * plan.wq;
+    int64_t most = INT32_MAX / 2 / (static_cast<int64_t>(plan.n_tiles) * s.groups);
+    if (f->run == nullptr || per_image > most)
+        return ltn_fail(err, LTN_ERR_UNSUPPORTED, "convolution: too large for fused im2win");
+    f->images = static_cast<int>(most / per_image < s.n ? most / per_image : s.n);
+
+    void *packed = malloc(plan.bytes);
+    if (packed == nullptr)
+        return ltn_fail(err, LTN_ERR_MEMORY, "convolution: no memory for a packed filter of %zu bytes", plan.bytes);
+    enum ltn_status status = ltn_fused_pack(&plan, &s, filter, packed, err);
+    if (status == LTN_OK)
+        status = conv_alloc(dev, &op->filter, plan.bytes, err);
+    if (status == LTN_OK)
+        status = dev->base.ops->upload(&dev->base, op->filter, packed, plan.bytes, err);
+    free(packed);
+    LTN_TRY(status);
+    const char *base = static_cast<const char *>(op->filter);
+    f->params.fetch = reinterpret_cast<const int4 *>(base);
+    f->params.steps_table = reinterpret_cast<const int2 *>(base + plan.at_steps);
+    f->params.weights = base + plan.at_weights;
+    op->base.info.filter_bytes = plan.bytes;
+    static const char *const orders[] = {"channels", "window", "exact", "exact list"};
+    snprintf(op->base.info.variant, sizeof op->base.info.variant, "%s, tile %d x %d, %d in a strip, filters %s",
+             orders[plan.order], plan.tile_rows, plan.bn, plan.steps, plan.resident ? "resident" : "streamed");
+    CONV_TRY(dev, err,
+             cudaFuncSetAttribute(f->run, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(plan.shared_bytes)));
+    return LTN_OK;
+}
+
+enum ltn_status run(conv_device *dev, conv_op *op, void *y, const void *x, void *, enum ltn_conv_part part,
+                    ltn_error *err)
+{
+    const ltn_conv_shape &s = op->base.shape;
+    const fused_op *f = static_cast<const fused_op *>(op->own);
+    const int64_t size = static_cast<int64_t>(ltn_conv_type_size(s.type));
+    fused_params p = f->params;
+    p.bias = op->bias;
+    if (!(part & LTN_CONV_KERNEL))
+        return LTN_OK;
+    for (int first = 0; first < s.n; first += f->images) {
+        p.n = s.n - first < f->images ? s.n - first : f->images;
+        p.x = static_cast<const char *>(x) + first * p.x_image * size;
+        p.y = static_cast<char *>(y) + first * p.y_image * size;
+        int m_tiles = (p.n * f->plan.hq * f->plan.wq + p.tile_rows - 1) / p.tile_rows;
+        p.by_m_tiles = make_divisor(m_tiles);
+        p.tiles = m_tiles * f->plan.n_tiles * s.groups;
+        f->run<<<p.tiles < dev->n_sms ? p.tiles : dev->n_sms, kBlock, f->plan.shared_bytes, dev->stream>>>(p);
+        CONV_TRY(dev, err, cudaGetLastError());
+    }
+    return LTN_OK;
+}
+
+void destroy(conv_device *, conv_op *op)
+{
+    free(op->own);
+}
+
+} // namespace
+
+const struct conv_algo conv_fused = {LTN_CONV_FUSED, refuse, create, run, destroy};

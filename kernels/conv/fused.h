@@ -18,20 +18,11 @@
 #ifndef LTN_CONV_FUSED_H
 #define LTN_CONV_FUSED_H
 
-#include "kernels/status.h"
-
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "kernels/conv/conv.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-struct fused_problem { /* replaced by conv.h's */
-    int n, ci, hi, wi, co, hf, wf, sh, sw, pt, pb, pl, pr, dh, dw, groups;
-    bool nhwc, bf16;
-};
 
 enum {
     LTN_FUSED_LOADERS = 7 * 32, /* threads that load strips */
@@ -70,8 +61,7 @@ struct ltn_fused_plan {
     int slot_bytes;
     size_t shared_bytes;
     int64_t fetch_entries; /* of 4 ints */
-    /* byte offsets in the packed filter: tables first */
-    size_t at_fetch, at_steps, at_map, at_weights, bytes;
+    size_t at_steps, at_weights, bytes; /* in the packed filter: byte offsets, and all; fetch comes first */
 };
 
 /* Overrides for measuring; 0 or -1: the plan chooses. */
@@ -80,15 +70,24 @@ struct ltn_fused_choice {
 };
 
 /* Decides how the problem is computed. choice may be NULL. */
-enum ltn_status ltn_fused_choose(struct ltn_fused_plan *plan, const struct fused_problem *p,
+enum ltn_status ltn_fused_choose(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s,
                                const struct ltn_fused_choice *choice, struct ltn_error *err);
 
-/* The packed filter's tables, for host memory of plan->at_weights bytes:
- *   fetch [blocks][planes or subplanes][1 or unit][4]: dy, dx, element offset (all from the position's own), 0;
- *         one for each unit where plan->vector, planes with their column phase; else one for each element of a subplane
- *   steps [steps][2]: start in units from the strip, distance of the second unit
- *   map   [blocks][steps][2][unit]: element of one output channel's filter [Cg][Hf][Wf], or -1: zero */
-void ltn_fused_tables(const struct ltn_fused_plan *plan, const struct fused_problem *p, void *tables);
+/* Packs the filter, f32 [co][ci / groups][hf][wf], rounded to the shape's type, into plan->bytes of host memory:
+ *   fetch   [blocks][planes or subplanes][1 or unit][4]: dy, dx, element offset (all from the position's own), 0; one
+ *           for each unit where plan->vector, planes with their column phase; else one for each element of a subplane
+ *   steps   [steps][2]: start in units from the strip, distance of the second unit
+ *   weights [groups][n_tiles][blocks][steps][2][bn][unit]: of channel ltn_fused_channel(column), 0 beyond the last */
+enum ltn_status ltn_fused_pack(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, const float *filter,
+                               void *packed, struct ltn_error *err);
+
+/* Output channel, within the tile, of a column of the products. The matrix units give each thread columns 8 b + 2 t and
+ * 8 b + 2 t + 1, t < 4; these channels make runs of 16 bytes of what a thread writes. unit: of the plan. */
+static inline int ltn_fused_channel(int column, int unit)
+{
+    int t = column >> 1 & 3, b = column >> 3, low = column & 1;
+    return unit == 8 ? (b >> 2) * 32 + t * 8 + (b & 3) * 2 + low : (b >> 1) * 16 + t * 4 + (b & 1) * 2 + low;
+}
 
 #ifdef __cplusplus
 }

@@ -1,6 +1,8 @@
 /* How the fused convolution is computed, by shape. Plain C: tests run the plan on the CPU. */
 #include "kernels/conv/fused.h"
+#include "kernels/dtype.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,19 +21,25 @@ static size_t align_up(size_t n)
     return (n + 255) & ~(size_t)255;
 }
 
-static int group_channels(const struct fused_problem *p)
+/* Outputs are positions among others, and taps are shifts; else every position is an output. */
+static bool is_flat(const struct ltn_fused_plan *plan)
 {
-    return p->ci / p->groups;
+    return plan->order == LTN_FUSED_CHANNEL || plan->order == LTN_FUSED_WINDOW;
+}
+
+static int group_channels(const struct ltn_conv_shape *s)
+{
+    return s->ci / s->groups;
 }
 
 /* Row phases in use, ascending; returns how many. Of phases[], [sh]. */
-static int row_phases(const struct fused_problem *p, int *phases)
+static int row_phases(const struct ltn_conv_shape *s, int *phases)
 {
     int n = 0;
-    for (int phase = 0; phase < p->sh; ++phase) {
+    for (int phase = 0; phase < s->sh; ++phase) {
         bool used = false;
-        for (int u = 0; u < p->hf; ++u)
-            used |= u * p->dh % p->sh == phase;
+        for (int u = 0; u < s->hf; ++u)
+            used |= u * s->dh % s->sh == phase;
         if (used) {
             if (phases)
                 phases[n] = phase;
@@ -42,23 +50,22 @@ static int row_phases(const struct fused_problem *p, int *phases)
 }
 
 /* Everything that follows from the order of the sum alone. */
-static void set_order(struct ltn_fused_plan *plan, const struct fused_problem *p, enum ltn_fused_order order)
+static void set_order(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, enum ltn_fused_order order)
 {
-    int cg = group_channels(p), v = plan->unit;
-    bool flat = order == LTN_FUSED_CHANNEL || order == LTN_FUSED_WINDOW;
+    int cg = group_channels(s), v = plan->unit;
     int shift_x = 0, shift_y = 0;
     plan->order = order;
     plan->phases = 1;
     plan->rows = 1;
-    if (flat) {
-        shift_x = (p->wf - 1) * p->dw / p->sw;
-        for (int k = 0; k < p->wf; ++k)
-            if (k * p->dw % p->sw >= plan->phases)
-                plan->phases = k * p->dw % p->sw + 1;
+    if (is_flat(plan)) {
+        shift_x = (s->wf - 1) * s->dw / s->sw;
+        for (int k = 0; k < s->wf; ++k)
+            if (k * s->dw % s->sw >= plan->phases)
+                plan->phases = k * s->dw % s->sw + 1;
     }
     if (order == LTN_FUSED_CHANNEL) {
-        shift_y = (p->hf - 1) * p->dh / p->sh;
-        plan->rows = row_phases(p, NULL);
+        shift_y = (s->hf - 1) * s->dh / s->sh;
+        plan->rows = row_phases(s, NULL);
     }
     plan->wq = plan->wo + shift_x;
     plan->hq = plan->ho + shift_y;
@@ -68,22 +75,22 @@ static void set_order(struct ltn_fused_plan *plan, const struct fused_problem *p
         plan->units = ceil_div(cg, v);
         break;
     case LTN_FUSED_WINDOW:
-        plan->units = ceil_div(cg * p->hf, v);
+        plan->units = ceil_div(cg * s->hf, v);
         break;
     case LTN_FUSED_EXACT:
-        plan->units = ceil_div(cg, v) * p->hf * p->wf;
+        plan->units = ceil_div(cg, v) * s->hf * s->wf;
         break;
     case LTN_FUSED_EXACT_LIST:
-        plan->units = ceil_div(cg * p->hf * p->wf, v);
+        plan->units = ceil_div(cg * s->hf * s->wf, v);
         break;
     }
-    plan->vector = p->nhwc && cg % v == 0 && (order == LTN_FUSED_CHANNEL || order == LTN_FUSED_EXACT);
+    plan->vector = s->layout == LTN_NHWC && cg % v == 0 && (order == LTN_FUSED_CHANNEL || order == LTN_FUSED_EXACT);
 }
 
 /* Taps that one strip serves. */
-static int taps(const struct ltn_fused_plan *plan, const struct fused_problem *p)
+static int taps(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *s)
 {
-    return plan->order == LTN_FUSED_CHANNEL ? p->hf * p->wf : plan->order == LTN_FUSED_WINDOW ? p->wf : 1;
+    return plan->order == LTN_FUSED_CHANNEL ? s->hf * s->wf : plan->order == LTN_FUSED_WINDOW ? s->wf : 1;
 }
 
 /* Distance of planes such that eight neighbouring threads of the loader write to different banks. */
@@ -108,7 +115,7 @@ static int plane_stride(const struct ltn_fused_plan *plan)
 }
 
 /* Sizes for a tile and a number of blocks. False: does not fit. */
-static bool set_tile(struct ltn_fused_plan *plan, const struct fused_problem *p, int mt, int share, int block_units,
+static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, int mt, int share, int block_units,
                      bool resident)
 {
     plan->mt = mt;
@@ -120,7 +127,7 @@ static bool set_tile(struct ltn_fused_plan *plan, const struct fused_problem *p,
     plan->planes = plan->subplanes * plan->phases;
     plan->load = plan->tile_rows + plan->shift;
     plan->stride = plane_stride(plan);
-    int pairs = taps(plan, p) * block_units;
+    int pairs = taps(plan, s) * block_units;
     plan->zero = pairs % 2 != 0;
     plan->steps = ceil_div(pairs, 2);
     plan->resident = resident;
@@ -131,7 +138,7 @@ static bool set_tile(struct ltn_fused_plan *plan, const struct fused_problem *p,
     plan->slot_bytes = (int)slot;
     int64_t weights;
     if (resident) {
-        if (plan->n_tiles * p->groups > 1)
+        if (plan->n_tiles * s->groups > 1)
             return false;
         weights = plan->blocks * (int64_t)plan->steps * step_bytes;
         plan->stage_steps = 8;
@@ -190,18 +197,17 @@ static double cost(const struct ltn_fused_plan *plan)
     return (most + 500 + write / 2) / rows;
 }
 
-static bool best_tile(struct ltn_fused_plan *plan, const struct fused_problem *p, const struct ltn_fused_choice *ch)
+static bool best_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, const struct ltn_fused_choice *ch)
 {
     struct ltn_fused_plan best = {0}, now;
     double least = 0;
     int most_mt = plan->bn == 64 ? 3 : 2;
-    bool flat = plan->order == LTN_FUSED_CHANNEL || plan->order == LTN_FUSED_WINDOW;
     for (int mt = 1; mt <= most_mt; ++mt)
         for (int share = 1; share <= 2; ++share)
             for (int resident = 0; resident <= 1; ++resident)
                 for (int blocks = 1, last = 0; blocks <= plan->units; blocks += 1 + blocks / 8) {
                     int units = ceil_div(plan->units, blocks);
-                    if (!flat)
+                    if (!is_flat(plan))
                         units = units < 16 ? (units + 1) / 2 * 2 : 16;
                     if (units == last)
                         continue;
@@ -210,7 +216,7 @@ static bool best_tile(struct ltn_fused_plan *plan, const struct fused_problem *p
                     if ((ch && ch->mt > 0 && ch->mt != mt) || (ch && ch->share > 0 && ch->share != share) ||
                         (ch && ch->resident >= 0 && ch->resident != resident) ||
                         (ch && ch->blocks > 0 && ch->blocks != ceil_div(plan->units, units)) ||
-                        !set_tile(&now, p, mt, share, units, resident))
+                        !set_tile(&now, s, mt, share, units, resident))
                         continue;
                     double c = cost(&now);
                     if (!best.steps || c < least) {
@@ -223,40 +229,43 @@ static bool best_tile(struct ltn_fused_plan *plan, const struct fused_problem *p
     return best.steps > 0;
 }
 
-enum ltn_status ltn_fused_choose(struct ltn_fused_plan *plan, const struct fused_problem *p,
+enum ltn_status ltn_fused_choose(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s,
                                const struct ltn_fused_choice *choice, struct ltn_error *err)
 {
-    int cg = group_channels(p), cog = p->co / p->groups;
+    int cg = group_channels(s), cog = s->co / s->groups;
     memset(plan, 0, sizeof *plan);
-    plan->unit = p->bf16 ? 8 : 4;
-    plan->ho = (p->hi + p->pt + p->pb - p->dh * (p->hf - 1) - 1) / p->sh + 1;
-    plan->wo = (p->wi + p->pl + p->pr - p->dw * (p->wf - 1) - 1) / p->sw + 1;
+    /* offsets within an image are 32 bits */
+    double image = ((double)s->hi + s->pt + s->pb) * ((double)s->wi + s->pl + s->pr) * s->ci;
+    if (s->type == LTN_CONV_F32 || image > INT32_MAX || (double)cg * s->hf * s->wf > INT32_MAX / 8)
+        return ltn_fail(err, LTN_ERR_UNSUPPORTED, "convolution: fused im2win is for tf32 and bf16, and images of fewer "
+                        "than 2^31 elements");
+    plan->unit = s->type == LTN_CONV_BF16 ? 8 : 4;
+    plan->ho = ltn_conv_ho(s);
+    plan->wo = ltn_conv_wo(s);
     plan->bn = cog <= 32 ? 32 : cog <= 64 ? 64 : cog <= 96 ? 96 : ceil_div(cog, 96) * 96 < ceil_div(cog, 128) * 128 ? 96 : 128;
     plan->n_tiles = ceil_div(cog, plan->bn);
 
     /* The order with fewer products; a window order only where it saves much, as it loads rows Hf/sh times. */
-    int64_t by_channel = (int64_t)ceil_div(cg, plan->unit) * p->hf * p->wf;
-    int64_t by_window = (int64_t)ceil_div(cg * p->hf, plan->unit) * p->wf;
+    int64_t by_channel = (int64_t)ceil_div(cg, plan->unit) * s->hf * s->wf;
+    int64_t by_window = (int64_t)ceil_div(cg * s->hf, plan->unit) * s->wf;
     enum ltn_fused_order order = 10 * by_channel >= 13 * by_window ? LTN_FUSED_WINDOW : LTN_FUSED_CHANNEL;
     if (choice && choice->order >= 0)
         order = (enum ltn_fused_order)choice->order;
-    set_order(plan, p, order);
+    set_order(plan, s, order);
     double waste = (double)plan->hq * plan->wq / ((double)plan->ho * plan->wo);
-    bool found = waste <= 2.5 && best_tile(plan, p, choice);
+    bool found = waste <= 2.5 && best_tile(plan, s, choice);
     if (!found) {
-        set_order(plan, p, cg % plan->unit == 0 ? LTN_FUSED_EXACT : LTN_FUSED_EXACT_LIST);
-        found = best_tile(plan, p, NULL);
+        set_order(plan, s, cg % plan->unit == 0 ? LTN_FUSED_EXACT : LTN_FUSED_EXACT_LIST);
+        found = best_tile(plan, s, NULL);
     }
     if (!found)
-        return ltn_fail(err, LTN_ERR_UNSUPPORTED, "convolution: no fused plan for %d x %d x %d, filter %d x %d", p->ci,
-                        p->hi, p->wi, p->hf, p->wf);
+        return ltn_fail(err, LTN_ERR_UNSUPPORTED, "convolution: no fused plan for %d x %d x %d, filter %d x %d", s->ci,
+                        s->hi, s->wi, s->hf, s->wf);
     plan->fetch_entries =
         (int64_t)plan->blocks * (plan->vector ? plan->planes : plan->subplanes * plan->unit);
-    plan->at_fetch = 0;
     plan->at_steps = align_up((size_t)plan->fetch_entries * 16);
-    plan->at_map = plan->at_steps + align_up((size_t)plan->steps * 8);
-    plan->at_weights = plan->at_map + align_up((size_t)plan->blocks * plan->steps * 2 * plan->unit * 4);
-    plan->bytes = plan->at_weights + (size_t)p->groups * plan->n_tiles * plan->blocks * plan->steps * plan->bn * 32;
+    plan->at_weights = plan->at_steps + align_up((size_t)plan->steps * 8);
+    plan->bytes = plan->at_weights + (size_t)s->groups * plan->n_tiles * plan->blocks * plan->steps * plan->bn * 32;
     return LTN_OK;
 }
 
@@ -274,10 +283,10 @@ static int by_place(const void *a, const void *b)
 
 /* Element i of unit j of block b: its row, column and channel, or false: zero. (u, v): the tap, where the strip serves
  * several. */
-static bool element(const struct ltn_fused_plan *plan, const struct fused_problem *p, int b, int j, int i, int *u, int *v,
+static bool element(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, int b, int j, int i, int *u, int *v,
                     int *c)
 {
-    int cg = group_channels(p), at = b * plan->block_units + j, per = ceil_div(cg, plan->unit), e = at * plan->unit + i;
+    int cg = group_channels(s), at = b * plan->block_units + j, per = ceil_div(cg, plan->unit), e = at * plan->unit + i;
     switch (plan->order) {
     case LTN_FUSED_CHANNEL:
         *c = e;
@@ -285,89 +294,116 @@ static bool element(const struct ltn_fused_plan *plan, const struct fused_proble
     case LTN_FUSED_WINDOW:
         *u = e / cg;
         *c = e % cg;
-        return *u < p->hf;
+        return *u < s->hf;
     case LTN_FUSED_EXACT:
-        *u = at / per / p->wf;
-        *v = at / per % p->wf;
+        *u = at / per / s->wf;
+        *v = at / per % s->wf;
         *c = at % per * plan->unit + i;
-        return *u < p->hf && *c < cg;
+        return *u < s->hf && *c < cg;
     case LTN_FUSED_EXACT_LIST:
-        *v = e / (p->hf * cg);
-        *u = e / cg % p->hf;
+        *v = e / (s->hf * cg);
+        *u = e / cg % s->hf;
         *c = e % cg;
-        return *v < p->wf;
+        return *v < s->wf;
     }
     return false;
 }
 
-static void fill_fetch(const struct ltn_fused_plan *plan, const struct fused_problem *p, int32_t (*out)[4])
+static void fill_fetch(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, const int *phases,
+                       int32_t (*out)[4])
 {
-    int *phases = NULL, one = 0;
-    int y_pitch = p->nhwc ? p->wi * p->ci : p->wi, x_pitch = p->nhwc ? p->ci : 1, c_pitch = p->nhwc ? 1 : p->hi * p->wi;
-    phases = plan->order == LTN_FUSED_CHANNEL ? malloc((size_t)p->sh * sizeof *phases) : &one;
-    if (plan->order == LTN_FUSED_CHANNEL)
-        row_phases(p, phases);
-    int n_planes = plan->vector ? plan->planes : plan->subplanes, n = plan->vector ? 1 : plan->unit;
+    bool nhwc = s->layout == LTN_NHWC;
+    int y_pitch = nhwc ? s->wi * s->ci : s->wi, x_pitch = nhwc ? s->ci : 1, c_pitch = nhwc ? 1 : s->hi * s->wi;
+    int planes = plan->vector ? plan->planes : plan->subplanes, n = plan->vector ? 1 : plan->unit;
     for (int b = 0; b < plan->blocks; ++b)
-        for (int k = 0; k < n_planes; ++k)
+        for (int k = 0; k < planes; ++k)
             for (int i = 0; i < n; ++i, ++out) {
                 int u = 0, v = 0, c = 0, sub = k % plan->subplanes;
-                int dy = phases[sub / plan->block_units], dx = k / plan->subplanes;
-                bool valid = element(plan, p, b, sub % plan->block_units, i, &u, &v, &c);
-                if (plan->order != LTN_FUSED_CHANNEL)
-                    dy = u * p->dh;
-                if (plan->order == LTN_FUSED_EXACT || plan->order == LTN_FUSED_EXACT_LIST)
-                    dx = v * p->dw;
+                bool valid = element(plan, s, b, sub % plan->block_units, i, &u, &v, &c);
+                int dy = plan->order == LTN_FUSED_CHANNEL ? phases[sub / plan->block_units] : u * s->dh;
+                int dx = k / plan->subplanes + v * s->dw;
                 (*out)[0] = valid ? dy : LTN_FUSED_FAR;
                 (*out)[1] = valid ? dx : 0;
                 (*out)[2] = valid ? dy * y_pitch + dx * x_pitch + c * c_pitch : 0;
                 (*out)[3] = 0;
             }
-    if (phases != &one)
-        free(phases);
 }
 
-void ltn_fused_tables(const struct ltn_fused_plan *plan, const struct fused_problem *p, void *tables)
+/* The units of a block in the order of the sum; returns how many, 2 * steps. */
+static int order_pairs(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, const int *phases,
+                       struct pair *pairs)
 {
-    char *base = tables;
-    int32_t(*steps)[2] = (void *)(base + plan->at_steps);
-    int32_t *map = (void *)(base + plan->at_map);
-    memset(tables, 0, plan->at_weights);
-    fill_fetch(plan, p, (void *)(base + plan->at_fetch));
-
-    int n = 0, total = taps(plan, p) * plan->block_units;
-    struct pair *pairs = malloc((size_t)(total + 1) * sizeof *pairs);
-    bool flat = plan->order == LTN_FUSED_CHANNEL || plan->order == LTN_FUSED_WINDOW;
-    int n_u = plan->order == LTN_FUSED_CHANNEL ? p->hf : 1, n_v = flat ? p->wf : 1;
+    int n = 0, n_u = plan->order == LTN_FUSED_CHANNEL ? s->hf : 1, n_v = is_flat(plan) ? s->wf : 1;
     for (int u = 0; u < n_u; ++u) {
-        int row = 0; /* index of the tap's row phase among those in use */
-        for (int phase = 0; phase < u * p->dh % p->sh; ++phase)
-            for (int k = 0; k < p->hf; ++k)
-                if (k * p->dh % p->sh == phase) {
-                    ++row;
-                    break;
-                }
+        int row = 0; /* of the row phases in use, the tap's */
+        while (plan->order == LTN_FUSED_CHANNEL && phases[row] != u * s->dh % s->sh)
+            ++row;
         for (int v = 0; v < n_v; ++v)
             for (int j = 0; j < plan->block_units; ++j) {
-                int phase = flat ? v * p->dw % p->sw : 0;
-                int plane = phase * plan->subplanes + row * plan->block_units + j;
-                int shift = (u * p->dh / p->sh) * plan->wq + (flat ? v * p->dw / p->sw : 0);
+                int plane = v * s->dw % s->sw * plan->subplanes + row * plan->block_units + j;
+                int shift = u * s->dh / s->sh * plan->wq + v * s->dw / s->sw;
                 pairs[n++] = (struct pair){plane * plan->stride + shift, u, v, j};
             }
     }
     qsort(pairs, (size_t)n, sizeof *pairs, by_place);
     if (plan->zero)
         pairs[n++] = (struct pair){plan->planes * plan->stride, 0, 0, -1};
-    for (int s = 0; s < plan->steps; ++s) {
-        steps[s][0] = pairs[2 * s].at;
-        steps[s][1] = pairs[2 * s + 1].at - pairs[2 * s].at;
+    return n;
+}
+
+/* Rounded to the nearest, ties away from zero: 10 bits remain after the point. */
+static uint32_t to_tf32(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return value == value && !isinf(value) ? (bits + 0x1000) & ~0x1fffu : bits;
+}
+
+static void fill_weights(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, const struct pair *pairs,
+                         const float *filter, char *out)
+{
+    int cog = s->co / s->groups, size = s->ci / s->groups * s->hf * s->wf;
+    uint16_t *halves = (uint16_t *)out;
+    uint32_t *words = (uint32_t *)out;
+    for (int tile = 0; tile < s->groups * plan->n_tiles; ++tile)
+        for (int b = 0; b < plan->blocks; ++b)
+            for (int k = 0; k < 2 * plan->steps; ++k)
+                for (int column = 0; column < plan->bn; ++column)
+                    for (int i = 0; i < plan->unit; ++i) {
+                        int o = tile % plan->n_tiles * plan->bn + ltn_fused_channel(column, plan->unit);
+                        int u = pairs[k].u, v = pairs[k].v, c = 0;
+                        float value = 0;
+                        if (o < cog && pairs[k].j >= 0 && element(plan, s, b, pairs[k].j, i, &u, &v, &c))
+                            value = filter[((int64_t)(tile / plan->n_tiles) * cog + o) * size + (c * s->hf + u) * s->wf + v];
+                        if (plan->unit == 8)
+                            *halves++ = ltn_f32_to_bf16(value);
+                        else
+                            *words++ = to_tf32(value);
+                    }
+}
+
+enum ltn_status ltn_fused_pack(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, const float *filter,
+                               void *packed, struct ltn_error *err)
+{
+    char *out = packed;
+    int32_t(*steps)[2] = (void *)(out + plan->at_steps);
+    struct pair *pairs = malloc((size_t)plan->steps * 2 * sizeof *pairs);
+    int *phases = malloc((size_t)s->sh * sizeof *phases);
+    if (!pairs || !phases) {
+        free(pairs);
+        free(phases);
+        return ltn_fail(err, LTN_ERR_MEMORY, "convolution: no memory to pack the filter");
     }
-    for (int b = 0; b < plan->blocks; ++b)
-        for (int k = 0; k < n; ++k)
-            for (int i = 0; i < plan->unit; ++i, ++map) {
-                int u = pairs[k].u, v = pairs[k].v, c = 0;
-                bool valid = pairs[k].j >= 0 && element(plan, p, b, pairs[k].j, i, &u, &v, &c);
-                *map = valid ? (c * p->hf + u) * p->wf + v : -1;
-            }
+    memset(out, 0, plan->at_weights);
+    row_phases(s, phases);
+    fill_fetch(plan, s, phases, (void *)out);
+    order_pairs(plan, s, phases, pairs);
+    for (int k = 0; k < plan->steps; ++k) {
+        steps[k][0] = pairs[2 * k].at;
+        steps[k][1] = pairs[2 * k + 1].at - pairs[2 * k].at;
+    }
+    fill_weights(plan, s, pairs, filter, out + plan->at_weights);
     free(pairs);
+    free(phases);
+    return LTN_OK;
 }
