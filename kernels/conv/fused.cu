@@ -19,25 +19,6 @@ constexpr int kGroup = 128;
 constexpr int kBlock = 4 * kGroup;
 constexpr int kLoaders = LTN_FUSED_LOADERS;
 
-/* n / d for n < 2^31 */
-struct divisor {
-    uint32_t d, multiplier, shift;
-};
-
-divisor make_divisor(uint32_t d)
-{
-    uint32_t bits = 0;
-    while ((1ull << bits) < d)
-        ++bits;
-    /* ceil(2^(31 + bits) / d) <= 2^32 - 1 for d > 1; 2^31 for d = 1 */
-    return {d, static_cast<uint32_t>(((1ull << (31 + bits)) + d - 1) / d), 31 + bits};
-}
-
-__device__ __forceinline__ int quotient(int n, const divisor &d)
-{
-    return static_cast<int>((static_cast<uint64_t>(static_cast<uint32_t>(n)) * d.multiplier) >> d.shift);
-}
-
 struct fused_params {
     const void *x;
     void *y;
@@ -49,7 +30,7 @@ struct fused_params {
     int x_row, x_col, x_group;
     int64_t y_row, y_col, y_channel, y_group;
     int n, hi, wi, ho, wo, sh, sw, pt, pl;
-    divisor by_wq, by_hq, by_planes, by_phases, by_n_tiles, by_m_tiles;
+    conv_divisor by_wq, by_hq, by_planes, by_phases, by_n_tiles, by_m_tiles;
     int tiles, cog;
     int subplanes, planes, phases, load, stride, blocks, steps;
     int share, tile_rows, stage_steps, stages, slots, slot_bytes;
@@ -167,6 +148,11 @@ template <int M, int N> __device__ __forceinline__ void pin(float (&x)[M][N])
 }
 
 /* ---- tiles and turns ---- */
+
+__device__ __forceinline__ int quotient(int n, const conv_divisor &d)
+{
+    return static_cast<int>(divide(static_cast<uint32_t>(n), d));
+}
 
 struct tile {
     int first;   /* position */
@@ -460,14 +446,10 @@ __device__ __forceinline__ void write_row(const fused_params &p, const float (&d
 #pragma unroll
         for (int k = 0; k < V; ++k)
             v[k] = d[4 * (i * V / 2 + k / 2) + 2 * half + (k & 1)];
-        if (bias)
+        if (bias || p.relu)
 #pragma unroll
             for (int k = 0; k < V; ++k)
-                v[k] += c + k < p.cog ? __ldg(bias + c + k) : 0.0f;
-        if (p.relu)
-#pragma unroll
-            for (int k = 0; k < V; ++k)
-                v[k] = v[k] < 0.0f ? 0.0f : v[k]; /* NaN stays */
+                v[k] = conv_finish(v[k], c + k < p.cog ? bias : nullptr, c + k, p.relu);
         if (p.y_channel == 1 && p.cog % V == 0) {
             if (c < p.cog)
                 *reinterpret_cast<uint4 *>(y + c) = pack(v, T());
@@ -654,11 +636,11 @@ fused_params params_of(const ltn_fused_plan &plan, const ltn_conv_shape &s)
     p.sw = s.sw;
     p.pt = s.pt;
     p.pl = s.pl;
-    p.by_wq = make_divisor(plan.wq);
-    p.by_hq = make_divisor(plan.hq);
-    p.by_planes = make_divisor(plan.planes);
-    p.by_phases = make_divisor(plan.phases);
-    p.by_n_tiles = make_divisor(plan.n_tiles);
+    p.by_wq = conv_divisor_of(plan.wq);
+    p.by_hq = conv_divisor_of(plan.hq);
+    p.by_planes = conv_divisor_of(plan.planes);
+    p.by_phases = conv_divisor_of(plan.phases);
+    p.by_n_tiles = conv_divisor_of(plan.n_tiles);
     p.cog = cog;
     p.subplanes = plan.subplanes;
     p.planes = plan.planes;
@@ -753,7 +735,7 @@ enum ltn_status run(conv_device *dev, conv_op *op, void *y, const void *x, void 
         p.x = static_cast<const char *>(x) + first * p.x_image * size;
         p.y = static_cast<char *>(y) + first * p.y_image * size;
         int m_tiles = (p.n * f->plan.hq * f->plan.wq + p.tile_rows - 1) / p.tile_rows;
-        p.by_m_tiles = make_divisor(m_tiles);
+        p.by_m_tiles = conv_divisor_of(m_tiles);
         p.tiles = m_tiles * f->plan.n_tiles * s.groups;
         f->run<<<p.tiles < dev->n_sms ? p.tiles : dev->n_sms, kBlock, f->plan.shared_bytes, dev->stream>>>(p);
         CONV_TRY(dev, err, cudaGetLastError());
