@@ -35,7 +35,7 @@ static bool inside(const struct ltn_conv_shape *p, int y, int x)
 
 /* One strip, [slot units][unit]: block `block` of the tile that begins at position `first`. */
 static void load_strip(double *strip, const struct ltn_fused_plan *plan, const struct ltn_conv_shape *p,
-                       const int32_t (*fetch)[4], const float *x, int first, int block, int group)
+                       const int32_t (*fetch)[2], const float *x, int first, int block, int group)
 {
     int v = plan->unit, row = p->layout == LTN_NHWC ? p->wi * p->ci : p->wi, col = p->layout == LTN_NHWC ? p->ci : 1;
     int64_t image = (int64_t)p->ci * p->hi * p->wi;
@@ -58,8 +58,8 @@ static void load_strip(double *strip, const struct ltn_fused_plan *plan, const s
                     shift = phase;
                     at += phase * col;
                 }
-                bool valid = n < p->n && inside(p, m * p->sh - p->pt + e[0], q * p->sw - p->pl + e[1] + shift);
-                strip[(plane * plan->stride + pos) * v + i] = valid ? x[at + e[2]] : 0.0;
+                bool valid = n < p->n && inside(p, m * p->sh - p->pt + (e[1] >> 16), q * p->sw - p->pl + (e[1] & 0xffff) + shift);
+                strip[(plane * plan->stride + pos) * v + i] = valid ? x[at + e[0]] : 0.0;
             }
 }
 
@@ -73,7 +73,7 @@ static void run_plan(const struct ltn_fused_plan *plan, const struct ltn_conv_sh
     struct ltn_error err;
     assert_true(packed && strip && sum);
     CHECK(ltn_fused_pack(plan, p, a->filter, packed, &err));
-    const int32_t(*fetch)[4] = (const void *)packed;
+    const int32_t(*fetch)[2] = (const void *)packed;
     const int32_t(*steps)[2] = (const void *)(packed + plan->at_steps);
     int positions = p->n * plan->hq * plan->wq;
     int64_t next = 0; /* element of the weights */
@@ -162,7 +162,7 @@ static void test_plans_compute_the_convolution(void **state)
     for (int i = 0; i < 120; i++) {
         struct ltn_conv_shape p = random_problem(&rng);
         struct ltn_fused_choice choice = {test_below(&rng, 3), test_below(&rng, 3), test_below(&rng, 4),
-                                          test_below(&rng, 3) - 1, test_below(&rng, 5) - 1};
+                                          test_below(&rng, 3) - 1, test_below(&rng, 5) - 1, test_below(&rng, 2) * 32};
         struct ltn_fused_plan plan;
         if (i % 2 || ltn_fused_choose(&plan, &p, &choice, &err) != LTN_OK)
             CHECK(ltn_fused_choose(&plan, &p, NULL, &err));

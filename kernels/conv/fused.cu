@@ -19,20 +19,28 @@ constexpr int kGroup = 128;
 constexpr int kBlock = 4 * kGroup;
 constexpr int kLoaders = LTN_FUSED_LOADERS;
 
+/* From a loading thread's position to its next, `positions` on, in the input: rows, columns and elements; and what comes
+ * on top where a row or an image of positions ends. */
+struct walk_step {
+    int positions, y, x, row_y, row_x, image_y;
+    int64_t at, row_at, image_at;
+};
+
 struct fused_params {
     const void *x;
     void *y;
     const float *bias;
-    const int4 *fetch;
+    const int2 *fetch;
     const int2 *steps_table;
     const char *weights;
     int64_t x_image, y_image; /* elements */
     int x_row, x_col, x_group;
     int64_t y_row, y_col, y_channel, y_group;
     int n, hi, wi, ho, wo, sh, sw, pt, pl;
-    conv_divisor by_wq, by_hq, by_planes, by_phases, by_n_tiles, by_m_tiles;
+    conv_divisor by_wq, by_hq, by_n_tiles, by_m_tiles;
+    walk_step walk;
     int tiles, cog;
-    int subplanes, planes, phases, load, stride, blocks, steps;
+    int subplanes, planes, phases, load, stride, blocks, steps, loaders;
     int share, tile_rows, stage_steps, stages, slots, slot_bytes;
     int at_weights, at_slots; /* in shared memory */
     bool zero, resident, vector, relu;
@@ -213,76 +221,94 @@ __device__ __forceinline__ void store_unit(uint32_t at, uint4 v)
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-/* A position's place in the input: row and column of what a unit with dy = dx = 0 holds. */
-struct place {
-    int64_t at; /* element of that, may lie outside */
-    int y, x;
+/* A thread's way through positions. (y, x): row and column in the input of what it loads there; at: its element. */
+struct walker {
+    int64_t at;
+    int y, x, y_end, x_end, images;
+    __device__ __forceinline__ walker(const fused_params &p, int position, int dy, int dx, int offset)
+    {
+        int row = quotient(position, p.by_wq), image = quotient(row, p.by_hq);
+        int q = position - row * static_cast<int>(p.by_wq.d), m = row - image * static_cast<int>(p.by_hq.d);
+        y = m * p.sh - p.pt;
+        x = q * p.sw - p.pl;
+        at = image * p.x_image + static_cast<int64_t>(y) * p.x_row + static_cast<int64_t>(x) * p.x_col + offset;
+        y += dy;
+        x += dx;
+        y_end = p.walk.image_y - p.pt + dy;
+        x_end = p.walk.row_x - p.pl + dx;
+        images = p.n - image; /* to come, this one too */
+    }
+    __device__ __forceinline__ void next(const fused_params &p)
+    {
+        x += p.walk.x;
+        y += p.walk.y;
+        at += p.walk.at;
+        if (x >= x_end) {
+            x -= p.walk.row_x;
+            y += p.walk.row_y;
+            at += p.walk.row_at;
+        }
+        while (y >= y_end) {
+            y -= p.walk.image_y;
+            at += p.walk.image_at;
+            --images;
+        }
+    }
+    /* Whether what lies dy rows and dx columns on is in an image. */
+    __device__ __forceinline__ bool inside(const fused_params &p, int dy, int dx) const
+    {
+        return static_cast<unsigned>(y + dy) < static_cast<unsigned>(p.hi) &&
+               static_cast<unsigned>(x + dx) < static_cast<unsigned>(p.wi) && images > 0;
+    }
 };
 
-__device__ __forceinline__ place place_of(const fused_params &p, int position)
-{
-    int row = quotient(position, p.by_wq), image = quotient(row, p.by_hq);
-    int q = position - row * static_cast<int>(p.by_wq.d), m = row - image * static_cast<int>(p.by_hq.d);
-    place s;
-    s.y = image < p.n ? m * p.sh - p.pt : LTN_FUSED_FAR;
-    s.x = q * p.sw - p.pl;
-    s.at = image * p.x_image + static_cast<int64_t>(m * p.sh - p.pt) * p.x_row + static_cast<int64_t>(s.x) * p.x_col;
-    return s;
-}
-
-/* The source of unit i of a strip: plane i mod planes of position i / planes. NULL: zero. */
-template <typename T>
-__device__ __forceinline__ const T *unit_source(const fused_params &p, const T *x, int first, const int4 *fetch, int i,
-                                                uint32_t slot, uint32_t *at)
-{
-    int pos = quotient(i, p.by_planes), plane = i - pos * p.planes;
-    int4 e = __ldg(fetch + plane);
-    place s = place_of(p, first + pos);
-    *at = slot + (plane * p.stride + pos) * 16;
-    bool inside = static_cast<unsigned>(s.y + e.x) < static_cast<unsigned>(p.hi) &&
-                  static_cast<unsigned>(s.x + e.y) < static_cast<unsigned>(p.wi);
-    return inside ? x + s.at + e.z : nullptr;
-}
-
-/* Units are 16 aligned bytes of the input. bf16: copied as they are, and `full` hears of it when they have come. */
+/* Units are 16 aligned bytes of the input; a thread (one of p.loaders) stays in one plane. bf16: copied as they are, and
+ * `full` hears of it when they have come. */
 __device__ void load_vectors(const fused_params &p, const __nv_bfloat16 *x, int first, int block, uint32_t slot,
-                             uint64_t *full)
+                             uint64_t *full, int thread)
 {
-    const int items = p.planes * p.load;
-    const int4 *fetch = p.fetch + block * p.planes;
-#pragma unroll 2
-    for (int i = threadIdx.x - 2 * kGroup; i < items; i += kLoaders) {
-        uint32_t at;
-        const __nv_bfloat16 *from = unit_source(p, x, first, fetch, i, slot, &at);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from ? from : x),
-                     "r"(from ? 16 : 0)
-                     : "memory");
+    const int from = thread / p.planes, plane = thread - from * p.planes;
+    if (from < p.walk.positions) {
+        const int2 e = __ldg(p.fetch + block * p.planes + plane);
+        walker w(p, first + from, e.y >> 16, e.y & 0xFFFF, e.x);
+        uint32_t at = slot + (plane * p.stride + from) * 16;
+#pragma unroll 4
+        for (int pos = from; pos < p.load; pos += p.walk.positions) {
+            bool inside = w.inside(p, 0, 0);
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(inside ? x + w.at : x),
+                         "r"(inside ? 16 : 0)
+                         : "memory");
+            at += p.walk.positions * 16;
+            w.next(p);
+        }
     }
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(smem_address(full)) : "memory");
 }
 
 /* tf32: rounded on the way. */
-__device__ void load_vectors(const fused_params &p, const float *x, int first, int block, uint32_t slot, uint64_t *full)
+__device__ void load_vectors(const fused_params &p, const float *x, int first, int block, uint32_t slot, uint64_t *full,
+                             int thread)
 {
-    constexpr int kDeep = 4;
-    const int items = p.planes * p.load;
-    const int4 *fetch = p.fetch + block * p.planes;
-    for (int i0 = threadIdx.x - 2 * kGroup; i0 < items; i0 += kDeep * kLoaders) {
-        uint4 v[kDeep];
-        uint32_t at[kDeep];
+    constexpr int kDeep = 8;
+    const int from = thread / p.planes, plane = thread - from * p.planes;
+    if (from < p.walk.positions) {
+        const int2 e = __ldg(p.fetch + block * p.planes + plane);
+        walker w(p, first + from, e.y >> 16, e.y & 0xFFFF, e.x);
+        uint32_t at = slot + (plane * p.stride + from) * 16;
+        for (int pos = from; pos < p.load; pos += kDeep * p.walk.positions) {
+            uint4 v[kDeep];
 #pragma unroll
-        for (int k = 0; k < kDeep; ++k) {
-            v[k] = make_uint4(0, 0, 0, 0);
-            if (i0 + k * kLoaders < items) {
-                const float *from = unit_source(p, x, first, fetch, i0 + k * kLoaders, slot, &at[k]);
-                if (from)
-                    v[k] = load_unit(from);
+            for (int k = 0; k < kDeep; ++k) {
+                v[k] = make_uint4(0, 0, 0, 0);
+                if (pos + k * p.walk.positions < p.load && w.inside(p, 0, 0))
+                    v[k] = load_unit(x + w.at);
+                w.next(p);
             }
-        }
 #pragma unroll
-        for (int k = 0; k < kDeep; ++k)
-            if (i0 + k * kLoaders < items)
-                store_unit(at[k], rounded(v[k]));
+            for (int k = 0; k < kDeep; ++k, at += p.walk.positions * 16)
+                if (pos + k * p.walk.positions < p.load)
+                    store_unit(at, rounded(v[k]));
+        }
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     barrier_arrive(full);
@@ -309,72 +335,82 @@ template <> struct elements<float> {
 };
 
 template <typename T>
-__device__ __forceinline__ elements<T> gather(const fused_params &p, const T *x, const place &s, const int4 *fetch)
+__device__ __forceinline__ elements<T> gather(const fused_params &p, const T *x, const walker &w, const int2 *fetch)
 {
-    using E = elements<T>;
-    E out;
+    constexpr int V = elements<T>::kUnit;
+    elements<T> out;
+    int4 e[V / 2]; /* two entries each */
 #pragma unroll
-    for (int k = 0; k < E::kUnit; ++k) {
-        int4 e = __ldg(fetch + k);
+    for (int k = 0; k < V / 2; ++k)
+        e[k] = __ldg(reinterpret_cast<const int4 *>(fetch) + k);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+        int offset = k & 1 ? e[k / 2].z : e[k / 2].x, tap = k & 1 ? e[k / 2].w : e[k / 2].y;
         out.v[k] = 0;
-        if (static_cast<unsigned>(s.y + e.x) < static_cast<unsigned>(p.hi) &&
-            static_cast<unsigned>(s.x + e.y) < static_cast<unsigned>(p.wi)) {
+        if (w.inside(p, tap >> 16, tap & 0xFFFF)) {
             if (sizeof(T) == 2)
-                out.v[k] = __ldg(reinterpret_cast<const unsigned short *>(x + s.at + e.z));
+                out.v[k] = __ldg(reinterpret_cast<const unsigned short *>(x + w.at + offset));
             else
-                out.v[k] = __ldg(reinterpret_cast<const unsigned *>(x + s.at + e.z));
+                out.v[k] = __ldg(reinterpret_cast<const unsigned *>(x + w.at + offset));
         }
     }
     return out;
 }
 
-/* Units are gathered element by element: any layout, any number of channels. Neighbouring threads take neighbouring
- * columns. */
+/* Units are gathered element by element: any layout, any number of channels. A thread stays in one column phase, and
+ * neighbouring threads take neighbouring columns. */
 template <typename T>
-__device__ void load_elements(const fused_params &p, const T *x, int first, int block, uint32_t slot, uint64_t *full)
+__device__ void load_elements(const fused_params &p, const T *x, int first, int block, uint32_t slot, uint64_t *full,
+                              int thread)
 {
     constexpr int V = elements<T>::kUnit;
-    const int items = p.phases * p.load;
-    const int4 *fetch = p.fetch + block * p.subplanes * V;
-    for (int i = threadIdx.x - 2 * kGroup; i < items; i += kLoaders) {
-        int pos = quotient(i, p.by_phases), phase = i - pos * p.phases;
-        place s = place_of(p, first + pos);
-        s.x += phase;
-        s.at += phase * p.x_col;
-        uint32_t at = slot + (phase * p.subplanes * p.stride + pos) * 16;
-        int k = 0;
-        for (; k + 2 <= p.subplanes; k += 2) {
-            elements<T> a = gather(p, x, s, fetch + k * V), b = gather(p, x, s, fetch + (k + 1) * V);
-            store_unit(at + k * p.stride * 16, a.unit());
-            store_unit(at + (k + 1) * p.stride * 16, b.unit());
+    const int from = thread / p.phases, phase = thread - from * p.phases;
+    const int2 *fetch = p.fetch + block * p.subplanes * V;
+    if (from < p.walk.positions) {
+        walker w(p, first + from, 0, phase, phase * p.x_col);
+        uint32_t at = slot + (phase * p.subplanes * p.stride + from) * 16;
+        for (int pos = from; pos < p.load; pos += p.walk.positions, at += p.walk.positions * 16) {
+            int k = 0;
+            for (; k + 2 <= p.subplanes; k += 2) {
+                elements<T> a = gather(p, x, w, fetch + k * V), b = gather(p, x, w, fetch + (k + 1) * V);
+                store_unit(at + k * p.stride * 16, a.unit());
+                store_unit(at + (k + 1) * p.stride * 16, b.unit());
+            }
+            if (k < p.subplanes)
+                store_unit(at + k * p.stride * 16, gather(p, x, w, fetch + k * V).unit());
+            w.next(p);
         }
-        if (k < p.subplanes)
-            store_unit(at + k * p.stride * 16, gather(p, x, s, fetch + k * V).unit());
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     barrier_arrive(full);
 }
 
+/* All loading threads fill each strip, or each warp (p.loaders 32) every seventh by itself. */
 template <typename T, int BN> __device__ void load_strips(const fused_params &p, char *base, barriers &bar)
 {
+    const int id = threadIdx.x - 2 * kGroup, groups = kLoaders / p.loaders, thread = id % p.loaders;
     const uint32_t slots = smem_address(base) + p.at_slots;
-    if (p.zero) /* the plane of zeros behind each strip; the barriers of the first strips cover it */
+    if (p.zero) { /* the plane of zeros behind each strip; the barriers of the first strips cover it */
         for (int s = 0; s < p.slots; ++s)
-            for (int i = threadIdx.x - 2 * kGroup; i < p.tile_rows; i += kLoaders)
+            for (int i = thread; i < p.tile_rows; i += p.loaders)
                 store_unit(slots + s * p.slot_bytes + (p.planes * p.stride + i) * 16, make_uint4(0, 0, 0, 0));
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
     turn now;
+    int skip = id / p.loaders; /* strips of other warps before this one's next */
     for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
         const tile t = tile_at(p, index, BN);
         const T *x = static_cast<const T *>(p.x) + static_cast<int64_t>(t.group) * p.x_group;
-        for (int b = 0; b < p.blocks; ++b) {
+        for (int b = 0; b < p.blocks; ++b, now.next(p.slots)) {
+            if (skip-- > 0)
+                continue;
+            skip = groups - 1;
             barrier_wait(&bar.empty[now.at], now.phase ^ 1);
             const uint32_t slot = slots + now.at * p.slot_bytes;
             if (p.vector)
-                load_vectors(p, x, t.first, b, slot, &bar.full[now.at]);
+                load_vectors(p, x, t.first, b, slot, &bar.full[now.at], thread);
             else
-                load_elements(p, x, t.first, b, slot, &bar.full[now.at]);
-            now.next(p.slots);
+                load_elements(p, x, t.first, b, slot, &bar.full[now.at], thread);
         }
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
@@ -547,7 +583,7 @@ __global__ void __launch_bounds__(kBlock, 1) fused_kernel(const __grid_constant_
     char *base = raw + 1024 - 128; /* steps, filters, strips */
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.slots; ++i) {
-            barrier_init(&bar.full[i], kLoaders);
+            barrier_init(&bar.full[i], p.loaders);
             barrier_init(&bar.empty[i], 4 * p.share);
         }
         for (int i = 0; i < p.stages; ++i) {
@@ -638,8 +674,16 @@ fused_params params_of(const ltn_fused_plan &plan, const ltn_conv_shape &s)
     p.pl = s.pl;
     p.by_wq = conv_divisor_of(plan.wq);
     p.by_hq = conv_divisor_of(plan.hq);
-    p.by_planes = conv_divisor_of(plan.planes);
-    p.by_phases = conv_divisor_of(plan.phases);
+    p.walk.positions = plan.loaders / (plan.vector ? plan.planes : plan.phases);
+    p.walk.y = p.walk.positions / plan.wq * s.sh;
+    p.walk.x = p.walk.positions % plan.wq * s.sw;
+    p.walk.at = static_cast<int64_t>(p.walk.y) * p.x_row + static_cast<int64_t>(p.walk.x) * p.x_col;
+    p.walk.row_y = s.sh;
+    p.walk.row_x = plan.wq * s.sw;
+    p.walk.row_at = static_cast<int64_t>(s.sh) * p.x_row - static_cast<int64_t>(p.walk.row_x) * p.x_col;
+    p.walk.image_y = plan.hq * s.sh;
+    p.walk.image_at = p.x_image - static_cast<int64_t>(p.walk.image_y) * p.x_row;
+    p.loaders = plan.loaders;
     p.by_n_tiles = conv_divisor_of(plan.n_tiles);
     p.cog = cog;
     p.subplanes = plan.subplanes;
@@ -707,7 +751,7 @@ enum ltn_status create(conv_device *dev, conv_op *op, const float *filter, ltn_e
     free(packed);
     LTN_TRY(status);
     const char *base = static_cast<const char *>(op->filter);
-    f->params.fetch = reinterpret_cast<const int4 *>(base);
+    f->params.fetch = reinterpret_cast<const int2 *>(base);
     f->params.steps_table = reinterpret_cast<const int2 *>(base + plan.at_steps);
     f->params.weights = base + plan.at_weights;
     op->base.info.filter_bytes = plan.bytes;

@@ -29,7 +29,7 @@ enum {
     LTN_FUSED_MAX_STEPS = 1024,
     LTN_FUSED_MAX_SLOTS = 16,
     LTN_FUSED_MAX_STAGES = 32,
-    LTN_FUSED_FAR = 1 << 29, /* a row offset that is outside of every image: the element is 0 */
+    LTN_FUSED_FAR = 32767, /* a row offset that is outside of every image: the element is 0 */
 };
 
 enum ltn_fused_order { LTN_FUSED_CHANNEL, LTN_FUSED_WINDOW, LTN_FUSED_EXACT, LTN_FUSED_EXACT_LIST };
@@ -57,16 +57,17 @@ struct ltn_fused_plan {
     int n_tiles;        /* tiles of output channels in a group */
     bool resident;      /* all packed filters stay in shared memory */
     int stage_steps;    /* steps per stage of packed filters */
+    int loaders;        /* threads that fill a strip: all, or a warp, and then each warp another strip */
     int stages, slots;  /* stages of filters and slots of strips in shared memory */
     int slot_bytes;
     size_t shared_bytes;
-    int64_t fetch_entries; /* of 4 ints */
+    int64_t fetch_entries; /* of 2 ints */
     size_t at_steps, at_weights, bytes; /* in the packed filter: byte offsets, and all; fetch comes first */
 };
 
 /* Overrides for measuring; 0 or -1: the plan chooses. */
 struct ltn_fused_choice {
-    int mt, share, blocks, resident, order;
+    int mt, share, blocks, resident, order, loaders;
 };
 
 /* Decides how the problem is computed. choice may be NULL. */
@@ -74,8 +75,9 @@ enum ltn_status ltn_fused_choose(struct ltn_fused_plan *plan, const struct ltn_c
                                const struct ltn_fused_choice *choice, struct ltn_error *err);
 
 /* Packs the filter, f32 [co][ci / groups][hf][wf], rounded to the shape's type, into plan->bytes of host memory:
- *   fetch   [blocks][planes or subplanes][1 or unit][4]: dy, dx, element offset (all from the position's own), 0; one
- *           for each unit where plan->vector, planes with their column phase; else one for each element of a subplane
+ *   fetch   [blocks][planes or subplanes][1 or unit][2]: element offset from the position's own element, and dy << 16 |
+ *           dx, that offset's rows and columns; one for each unit where plan->vector, planes with their column phase;
+ *           else one for each element of a subplane
  *   steps   [steps][2]: start in units from the strip, distance of the second unit
  *   weights [groups][n_tiles][blocks][steps][2][bn][unit]: of channel ltn_fused_channel(column), 0 beyond the last */
 enum ltn_status ltn_fused_pack(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, const float *filter,

@@ -116,7 +116,7 @@ static int plane_stride(const struct ltn_fused_plan *plan)
 
 /* Sizes for a tile and a number of blocks. False: does not fit. */
 static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, int mt, int share, int block_units,
-                     bool resident)
+                     bool resident, int loaders)
 {
     plan->mt = mt;
     plan->share = share;
@@ -131,9 +131,10 @@ static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s
     plan->zero = pairs % 2 != 0;
     plan->steps = ceil_div(pairs, 2);
     plan->resident = resident;
+    plan->loaders = loaders;
     int64_t slot = ((int64_t)plan->planes * plan->stride + (plan->zero ? plan->tile_rows : 0)) * 16;
     int64_t step_bytes = plan->bn * 32;
-    if (plan->steps > LTN_FUSED_MAX_STEPS || slot > SHARED || (share == 1 && (plan->blocks > 1 || !resident)))
+    if ((plan->vector ? plan->planes : plan->phases) > loaders || plan->steps > LTN_FUSED_MAX_STEPS || slot > SHARED || (share == 1 && (plan->blocks > 1 || !resident)))
         return false;
     plan->slot_bytes = (int)slot;
     int64_t weights;
@@ -149,10 +150,10 @@ static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s
         if (plan->stages > LTN_FUSED_MAX_STAGES)
             return false;
     } else {
-        plan->stage_steps = 12288 / (int)step_bytes;
+        plan->stage_steps = (plan->bn == 64 ? 8192 : 12288) / (int)step_bytes;
         if (plan->stage_steps > plan->steps)
             plan->stage_steps = plan->steps;
-        plan->stages = 4;
+        plan->stages = 3;
         weights = plan->stages * (int64_t)plan->stage_steps * step_bytes;
     }
     int64_t left = SHARED - FIXED - (int64_t)align_up(plan->steps * 8u) - weights;
@@ -160,11 +161,17 @@ static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s
     if (left < 0 || slots < 2)
         return false;
     plan->slots = slots > LTN_FUSED_MAX_SLOTS ? LTN_FUSED_MAX_SLOTS : (int)slots;
+    if (loaders < LTN_FUSED_LOADERS) { /* a slot belongs to one warp, and to one warpgroup where those take turns */
+        int whole = LTN_FUSED_LOADERS / loaders * 2;
+        if (plan->slots < whole)
+            return false;
+        plan->slots = plan->slots / whole * whole;
+    }
     if (!resident) { /* what is left makes the ring of filters deeper */
-        if (plan->slots > 4)
+        if (plan->slots > 4 && loaders == LTN_FUSED_LOADERS)
             plan->slots = 4;
         int64_t more = (left - plan->slots * slot) / (plan->stage_steps * step_bytes);
-        plan->stages += (int)(more > 4 ? 4 : more);
+        plan->stages += (int)(more > 13 ? 13 : more);
         weights = plan->stages * (int64_t)plan->stage_steps * step_bytes;
     }
     plan->shared_bytes =
@@ -184,9 +191,12 @@ static double cost(const struct ltn_fused_plan *plan)
     double shared = (products * (2048 + plan->bn * 32) + fetched * 16 + weights) / 128;
     double sector = plan->vector && plan->block_units == 1 ? 2 : 1; /* half a sector at a time */
     double l2 = (fetched * 16 * sector + weights) / 24;
-    double rounds = plan->vector ? ceil_div(plan->planes * plan->load, 4 * LTN_FUSED_LOADERS)
-                                 : ceil_div(plan->phases * plan->load, LTN_FUSED_LOADERS) * ceil_div(plan->subplanes, 2);
-    double loader = (rounds * 700 + 200) * plan->blocks; /* each waits for memory once */
+    double loader; /* what was measured, roughly; loads of elements wait for memory once per pass, pair of units */
+    if (plan->vector)
+        loader = fetched * 0.6 + 400 * plan->blocks;
+    else
+        loader = (1000 + 1200.0 * ceil_div(plan->phases * plan->load, plan->loaders) * ceil_div(plan->subplanes, 2)) *
+                 plan->blocks * plan->loaders / LTN_FUSED_LOADERS;
     double write = rows * plan->bn * (plan->unit == 8 ? 2 : 4) / 24;
     double most = matrix;
     most = shared > most ? shared : most;
@@ -197,33 +207,39 @@ static double cost(const struct ltn_fused_plan *plan)
     return (most + 500 + write / 2) / rows;
 }
 
+static bool wanted(int choice, int value, int any)
+{
+    return choice == any || choice == value;
+}
+
 static bool best_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, const struct ltn_fused_choice *ch)
 {
-    struct ltn_fused_plan best = {0}, now;
+    struct ltn_fused_plan best = {0};
     double least = 0;
     int most_mt = plan->bn == 64 ? 3 : 2;
-    for (int mt = 1; mt <= most_mt; ++mt)
-        for (int share = 1; share <= 2; ++share)
-            for (int resident = 0; resident <= 1; ++resident)
-                for (int blocks = 1, last = 0; blocks <= plan->units; blocks += 1 + blocks / 8) {
-                    int units = ceil_div(plan->units, blocks);
-                    if (!is_flat(plan))
-                        units = units < 16 ? (units + 1) / 2 * 2 : 16;
-                    if (units == last)
-                        continue;
-                    last = units;
-                    now = *plan;
-                    if ((ch && ch->mt > 0 && ch->mt != mt) || (ch && ch->share > 0 && ch->share != share) ||
-                        (ch && ch->resident >= 0 && ch->resident != resident) ||
-                        (ch && ch->blocks > 0 && ch->blocks != ceil_div(plan->units, units)) ||
-                        !set_tile(&now, s, mt, share, units, resident))
-                        continue;
-                    double c = cost(&now);
-                    if (!best.steps || c < least) {
-                        best = now;
-                        least = c;
-                    }
-                }
+    for (int i = 0; i < most_mt * 2 * 2 * 2; ++i) {
+        int mt = i / 8 + 1, share = i / 4 % 2 + 1, resident = i / 2 % 2;
+        int loaders = i % 2 ? LTN_FUSED_LOADERS : 32;
+        if (!wanted(ch->mt, mt, 0) || !wanted(ch->share, share, 0) || !wanted(ch->resident, resident, -1) ||
+            !wanted(ch->loaders, loaders, 0) || (plan->vector && loaders == 32))
+            continue;
+        for (int blocks = 1, last = 0; blocks <= plan->units; blocks += 1 + blocks / 8) {
+            struct ltn_fused_plan now = *plan;
+            int units = ceil_div(plan->units, blocks);
+            if (!is_flat(plan))
+                units = units < 16 ? (units + 1) / 2 * 2 : 16;
+            if (units == last || !wanted(ch->blocks, ceil_div(plan->units, units), 0))
+                continue;
+            last = units;
+            if (!set_tile(&now, s, mt, share, units, resident, loaders))
+                continue;
+            double c = cost(&now);
+            if (!best.steps || c < least) {
+                best = now;
+                least = c;
+            }
+        }
+    }
     if (best.steps)
         *plan = best;
     return best.steps > 0;
@@ -234,11 +250,14 @@ enum ltn_status ltn_fused_choose(struct ltn_fused_plan *plan, const struct ltn_c
 {
     int cg = group_channels(s), cog = s->co / s->groups;
     memset(plan, 0, sizeof *plan);
-    /* offsets within an image are 32 bits */
-    double image = ((double)s->hi + s->pt + s->pb) * ((double)s->wi + s->pl + s->pr) * s->ci;
-    if (s->type == LTN_CONV_F32 || image > INT32_MAX || (double)cg * s->hf * s->wf > INT32_MAX / 8)
-        return ltn_fail(err, LTN_ERR_UNSUPPORTED, "convolution: fused im2win is for tf32 and bf16, and images of fewer "
-                        "than 2^31 elements");
+    /* offsets within an image are 32 bits, those of rows and columns 15 */
+    double rows = (double)s->hi + s->pt + s->pb, columns = (double)s->wi + s->pl + s->pr;
+    if (s->type == LTN_CONV_F32 || rows >= LTN_FUSED_FAR || columns >= LTN_FUSED_FAR ||
+        rows * columns * s->ci > INT32_MAX || (double)cg * s->hf * s->wf > INT32_MAX / 8)
+        return ltn_fail(err, LTN_ERR_UNSUPPORTED,
+                        "convolution: fused im2win is for tf32 and bf16, rows and columns of fewer than %d elements, and "
+                        "images of fewer than 2^31",
+                        LTN_FUSED_FAR);
     plan->unit = s->type == LTN_CONV_BF16 ? 8 : 4;
     plan->ho = ltn_conv_ho(s);
     plan->wo = ltn_conv_wo(s);
@@ -249,21 +268,24 @@ enum ltn_status ltn_fused_choose(struct ltn_fused_plan *plan, const struct ltn_c
     int64_t by_channel = (int64_t)ceil_div(cg, plan->unit) * s->hf * s->wf;
     int64_t by_window = (int64_t)ceil_div(cg * s->hf, plan->unit) * s->wf;
     enum ltn_fused_order order = 10 * by_channel >= 13 * by_window ? LTN_FUSED_WINDOW : LTN_FUSED_CHANNEL;
-    if (choice && choice->order >= 0)
+    const struct ltn_fused_choice any = {.resident = -1, .order = -1};
+    if (!choice)
+        choice = &any;
+    if (choice->order >= 0)
         order = (enum ltn_fused_order)choice->order;
     set_order(plan, s, order);
     double waste = (double)plan->hq * plan->wq / ((double)plan->ho * plan->wo);
     bool found = waste <= 2.5 && best_tile(plan, s, choice);
     if (!found) {
         set_order(plan, s, cg % plan->unit == 0 ? LTN_FUSED_EXACT : LTN_FUSED_EXACT_LIST);
-        found = best_tile(plan, s, NULL);
+        found = best_tile(plan, s, &any);
     }
     if (!found)
         return ltn_fail(err, LTN_ERR_UNSUPPORTED, "convolution: no fused plan for %d x %d x %d, filter %d x %d", s->ci,
                         s->hi, s->wi, s->hf, s->wf);
     plan->fetch_entries =
         (int64_t)plan->blocks * (plan->vector ? plan->planes : plan->subplanes * plan->unit);
-    plan->at_steps = align_up((size_t)plan->fetch_entries * 16);
+    plan->at_steps = align_up((size_t)plan->fetch_entries * 8);
     plan->at_weights = plan->at_steps + align_up((size_t)plan->steps * 8);
     plan->bytes = plan->at_weights + (size_t)s->groups * plan->n_tiles * plan->blocks * plan->steps * plan->bn * 32;
     return LTN_OK;
@@ -310,7 +332,7 @@ static bool element(const struct ltn_fused_plan *plan, const struct ltn_conv_sha
 }
 
 static void fill_fetch(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, const int *phases,
-                       int32_t (*out)[4])
+                       int32_t (*out)[2])
 {
     bool nhwc = s->layout == LTN_NHWC;
     int y_pitch = nhwc ? s->wi * s->ci : s->wi, x_pitch = nhwc ? s->ci : 1, c_pitch = nhwc ? 1 : s->hi * s->wi;
@@ -322,10 +344,8 @@ static void fill_fetch(const struct ltn_fused_plan *plan, const struct ltn_conv_
                 bool valid = element(plan, s, b, sub % plan->block_units, i, &u, &v, &c);
                 int dy = plan->order == LTN_FUSED_CHANNEL ? phases[sub / plan->block_units] : u * s->dh;
                 int dx = k / plan->subplanes + v * s->dw;
-                (*out)[0] = valid ? dy : LTN_FUSED_FAR;
-                (*out)[1] = valid ? dx : 0;
-                (*out)[2] = valid ? dy * y_pitch + dx * x_pitch + c * c_pitch : 0;
-                (*out)[3] = 0;
+                (*out)[0] = valid ? dy * y_pitch + dx * x_pitch + c * c_pitch : 0;
+                (*out)[1] = valid ? dy << 16 | dx : LTN_FUSED_FAR << 16;
             }
 }
 
