@@ -1,5 +1,5 @@
-/* The plan of the fused convolution, carried out in plain C as the kernel does it: strips, steps, packed filters. What
- * a strip does not load is NaN, so that reading it shows. */
+/* The plan of the fused convolution, carried out in plain C as the kernel does it: strips, steps, packed
+ * filters. What a strip does not load is NaN, so that reading it shows. */
 #include "kernels/conv/fused.h"
 #include "kernels/conv/index.h"
 #include "kernels/dtype.h"
@@ -37,7 +37,8 @@ static bool inside(const struct ltn_conv_shape *p, int y, int x)
 static void load_strip(double *strip, const struct ltn_fused_plan *plan, const struct ltn_conv_shape *p,
                        const int32_t (*fetch)[2], const float *x, int first, int block, int group)
 {
-    int v = plan->unit, row = p->layout == LTN_NHWC ? p->wi * p->ci : p->wi, col = p->layout == LTN_NHWC ? p->ci : 1;
+    int v = plan->unit, row = p->layout == LTN_NHWC ? p->wi * p->ci : p->wi,
+        col = p->layout == LTN_NHWC ? p->ci : 1;
     int64_t image = (int64_t)p->ci * p->hi * p->wi;
     int64_t offset = (int64_t)group * (p->ci / p->groups) * (p->layout == LTN_NHWC ? 1 : p->hi * p->wi);
     for (int i = 0; i < plan->slot_bytes / 16 * v; i++)
@@ -48,7 +49,8 @@ static void load_strip(double *strip, const struct ltn_fused_plan *plan, const s
                 int rows = (first + pos) / plan->wq, q = (first + pos) % plan->wq;
                 int n = rows / plan->hq, m = rows % plan->hq, phase = plane / plan->subplanes;
                 const int32_t *e;
-                int64_t at = n * image + offset + (int64_t)(m * p->sh - p->pt) * row + (q * p->sw - p->pl) * col;
+                int64_t at =
+                    n * image + offset + (int64_t)(m * p->sh - p->pt) * row + (q * p->sw - p->pl) * col;
                 int shift = 0;
                 if (plan->vector) {
                     e = fetch[block * plan->planes + plane];
@@ -58,13 +60,15 @@ static void load_strip(double *strip, const struct ltn_fused_plan *plan, const s
                     shift = phase;
                     at += phase * col;
                 }
-                bool valid = n < p->n && inside(p, m * p->sh - p->pt + (e[1] >> 16), q * p->sw - p->pl + (e[1] & 0xffff) + shift);
+                bool valid = n < p->n && inside(p, m * p->sh - p->pt + (e[1] >> 16),
+                                                q * p->sw - p->pl + (e[1] & 0xffff) + shift);
                 strip[(plane * plan->stride + pos) * v + i] = valid ? x[at + e[0]] : 0.0;
             }
 }
 
 /* y in the shape's layout, as the kernel computes it */
-static void run_plan(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *p, const struct arrays *a)
+static void run_plan(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *p,
+                     const struct arrays *a)
 {
     char *packed = malloc(plan->bytes);
     double *strip = malloc((size_t)plan->slot_bytes / 16 * plan->unit * sizeof *strip);
@@ -92,7 +96,8 @@ static void run_plan(const struct ltn_fused_plan *plan, const struct ltn_conv_sh
                         for (int i = 0; i < v; i++, next++) {
                             double w = ltn_load(packed + plan->at_weights, v == 8 ? LTN_BF16 : LTN_F32, next);
                             for (int r = 0; r < rows; r++)
-                                sum[r * plan->bn + ltn_fused_channel(column, v)] += strip[(at + r) * v + i] * w;
+                                sum[r * plan->bn + ltn_fused_channel(column, v)] +=
+                                    strip[(at + r) * v + i] * w;
                         }
                 }
             }
@@ -161,15 +166,17 @@ static void test_plans_compute_the_convolution(void **state)
     int orders[4] = {0};
     for (int i = 0; i < 120; i++) {
         struct ltn_conv_shape p = random_problem(&rng);
-        struct ltn_fused_choice choice = {test_below(&rng, 3), test_below(&rng, 3), test_below(&rng, 4),
-                                          test_below(&rng, 3) - 1, test_below(&rng, 5) - 1, test_below(&rng, 2) * 32};
+        struct ltn_fused_choice choice = {test_below(&rng, 3),     test_below(&rng, 3),
+                                          test_below(&rng, 4),     test_below(&rng, 3) - 1,
+                                          test_below(&rng, 5) - 1, test_below(&rng, 2) * 32};
         struct ltn_fused_plan plan;
         if (i % 2 || ltn_fused_choose(&plan, &p, &choice, &err) != LTN_OK)
             CHECK(ltn_fused_choose(&plan, &p, NULL, &err));
         assert_true(plan.shared_bytes <= 227 * 1024 && plan.slots >= 2);
         orders[plan.order]++;
         int64_t n_y = ltn_conv_y_elements(&p);
-        struct arrays a = {random_array(&rng, ltn_conv_x_elements(&p)), random_array(&rng, ltn_conv_filter_elements(&p)),
+        struct arrays a = {random_array(&rng, ltn_conv_x_elements(&p)),
+                           random_array(&rng, ltn_conv_filter_elements(&p)),
                            malloc((size_t)n_y * sizeof *a.y)};
         assert_non_null(a.y);
         for (int64_t k = 0; k < n_y; k++)
@@ -181,7 +188,8 @@ static void test_plans_compute_the_convolution(void **state)
                     for (int j = 0; j < plan.wo; j++) {
                         double y = a.y[conv_y_at(&p, plan.ho, plan.wo, n, o, m, j)];
                         if (!(fabs(y - direct(&p, &a, n, o, m, j)) < 1e-9))
-                            fail_msg("case %d, order %d: output (%d, %d, %d, %d)", i, (int)plan.order, n, o, m, j);
+                            fail_msg("case %d, order %d: output (%d, %d, %d, %d)", i, (int)plan.order, n, o,
+                                     m, j);
                     }
         free(a.x);
         free(a.filter);

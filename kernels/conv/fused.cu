@@ -1,13 +1,14 @@
 /* Fused im2win for Hopper: see fused.h for what lies in shared memory, fused_plan.c for how it is chosen.
  *
- * One block stays on each multiprocessor and takes tiles in turn. Warpgroups 0 and 1 multiply and write outputs,
- * together on one tile (share 2), or each on its own (share 1), so that one writes while the other multiplies.
- * Warps 8-14 load strips, warp 15 packed filters.
+ * One block stays on each multiprocessor and takes tiles in turn. Warpgroups 0 and 1 multiply and write
+ * outputs, together on one tile (share 2), or each on its own (share 1), so that one writes while the other
+ * multiplies. Warps 8-14 load strips, warp 15 packed filters.
  *
- * A thread's accumulators are of two output positions and, by the order in which the filters were packed, of runs of
- * 16 bytes of neighbouring channels (ltn_fused_channel), so that outputs go straight to memory. */
+ * A thread's accumulators are of two output positions and, by the order in which the filters were packed, of
+ * runs of 16 bytes of neighbouring channels (ltn_fused_channel), so that outputs go straight to memory. */
 #include "kernels/conv/conv.cuh"
 #include "kernels/conv/fused.h"
+#include "kernels/conv/hopper.cuh"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,8 +20,8 @@ constexpr int kGroup = 128;
 constexpr int kBlock = 4 * kGroup;
 constexpr int kLoaders = LTN_FUSED_LOADERS;
 
-/* From a loading thread's position to its next, `positions` on, in the input: rows, columns and elements; and what comes
- * on top where a row or an image of positions ends. */
+/* From a loading thread's position to its next, `positions` on, in the input: rows, columns and elements; and
+ * what comes on top where a row or an image of positions ends. */
 struct walk_step {
     int positions, y, x, row_y, row_x, image_y;
     int64_t at, row_at, image_at;
@@ -53,107 +54,6 @@ struct alignas(8) barriers {
 static_assert(sizeof(barriers) <= 1024 - 128, "fits in the plan's fixed part");
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-__device__ __forceinline__ uint32_t smem_address(const void *p)
-{
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ void barrier_init(uint64_t *bar, int count)
-{
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(count));
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t *bar)
-{
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(bar)) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive_expect(uint64_t *bar, uint32_t bytes)
-{
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint64_t *bar, uint32_t parity)
-{
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;\n"
-                 "}\n" ::"r"(smem_address(bar)),
-                 "r"(parity)
-                 : "memory");
-}
-
-__device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint64_t *bar)
-{
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
-                 "l"(src), "r"(bytes), "r"(smem_address(bar))
-                 : "memory");
-}
-
-/* ---- products ---- */
-
-#define ACC8(d, i)                                                                                                     \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
-        "+f"(d[i + 7])
-#define ACC16(d, i) ACC8(d, i), ACC8(d, i + 8)
-#define ACC32(d, i) ACC16(d, i), ACC16(d, i + 16)
-#define REGS16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-#define REGS32 REGS16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define REGS48 REGS32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
-#define REGS64 REGS48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-
-/* d (+)= A B^T, 64 positions by N channels by two units; both operands in shared memory */
-template <typename T, int N> struct product;
-
-#define PRODUCT(N, REGS, ACCS, A, B, P)                                                                                \
-    template <> struct product<__nv_bfloat16, N> {                                                                     \
-        static __device__ __forceinline__ void add(float(&d)[N / 2], uint64_t a, uint64_t b, int accumulate)           \
-        {                                                                                                              \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGS "}, " A ", " B              \
-                         ", p, 1, 1, 0, 0;\n}\n"                                                                       \
-                         : ACCS                                                                                        \
-                         : "l"(a), "l"(b), "r"(accumulate));                                                           \
-        }                                                                                                              \
-    };                                                                                                                 \
-    template <> struct product<float, N> {                                                                             \
-        static __device__ __forceinline__ void add(float(&d)[N / 2], uint64_t a, uint64_t b, int accumulate)           \
-        {                                                                                                              \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k8.f32.tf32.tf32 {" REGS "}, " A ", " B               \
-                         ", p, 1, 1;\n}\n"                                                                             \
-                         : ACCS                                                                                        \
-                         : "l"(a), "l"(b), "r"(accumulate));                                                           \
-        }                                                                                                              \
-    };
-
-#define ACCS16 ACC16(d, 0)
-#define ACCS32 ACC32(d, 0)
-#define ACCS48 ACC32(d, 0), ACC16(d, 32)
-#define ACCS64 ACC32(d, 0), ACC32(d, 32)
-PRODUCT(32, REGS16, ACCS16, "%16", "%17", "%18")
-PRODUCT(64, REGS32, ACCS32, "%32", "%33", "%34")
-PRODUCT(96, REGS48, ACCS48, "%48", "%49", "%50")
-PRODUCT(128, REGS64, ACCS64, "%64", "%65", "%66")
-
-/* No swizzle, "K-major": 8-row groups are 128 bytes apart, the two units of a row `apart` units. */
-__device__ __forceinline__ uint64_t descriptor(uint32_t units, uint32_t apart)
-{
-    return static_cast<uint64_t>(units | (apart << 16)) | (static_cast<uint64_t>(8) << 32);
-}
-
-template <int M, int N> __device__ __forceinline__ void pin(float (&x)[M][N])
-{
-#pragma unroll
-    for (int i = 0; i < M; ++i)
-#pragma unroll
-        for (int j = 0; j < N; ++j)
-            asm volatile("" : "+f"(x[i][j])::"memory");
-}
 
 /* ---- tiles and turns ---- */
 
@@ -218,10 +118,12 @@ __device__ __forceinline__ uint4 load_unit(const void *p)
 
 __device__ __forceinline__ void store_unit(uint32_t at, uint4 v)
 {
-    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
 }
 
-/* A thread's way through positions. (y, x): row and column in the input of what it loads there; at: its element. */
+/* A thread's way through positions. (y, x): row and column in the input of what it loads there; at: its
+ * element. */
 struct walker {
     int64_t at;
     int y, x, y_end, x_end, images;
@@ -231,7 +133,8 @@ struct walker {
         int q = position - row * static_cast<int>(p.by_wq.d), m = row - image * static_cast<int>(p.by_hq.d);
         y = m * p.sh - p.pt;
         x = q * p.sw - p.pl;
-        at = image * p.x_image + static_cast<int64_t>(y) * p.x_row + static_cast<int64_t>(x) * p.x_col + offset;
+        at = image * p.x_image + static_cast<int64_t>(y) * p.x_row + static_cast<int64_t>(x) * p.x_col +
+             offset;
         y += dy;
         x += dx;
         y_end = p.walk.image_y - p.pt + dy;
@@ -262,10 +165,10 @@ struct walker {
     }
 };
 
-/* Units are 16 aligned bytes of the input; a thread (one of p.loaders) stays in one plane. bf16: copied as they are, and
- * `full` hears of it when they have come. */
-__device__ void load_vectors(const fused_params &p, const __nv_bfloat16 *x, int first, int block, uint32_t slot,
-                             uint64_t *full, int thread)
+/* Units are 16 aligned bytes of the input; a thread (one of p.loaders) stays in one plane. bf16: copied as
+ * they are, and `full` hears of it when they have come. */
+__device__ void load_vectors(const fused_params &p, const __nv_bfloat16 *x, int first, int block,
+                             uint32_t slot, uint64_t *full, int thread)
 {
     const int from = thread / p.planes, plane = thread - from * p.planes;
     if (from < p.walk.positions) {
@@ -275,8 +178,8 @@ __device__ void load_vectors(const fused_params &p, const __nv_bfloat16 *x, int 
 #pragma unroll 4
         for (int pos = from; pos < p.load; pos += p.walk.positions) {
             bool inside = w.inside(p, 0, 0);
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(inside ? x + w.at : x),
-                         "r"(inside ? 16 : 0)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at),
+                         "l"(inside ? x + w.at : x), "r"(inside ? 16 : 0)
                          : "memory");
             at += p.walk.positions * 16;
             w.next(p);
@@ -286,8 +189,8 @@ __device__ void load_vectors(const fused_params &p, const __nv_bfloat16 *x, int 
 }
 
 /* tf32: rounded on the way. */
-__device__ void load_vectors(const fused_params &p, const float *x, int first, int block, uint32_t slot, uint64_t *full,
-                             int thread)
+__device__ void load_vectors(const fused_params &p, const float *x, int first, int block, uint32_t slot,
+                             uint64_t *full, int thread)
 {
     constexpr int kDeep = 8;
     const int from = thread / p.planes, plane = thread - from * p.planes;
@@ -335,7 +238,8 @@ template <> struct elements<float> {
 };
 
 template <typename T>
-__device__ __forceinline__ elements<T> gather(const fused_params &p, const T *x, const walker &w, const int2 *fetch)
+__device__ __forceinline__ elements<T> gather(const fused_params &p, const T *x, const walker &w,
+                                              const int2 *fetch)
 {
     constexpr int V = elements<T>::kUnit;
     elements<T> out;
@@ -357,11 +261,11 @@ __device__ __forceinline__ elements<T> gather(const fused_params &p, const T *x,
     return out;
 }
 
-/* Units are gathered element by element: any layout, any number of channels. A thread stays in one column phase, and
- * neighbouring threads take neighbouring columns. */
+/* Units are gathered element by element: any layout, any number of channels. A thread stays in one column
+ * phase, and neighbouring threads take neighbouring columns. */
 template <typename T>
-__device__ void load_elements(const fused_params &p, const T *x, int first, int block, uint32_t slot, uint64_t *full,
-                              int thread)
+__device__ void load_elements(const fused_params &p, const T *x, int first, int block, uint32_t slot,
+                              uint64_t *full, int thread)
 {
     constexpr int V = elements<T>::kUnit;
     const int from = thread / p.phases, phase = thread - from * p.phases;
@@ -460,13 +364,14 @@ __device__ __forceinline__ uint4 pack(const float (&v)[8], __nv_bfloat16)
 
 __device__ __forceinline__ uint4 pack(const float (&v)[4], float)
 {
-    return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
+    return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+                      __float_as_uint(v[3]));
 }
 
 /* One row of accumulators: those of `d` at [4 b + 2 half + 0, 1]. */
 template <typename T, int BN>
-__device__ __forceinline__ void write_row(const fused_params &p, const float (&d)[BN / 2], int half, int position,
-                                          const tile &t)
+__device__ __forceinline__ void write_row(const fused_params &p, const float (&d)[BN / 2], int half,
+                                          int position, const tile &t)
 {
     constexpr int V = 16 / sizeof(T);
     int row = quotient(position, p.by_wq), image = quotient(row, p.by_hq);
@@ -532,7 +437,8 @@ __device__ void multiply(const fused_params &p, char *base, barriers &bar, int g
                 int2 step = steps[s0];
                 for (int s = 0; s < n; ++s, w += BN * 2) {
                     uint64_t a = descriptor(strip + step.x, step.y);
-                    step = steps[s0 + s + 1]; /* of the next round; behind the table lies more shared memory */
+                    step =
+                        steps[s0 + s + 1]; /* of the next round; behind the table lies more shared memory */
                     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
                     for (int m = 0; m < MT; ++m)
@@ -595,7 +501,8 @@ __global__ void __launch_bounds__(kBlock, 1) fused_kernel(const __grid_constant_
     for (int i = threadIdx.x; i < p.steps; i += kBlock)
         reinterpret_cast<int2 *>(base)[i] = p.steps_table[i];
     __syncthreads();
-    const int group = __shfl_sync(0xFFFFFFFF, threadIdx.x / kGroup, 0); /* the compiler then knows that it is uniform */
+    const int group =
+        __shfl_sync(0xFFFFFFFF, threadIdx.x / kGroup, 0); /* the compiler then knows that it is uniform */
     if (group < 2) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 176;");
         multiply<T, BN, MT>(p, base, bar, group);
@@ -615,10 +522,10 @@ __global__ void __launch_bounds__(kBlock, 1) fused_kernel(const __grid_constant_
 
 /* ---- the operator ---- */
 
-using kernel = void (*)(const fused_params);
+using fused_fn = void (*)(const fused_params);
 
 /* NULL: no such tile */
-template <typename T> kernel kernel_of(const ltn_fused_plan &plan)
+template <typename T> fused_fn kernel_of(const ltn_fused_plan &plan)
 {
     switch (plan.bn * 4 + plan.mt) {
     case 32 * 4 + 1:
@@ -645,7 +552,7 @@ template <typename T> kernel kernel_of(const ltn_fused_plan &plan)
 
 struct fused_op {
     ltn_fused_plan plan;
-    kernel run;
+    fused_fn kernel;
     fused_params params; /* but x, y and what depends on the number of images */
     int images;          /* at most, in one launch */
 };
@@ -653,7 +560,8 @@ struct fused_op {
 fused_params params_of(const ltn_fused_plan &plan, const ltn_conv_shape &s)
 {
     bool nhwc = s.layout == LTN_NHWC;
-    int cog = s.co / s.groups, held = plan.resident ? plan.blocks * plan.steps : plan.stages * plan.stage_steps;
+    int cog = s.co / s.groups,
+        held = plan.resident ? plan.blocks * plan.steps : plan.stages * plan.stage_steps;
     fused_params p = {};
     p.x_image = static_cast<int64_t>(s.ci) * s.hi * s.wi;
     p.y_image = static_cast<int64_t>(s.co) * plan.ho * plan.wo;
@@ -731,18 +639,19 @@ enum ltn_status create(conv_device *dev, conv_op *op, const float *filter, ltn_e
     op->own = f;
     LTN_TRY(ltn_fused_choose(&f->plan, &s, nullptr, err));
     const ltn_fused_plan &plan = f->plan;
-    f->run = s.type == LTN_CONV_BF16 ? kernel_of<__nv_bfloat16>(plan) : kernel_of<float>(plan);
+    f->kernel = s.type == LTN_CONV_BF16 ? kernel_of<__nv_bfloat16>(plan) : kernel_of<float>(plan);
     f->params = params_of(plan, s);
     /* positions and tiles of one launch are counted in 32 bits */
     int64_t per_image = static_cast<int64_t>(plan.hq) * plan.wq;
     int64_t most = INT32_MAX / 2 / (static_cast<int64_t>(plan.n_tiles) * s.groups);
-    if (f->run == nullptr || per_image > most)
+    if (f->kernel == nullptr || per_image > most)
         return ltn_fail(err, LTN_ERR_UNSUPPORTED, "convolution: too large for fused im2win");
     f->images = static_cast<int>(most / per_image < s.n ? most / per_image : s.n);
 
     void *packed = malloc(plan.bytes);
     if (packed == nullptr)
-        return ltn_fail(err, LTN_ERR_MEMORY, "convolution: no memory for a packed filter of %zu bytes", plan.bytes);
+        return ltn_fail(err, LTN_ERR_MEMORY, "convolution: no memory for a packed filter of %zu bytes",
+                        plan.bytes);
     enum ltn_status status = ltn_fused_pack(&plan, &s, filter, packed, err);
     if (status == LTN_OK)
         status = conv_alloc(dev, &op->filter, plan.bytes, err);
@@ -756,10 +665,11 @@ enum ltn_status create(conv_device *dev, conv_op *op, const float *filter, ltn_e
     f->params.weights = base + plan.at_weights;
     op->base.info.filter_bytes = plan.bytes;
     static const char *const orders[] = {"channels", "window", "exact", "exact list"};
-    snprintf(op->base.info.variant, sizeof op->base.info.variant, "%s, tile %d x %d, %d in a strip, filters %s",
-             orders[plan.order], plan.tile_rows, plan.bn, plan.steps, plan.resident ? "resident" : "streamed");
+    snprintf(op->base.info.variant, sizeof op->base.info.variant,
+             "%s, tile %d x %d, %d in a strip, filters %s", orders[plan.order], plan.tile_rows, plan.bn,
+             plan.steps, plan.resident ? "resident" : "streamed");
     CONV_TRY(dev, err,
-             cudaFuncSetAttribute(f->run, cudaFuncAttributeMaxDynamicSharedMemorySize,
+             cudaFuncSetAttribute(f->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(plan.shared_bytes)));
     return LTN_OK;
 }
@@ -769,6 +679,7 @@ enum ltn_status run(conv_device *dev, conv_op *op, void *y, const void *x, void 
 {
     const ltn_conv_shape &s = op->base.shape;
     const fused_op *f = static_cast<const fused_op *>(op->own);
+    const fused_fn kernel = f->kernel;
     const int64_t size = static_cast<int64_t>(ltn_conv_type_size(s.type));
     fused_params p = f->params;
     p.bias = op->bias;
@@ -781,7 +692,8 @@ enum ltn_status run(conv_device *dev, conv_op *op, void *y, const void *x, void 
         int m_tiles = (p.n * f->plan.hq * f->plan.wq + p.tile_rows - 1) / p.tile_rows;
         p.by_m_tiles = conv_divisor_of(m_tiles);
         p.tiles = m_tiles * f->plan.n_tiles * s.groups;
-        f->run<<<p.tiles < dev->n_sms ? p.tiles : dev->n_sms, kBlock, f->plan.shared_bytes, dev->stream>>>(p);
+        const int grid = p.tiles < dev->n_sms ? p.tiles : dev->n_sms;
+        kernel<<<grid, kBlock, f->plan.shared_bytes, dev->stream>>>(p);
         CONV_TRY(dev, err, cudaGetLastError());
     }
     return LTN_OK;

@@ -2,7 +2,6 @@
 #include "kernels/conv/fused.h"
 #include "kernels/dtype.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -84,7 +83,8 @@ static void set_order(struct ltn_fused_plan *plan, const struct ltn_conv_shape *
         plan->units = ceil_div(cg * s->hf * s->wf, v);
         break;
     }
-    plan->vector = s->layout == LTN_NHWC && cg % v == 0 && (order == LTN_FUSED_CHANNEL || order == LTN_FUSED_EXACT);
+    plan->vector =
+        s->layout == LTN_NHWC && cg % v == 0 && (order == LTN_FUSED_CHANNEL || order == LTN_FUSED_EXACT);
 }
 
 /* Taps that one strip serves. */
@@ -115,8 +115,8 @@ static int plane_stride(const struct ltn_fused_plan *plan)
 }
 
 /* Sizes for a tile and a number of blocks. False: does not fit. */
-static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, int mt, int share, int block_units,
-                     bool resident, int loaders)
+static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, int mt, int share,
+                     int block_units, bool resident, int loaders)
 {
     plan->mt = mt;
     plan->share = share;
@@ -134,7 +134,8 @@ static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s
     plan->loaders = loaders;
     int64_t slot = ((int64_t)plan->planes * plan->stride + (plan->zero ? plan->tile_rows : 0)) * 16;
     int64_t step_bytes = plan->bn * 32;
-    if ((plan->vector ? plan->planes : plan->phases) > loaders || plan->steps > LTN_FUSED_MAX_STEPS || slot > SHARED || (share == 1 && (plan->blocks > 1 || !resident)))
+    if ((plan->vector ? plan->planes : plan->phases) > loaders || plan->steps > LTN_FUSED_MAX_STEPS ||
+        slot > SHARED || (share == 1 && (plan->blocks > 1 || !resident)))
         return false;
     plan->slot_bytes = (int)slot;
     int64_t weights;
@@ -161,7 +162,8 @@ static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s
     if (left < 0 || slots < 2)
         return false;
     plan->slots = slots > LTN_FUSED_MAX_SLOTS ? LTN_FUSED_MAX_SLOTS : (int)slots;
-    if (loaders < LTN_FUSED_LOADERS) { /* a slot belongs to one warp, and to one warpgroup where those take turns */
+    if (loaders <
+        LTN_FUSED_LOADERS) { /* a slot belongs to one warp, and to one warpgroup where those take turns */
         int whole = LTN_FUSED_LOADERS / loaders * 2;
         if (plan->slots < whole)
             return false;
@@ -179,8 +181,8 @@ static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s
     return true;
 }
 
-/* Estimated cycles per position: the slowest of matrix units, shared memory, L2 and loader threads; the writing of
- * outputs comes on top where both warpgroups do it at once. */
+/* Estimated cycles per position: the slowest of matrix units, shared memory, L2 and loader threads; the
+ * writing of outputs comes on top where both warpgroups do it at once. */
 static double cost(const struct ltn_fused_plan *plan)
 {
     double rows = plan->tile_rows, steps = (double)plan->steps * plan->blocks;
@@ -191,11 +193,13 @@ static double cost(const struct ltn_fused_plan *plan)
     double shared = (products * (2048 + plan->bn * 32) + fetched * 16 + weights) / 128;
     double sector = plan->vector && plan->block_units == 1 ? 2 : 1; /* half a sector at a time */
     double l2 = (fetched * 16 * sector + weights) / 24;
-    double loader; /* what was measured, roughly; loads of elements wait for memory once per pass, pair of units */
+    double loader; /* what was measured, roughly; loads of elements wait for memory once per pass, pair of
+                      units */
     if (plan->vector)
         loader = fetched * 0.6 + 400 * plan->blocks;
     else
-        loader = (1000 + 1200.0 * ceil_div(plan->phases * plan->load, plan->loaders) * ceil_div(plan->subplanes, 2)) *
+        loader = (1000 + 1200.0 * ceil_div(plan->phases * plan->load, plan->loaders) *
+                             ceil_div(plan->subplanes, 2)) *
                  plan->blocks * plan->loaders / LTN_FUSED_LOADERS;
     double write = rows * plan->bn * (plan->unit == 8 ? 2 : 4) / 24;
     double most = matrix;
@@ -212,7 +216,8 @@ static bool wanted(int choice, int value, int any)
     return choice == any || choice == value;
 }
 
-static bool best_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, const struct ltn_fused_choice *ch)
+static bool best_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s,
+                      const struct ltn_fused_choice *ch)
 {
     struct ltn_fused_plan best = {0};
     double least = 0;
@@ -246,7 +251,7 @@ static bool best_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *
 }
 
 enum ltn_status ltn_fused_choose(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s,
-                               const struct ltn_fused_choice *choice, struct ltn_error *err)
+                                 const struct ltn_fused_choice *choice, struct ltn_error *err)
 {
     int cg = group_channels(s), cog = s->co / s->groups;
     memset(plan, 0, sizeof *plan);
@@ -254,17 +259,23 @@ enum ltn_status ltn_fused_choose(struct ltn_fused_plan *plan, const struct ltn_c
     double rows = (double)s->hi + s->pt + s->pb, columns = (double)s->wi + s->pl + s->pr;
     if (s->type == LTN_CONV_F32 || rows >= LTN_FUSED_FAR || columns >= LTN_FUSED_FAR ||
         rows * columns * s->ci > INT32_MAX || (double)cg * s->hf * s->wf > INT32_MAX / 8)
-        return ltn_fail(err, LTN_ERR_UNSUPPORTED,
-                        "convolution: fused im2win is for tf32 and bf16, rows and columns of fewer than %d elements, and "
-                        "images of fewer than 2^31",
-                        LTN_FUSED_FAR);
+        return ltn_fail(
+            err, LTN_ERR_UNSUPPORTED,
+            "convolution: fused im2win is for tf32 and bf16, rows and columns of fewer than %d elements, and "
+            "images of fewer than 2^31",
+            LTN_FUSED_FAR);
     plan->unit = s->type == LTN_CONV_BF16 ? 8 : 4;
     plan->ho = ltn_conv_ho(s);
     plan->wo = ltn_conv_wo(s);
-    plan->bn = cog <= 32 ? 32 : cog <= 64 ? 64 : cog <= 96 ? 96 : ceil_div(cog, 96) * 96 < ceil_div(cog, 128) * 128 ? 96 : 128;
+    plan->bn = cog <= 32                                           ? 32
+               : cog <= 64                                         ? 64
+               : cog <= 96                                         ? 96
+               : ceil_div(cog, 96) * 96 < ceil_div(cog, 128) * 128 ? 96
+                                                                   : 128;
     plan->n_tiles = ceil_div(cog, plan->bn);
 
-    /* The order with fewer products; a window order only where it saves much, as it loads rows Hf/sh times. */
+    /* The order with fewer products; a window order only where it saves much, as it loads rows Hf/sh times.
+     */
     int64_t by_channel = (int64_t)ceil_div(cg, plan->unit) * s->hf * s->wf;
     int64_t by_window = (int64_t)ceil_div(cg * s->hf, plan->unit) * s->wf;
     enum ltn_fused_order order = 10 * by_channel >= 13 * by_window ? LTN_FUSED_WINDOW : LTN_FUSED_CHANNEL;
@@ -281,13 +292,15 @@ enum ltn_status ltn_fused_choose(struct ltn_fused_plan *plan, const struct ltn_c
         found = best_tile(plan, s, &any);
     }
     if (!found)
-        return ltn_fail(err, LTN_ERR_UNSUPPORTED, "convolution: no fused plan for %d x %d x %d, filter %d x %d", s->ci,
-                        s->hi, s->wi, s->hf, s->wf);
+        return ltn_fail(err, LTN_ERR_UNSUPPORTED,
+                        "convolution: no fused plan for %d x %d x %d, filter %d x %d", s->ci, s->hi, s->wi,
+                        s->hf, s->wf);
     plan->fetch_entries =
         (int64_t)plan->blocks * (plan->vector ? plan->planes : plan->subplanes * plan->unit);
     plan->at_steps = align_up((size_t)plan->fetch_entries * 8);
     plan->at_weights = plan->at_steps + align_up((size_t)plan->steps * 8);
-    plan->bytes = plan->at_weights + (size_t)s->groups * plan->n_tiles * plan->blocks * plan->steps * plan->bn * 32;
+    plan->bytes =
+        plan->at_weights + (size_t)s->groups * plan->n_tiles * plan->blocks * plan->steps * plan->bn * 32;
     return LTN_OK;
 }
 
@@ -303,12 +316,13 @@ static int by_place(const void *a, const void *b)
     return x->at < y->at ? -1 : x->at > y->at;
 }
 
-/* Element i of unit j of block b: its row, column and channel, or false: zero. (u, v): the tap, where the strip serves
- * several. */
-static bool element(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, int b, int j, int i, int *u, int *v,
-                    int *c)
+/* Element i of unit j of block b: its row, column and channel, or false: zero. (u, v): the tap, where the
+ * strip serves several. */
+static bool element(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, int b, int j, int i,
+                    int *u, int *v, int *c)
 {
-    int cg = group_channels(s), at = b * plan->block_units + j, per = ceil_div(cg, plan->unit), e = at * plan->unit + i;
+    int cg = group_channels(s), at = b * plan->block_units + j, per = ceil_div(cg, plan->unit),
+        e = at * plan->unit + i;
     switch (plan->order) {
     case LTN_FUSED_CHANNEL:
         *c = e;
@@ -335,7 +349,8 @@ static void fill_fetch(const struct ltn_fused_plan *plan, const struct ltn_conv_
                        int32_t (*out)[2])
 {
     bool nhwc = s->layout == LTN_NHWC;
-    int y_pitch = nhwc ? s->wi * s->ci : s->wi, x_pitch = nhwc ? s->ci : 1, c_pitch = nhwc ? 1 : s->hi * s->wi;
+    int y_pitch = nhwc ? s->wi * s->ci : s->wi, x_pitch = nhwc ? s->ci : 1,
+        c_pitch = nhwc ? 1 : s->hi * s->wi;
     int planes = plan->vector ? plan->planes : plan->subplanes, n = plan->vector ? 1 : plan->unit;
     for (int b = 0; b < plan->blocks; ++b)
         for (int k = 0; k < planes; ++k)
@@ -371,20 +386,12 @@ static int order_pairs(const struct ltn_fused_plan *plan, const struct ltn_conv_
     return n;
 }
 
-/* Rounded to the nearest, ties away from zero: 10 bits remain after the point. */
-static uint32_t to_tf32(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return value == value && !isinf(value) ? (bits + 0x1000) & ~0x1fffu : bits;
-}
-
-static void fill_weights(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, const struct pair *pairs,
-                         const float *filter, char *out)
+static void fill_weights(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *s,
+                         const struct pair *pairs, const float *filter, char *out)
 {
     int cog = s->co / s->groups, size = s->ci / s->groups * s->hf * s->wf;
     uint16_t *halves = (uint16_t *)out;
-    uint32_t *words = (uint32_t *)out;
+    float *words = (float *)out;
     for (int tile = 0; tile < s->groups * plan->n_tiles; ++tile)
         for (int b = 0; b < plan->blocks; ++b)
             for (int k = 0; k < 2 * plan->steps; ++k)
@@ -394,16 +401,17 @@ static void fill_weights(const struct ltn_fused_plan *plan, const struct ltn_con
                         int u = pairs[k].u, v = pairs[k].v, c = 0;
                         float value = 0;
                         if (o < cog && pairs[k].j >= 0 && element(plan, s, b, pairs[k].j, i, &u, &v, &c))
-                            value = filter[((int64_t)(tile / plan->n_tiles) * cog + o) * size + (c * s->hf + u) * s->wf + v];
+                            value = filter[((int64_t)(tile / plan->n_tiles) * cog + o) * size +
+                                           (c * s->hf + u) * s->wf + v];
                         if (plan->unit == 8)
                             *halves++ = ltn_f32_to_bf16(value);
                         else
-                            *words++ = to_tf32(value);
+                            *words++ = ltn_round_tf32(value);
                     }
 }
 
-enum ltn_status ltn_fused_pack(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, const float *filter,
-                               void *packed, struct ltn_error *err)
+enum ltn_status ltn_fused_pack(const struct ltn_fused_plan *plan, const struct ltn_conv_shape *s,
+                               const float *filter, void *packed, struct ltn_error *err)
 {
     char *out = packed;
     int32_t(*steps)[2] = (void *)(out + plan->at_steps);
