@@ -18,7 +18,6 @@ namespace
 
 constexpr int kGroup = 128;
 constexpr int kBlock = 4 * kGroup;
-constexpr int kLoaders = LTN_FUSED_LOADERS;
 
 /* From a loading thread's position to its next, `positions` on, in the input: rows, columns and elements; and
  * what comes on top where a row or an image of positions ends. */
@@ -54,6 +53,8 @@ struct alignas(8) barriers {
 static_assert(sizeof(barriers) <= 1024 - 128, "fits in the plan's fixed part");
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+constexpr int kLoaders = LTN_FUSED_LOADERS;
 
 /* ---- tiles and turns ---- */
 
