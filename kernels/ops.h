@@ -47,7 +47,8 @@ struct ltn_matrix {
 
 struct ltn_linear {
     struct ltn_matrix w;
-    const float *bias; /* [w.rows] or NULL */
+    const float *bias;     /* [w.rows] or NULL */
+    struct ltn_matrix fp8; /* w as LTN_FP8, for products of many rows in e4m3; data NULL: they run in w */
 };
 
 /* weight == NULL: SimpleRMSNorm, x / sqrt(mean(x^2) + 1e-6), no parameters (TransNormerLLM, arXiv 2307.14995,
@@ -209,6 +210,14 @@ struct ltn_ops {
                                    const struct ltn_norm *norm, const struct ltn_matrix *w, int32_t rows,
                                    void *scratch, struct ltn_error *err);
 
+    /* out = w as LTN_FP8: out->data [w->rows, w->cols] and out->scales f32 [w->rows], a row's largest
+     * magnitude over 448. w: LTN_BF16 or LTN_F16. LTN_ERR_UNSUPPORTED: the device has no e4m3 products. Where
+     * a linear map has its fp8 set, prefill rounds activations to e4m3 too, each row under a scale of its
+     * own.
+     */
+    enum ltn_status (*matrix_fp8)(struct ltn_backend *be, const struct ltn_matrix *out,
+                                  const struct ltn_matrix *w, struct ltn_error *err);
+
     /* One token of one stream through the whole network: its logits, and its state advanced. id: [1]; logits:
      * f32 [V]; x: f32 [D]; qkv: act [4H]; o: act [H]; h: act [G]; all backend memory, and x .. h hold nothing
      * of use on return. LTN_ERR_UNSUPPORTED: nothing was done, as sizes or switches do not suit; compose. */
@@ -220,12 +229,11 @@ struct ltn_ops {
      */
     /* ids[r] = the token chosen from logits[r], as kernels/sample.h has it, to the last id the same on every
      * backend; log[*steps % log_rows][r] = ids[r], or what stands there in place of an id, and then ids[r] =
-     * 0; draws[r] advances by the token; *steps += 1. adjusted: room for f32 [rows, cols], or NULL where
-     * there are neither penalties nor biases. ids: [rows]; logits: f32 [rows, cols]; draws: [rows]; log:
-     * [log_rows, rows]; all backend memory; choice: host. */
+     * 0; draws[r] advances by the token; *steps += 1. scratch: room for f32 [2, rows, cols]. ids: [rows];
+     * logits: f32 [rows, cols]; draws: [rows]; log: [log_rows, rows]; all backend memory; choice: host. */
     enum ltn_status (*sample)(struct ltn_backend *be, int32_t *ids, const float *logits, int32_t rows,
                               int32_t cols, const struct ltn_choice *choice, struct ltn_draws *draws,
-                              float *adjusted, int64_t *steps, int32_t *log, int32_t log_rows,
+                              float *scratch, int64_t *steps, int32_t *log, int32_t log_rows,
                               struct ltn_error *err);
     /* From record to recorded, operations of this thread are noted, not run (upload, download, alloc, free
      * and sync must not be called); other threads wait. recorded ends it, also after an operation that

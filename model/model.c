@@ -6,8 +6,8 @@
 
 #include "kernels/rng.h"
 
-/* Weights are staged through a host buffer of this size on their way to a device. */
-enum { STAGE_BYTES = 16 << 20, ALIGN = 64 };
+/* Matrices that lie one after another, in the file as in the arena, go to a device in runs of this size. */
+enum { RUN_BYTES = 256 << 20, ALIGN = 64 };
 
 static size_t align_up(size_t n)
 {
@@ -133,16 +133,37 @@ static enum ltn_status put_attention(struct ltn_model *model, uint8_t **next, st
     return LTN_OK;
 }
 
-/* Copies a tensor to the backend, vectors widened to f32 on the way. */
-static enum ltn_status send(struct ltn_backend *be, void *dst, const struct ltn_tensor_spec *spec,
-                            const struct ltn_st_tensor *t, const uint8_t *src, float *stage,
-                            struct ltn_error *err)
+/* Matrices on their way to the backend: the run that has not been sent yet. */
+struct loading {
+    struct ltn_backend *be;
+    const struct ltn_checkpoint *checkpoint;
+    uint8_t *next; /* free part of the arena */
+    uint8_t *dst;
+    const uint8_t *src;
+    size_t bytes;
+    float *stage; /* room for the largest vector */
+};
+
+static enum ltn_status flush(struct loading *l, struct ltn_error *err)
 {
+    const size_t bytes = l->bytes;
+    l->bytes = 0;
+    return bytes ? l->be->ops->upload(l->be, l->dst, l->src, bytes, err) : LTN_OK;
+}
+
+/* Copies a tensor to the backend, vectors widened to f32 on the way. */
+static enum ltn_status send(struct loading *l, uint8_t *dst, const struct ltn_tensor_spec *spec,
+                            const struct ltn_st_tensor *t, const uint8_t *src, struct ltn_error *err)
+{
+    float *stage = l->stage;
     if (spec->is_matrix) {
-        for (uint64_t done = 0; done < t->bytes; done += STAGE_BYTES) {
-            uint64_t n = t->bytes - done < STAGE_BYTES ? t->bytes - done : STAGE_BYTES;
-            LTN_TRY(be->ops->upload(be, (uint8_t *)dst + done, src + done, n, err));
+        if (l->bytes >= RUN_BYTES || l->dst + l->bytes != dst || l->src + l->bytes != src)
+            LTN_TRY(flush(l, err));
+        if (l->bytes == 0) {
+            l->dst = dst;
+            l->src = src;
         }
+        l->bytes += t->bytes;
         return LTN_OK;
     }
     enum ltn_dtype dtype;
@@ -154,21 +175,20 @@ static enum ltn_status send(struct ltn_backend *be, void *dst, const struct ltn_
         memcpy(&word, src + i * ltn_dtype_size(dtype), ltn_dtype_size(dtype));
         stage[i] = ltn_load(&word, dtype, 0);
     }
-    return be->ops->upload(be, dst, stage, n * sizeof(float), err);
+    return l->be->ops->upload(l->be, dst, stage, n * sizeof(float), err);
 }
 
-/* *at: the tensor as the backend sees it; *next: the free part of the arena. */
-static enum ltn_status place(const void **at, uint8_t **next, struct ltn_backend *be,
-                             const struct ltn_checkpoint *ck, const struct ltn_tensor_spec *spec,
-                             const struct ltn_st_tensor *t, float *stage, struct ltn_error *err)
+/* *at: the tensor as the backend sees it. */
+static enum ltn_status place(const void **at, struct loading *l, const struct ltn_tensor_spec *spec,
+                             const struct ltn_st_tensor *t, struct ltn_error *err)
 {
-    const uint8_t *src = ck->file.map + t->offset;
+    const uint8_t *src = l->checkpoint->file.map + t->offset;
     *at = src;
-    if (usable_in_place(be, spec, t))
+    if (usable_in_place(l->be, spec, t))
         return LTN_OK;
-    *at = *next;
-    LTN_TRY(send(be, *next, spec, t, src, stage, err));
-    *next += arena_bytes(be, spec, t);
+    *at = l->next;
+    LTN_TRY(send(l, l->next, spec, t, src, err));
+    l->next += arena_bytes(l->be, spec, t);
     return LTN_OK;
 }
 
@@ -188,25 +208,28 @@ static enum ltn_status load(struct ltn_model *model, const struct ltn_checkpoint
             return ltn_fail(err, LTN_ERR_UNSUPPORTED, "%s: tensor \"%s\" is %s, which %s does not have",
                             ck->file.path, spec->name, ltn_dtype_name(dtype), be->name);
         arena += arena_bytes(be, spec, ck->tensors[i]) + arena_bytes(be, spec, ck->scales[i]);
-        total += ck->tensors[i]->bytes;
+        total += ck->tensors[i]->bytes + (ck->scales[i] ? ck->scales[i]->bytes : 0);
     }
     LTN_TRY(be->ops->alloc(be, &model->arena, arena, err));
 
-    uint8_t *next = model->arena;
-    LTN_TRY(put_attention(model, &next, err));
+    struct loading l = {.be = be, .checkpoint = ck, .next = model->arena, .stage = stage};
+    LTN_TRY(put_attention(model, &l.next, err));
     for (size_t i = 0; i < ck->n_specs; i++) {
         const struct ltn_tensor_spec *spec = &ck->specs[i];
         struct ltn_matrix matrix = {.dtype = ltn_checkpoint_matrix_dtype(ck->dtype, spec),
                                     .rows = (int32_t)spec->shape[0],
                                     .cols = (int32_t)spec->shape[1]};
-        LTN_TRY(place(&matrix.data, &next, be, ck, spec, ck->tensors[i], stage, err));
+        LTN_TRY(place(&matrix.data, &l, spec, ck->tensors[i], err));
         if (ck->scales[i])
-            LTN_TRY(place(&matrix.scales, &next, be, ck, spec, ck->scales[i], stage, err));
+            LTN_TRY(place(&matrix.scales, &l, spec, ck->scales[i], err));
         put(model, spec, &matrix);
-        done += ck->tensors[i]->bytes;
+        done += ck->tensors[i]->bytes + (ck->scales[i] ? ck->scales[i]->bytes : 0);
         if (progress)
-            progress(ctx, done, total);
+            progress(ctx, done - l.bytes, total);
     }
+    LTN_TRY(flush(&l, err));
+    if (progress)
+        progress(ctx, total, total);
     if (config->tied)
         model->head = model->embed;
     return be->ops->sync(be, err);
@@ -368,10 +391,82 @@ enum ltn_status ltn_model_random(struct ltn_model *model, const struct ltn_confi
     return status;
 }
 
+/* ---- fp8 for prefill ----------------------------------------------------------------------------------- */
+
+/* The maps that prefill spends its time in. TNL3's low-rank gate is not worth it. */
+enum { FP8_MAPS = 5 };
+
+static void fp8_maps(struct ltn_linear *maps[FP8_MAPS], struct ltn_layer *layer)
+{
+    maps[0] = &layer->qkv;
+    maps[1] = &layer->out;
+    maps[2] = &layer->l1;
+    maps[3] = &layer->l2;
+    maps[4] = &layer->l3;
+}
+
+static size_t fp8_bytes(const struct ltn_matrix *w)
+{
+    return w->dtype == LTN_FP8
+               ? 0
+               : align_up((size_t)w->rows * (size_t)w->cols) + align_up((size_t)w->rows * sizeof(float));
+}
+
+static enum ltn_status fill_fp8(struct ltn_model *model, struct ltn_error *err)
+{
+    struct ltn_linear *maps[FP8_MAPS];
+    uint8_t *next = model->fp8_arena;
+
+    for (int32_t l = 0; l < model->config.n_layers; l++) {
+        fp8_maps(maps, &model->layers[l]);
+        for (int i = 0; i < FP8_MAPS; i++) {
+            const struct ltn_matrix *w = &maps[i]->w;
+            if (w->dtype == LTN_FP8) {
+                maps[i]->fp8 = *w;
+                continue;
+            }
+            const struct ltn_matrix fp8 = {next, LTN_FP8, w->rows, w->cols,
+                                           next + align_up((size_t)w->rows * (size_t)w->cols)};
+            LTN_TRY(model->be->ops->matrix_fp8(model->be, &fp8, w, err));
+            maps[i]->fp8 = fp8;
+            next += fp8_bytes(w);
+        }
+    }
+    return model->be->ops->sync(model->be, err);
+}
+
+enum ltn_status ltn_model_prefill_fp8(struct ltn_model *model, struct ltn_error *err)
+{
+    struct ltn_linear *maps[FP8_MAPS];
+    size_t bytes = 0;
+
+    if (!model->be->ops->matrix_fp8)
+        return ltn_fail(err, LTN_ERR_UNSUPPORTED, "prefill in fp8: %s does not have it", model->be->name);
+    for (int32_t l = 0; l < model->config.n_layers; l++) {
+        fp8_maps(maps, &model->layers[l]);
+        for (int i = 0; i < FP8_MAPS; i++)
+            bytes += fp8_bytes(&maps[i]->w);
+    }
+    LTN_TRY(model->be->ops->alloc(model->be, &model->fp8_arena, bytes, err));
+    enum ltn_status status = fill_fp8(model, err);
+    if (status != LTN_OK) {
+        for (int32_t l = 0; l < model->config.n_layers; l++) {
+            fp8_maps(maps, &model->layers[l]);
+            for (int i = 0; i < FP8_MAPS; i++)
+                maps[i]->fp8 = (struct ltn_matrix){0};
+        }
+        model->be->ops->free(model->be, model->fp8_arena);
+        model->fp8_arena = NULL;
+    }
+    return status;
+}
+
 void ltn_model_free(struct ltn_model *model)
 {
-    if (model->be)
+    if (model->be) {
         model->be->ops->free(model->be, model->arena);
+        model->be->ops->free(model->be, model->fp8_arena);
+    }
     free(model->layers);
     *model = (struct ltn_model){0};
 }

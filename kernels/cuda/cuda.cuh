@@ -10,6 +10,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #include <math.h>
 #include <mutex>
@@ -26,6 +27,7 @@ struct gemm_library; /* cuBLASLt, opened when it is first needed: gemm.cu */
 enum {
     STAGES = 4,                 /* pinned buffers on the way to and from the device */
     STAGE_BYTES = 4 << 20,      /* of each */
+    IN_PLACE_BYTES = 64 << 20,  /* from here on an upload is worth the threads of transfer.cu */
     WORKSPACE_BYTES = 32 << 20, /* for cuBLASLt; fixed, as the algorithm it picks depends on it */
     CONVERTED_BYTES = 64 << 20, /* activations on their way to f16, see gemm.cu */
 };
@@ -34,6 +36,7 @@ struct cuda_backend {
     struct ltn_backend base;
     int device;
     int n_sms;
+    bool hopper;         /* gemm_hopper.cu has its kernels here */
     bool overlaps;       /* programmatic dependent launch works */
     size_t max_shared;   /* bytes of shared memory that a block may have */
     cudaStream_t stream; /* the one queue */
@@ -43,6 +46,10 @@ struct cuda_backend {
     int next_stage;
     size_t stage_used; /* bytes of stage[next_stage] already given out */
     struct gemm_library *gemm;
+    void *lightning_workspace; /* device, [lightning_bytes]; NULL until the tensor-core attention is used */
+    size_t lightning_bytes;
+    void *fp8_workspace; /* device, [fp8_bytes]: activations in e4m3; NULL until they are used */
+    size_t fp8_bytes;
     uint8_t *partials;      /* device: batch.cu's partial sums and counters */
     uint32_t *step_barrier; /* device: step.cu's; NULL: the device cannot hold all blocks at once */
     const int64_t *steps;   /* while recording: what is added to positions; else NULL */
@@ -64,6 +71,11 @@ struct turn {
 
 enum ltn_status cuda_fail(struct cuda_backend *be, struct ltn_error *err, const char *what, const char *file,
                           int line, cudaError_t code);
+
+/* Makes *room, of *bytes, as large as needed, and then zero throughout: memory of the backend's own that only
+ * some models use. */
+enum ltn_status make_room(struct cuda_backend *be, void **room, size_t *bytes, size_t needed,
+                          struct ltn_error *err);
 
 /* Leaves the enclosing function with an error that names the call and its place. */
 #define CUDA_TRY(be, err, call)                                                                              \
@@ -340,6 +352,18 @@ enum ltn_status gemm(struct cuda_backend *be, const struct product *p, enum ltn_
                      struct ltn_error *err);
 void gemm_close(struct cuda_backend *be);
 
+/* rows.cu: e4m3 under a scale per row */
+enum { FP8_COLS = 6 * 8 * 256 }; /* the most columns */
+struct fp8_rows {
+    uint8_t *codes; /* [rows, cols] */
+    float *scales;  /* [rows] */
+};
+/* y = In(x) of a product; of IN_NORM and IN_GATED, SimpleRMSNorm alone. cols % 16 == 0 */
+enum ltn_status rows_to_fp8(struct cuda_backend *be, struct fp8_rows *y, const struct product *p,
+                            struct ltn_error *err);
+enum ltn_status cuda_matrix_fp8(struct ltn_backend *be, const struct ltn_matrix *out,
+                                const struct ltn_matrix *w, struct ltn_error *err);
+
 /* linear.cu */
 enum ltn_status cuda_linear(struct ltn_backend *be, void *y, const void *x, const struct ltn_linear *l,
                             int32_t rows, struct ltn_error *err);
@@ -367,10 +391,14 @@ enum ltn_status cuda_step(struct ltn_backend *be, const struct ltn_network *net,
                           const int32_t *id, float *logits, float *x, void *qkv, void *o, void *h,
                           struct ltn_error *err);
 
+/* transfer.cu: as upload, complete on return. A failure may have left a part of it done, and is no failure of
+ * the device: some memory cannot be pinned. */
+cudaError_t upload_in_place(struct cuda_backend *be, void *dst, const void *host, size_t bytes);
+
 /* sample.cu */
 enum ltn_status cuda_sample(struct ltn_backend *be, int32_t *ids, const float *logits, int32_t rows,
                             int32_t cols, const struct ltn_choice *choice, struct ltn_draws *draws,
-                            float *adjusted, int64_t *steps, int32_t *log, int32_t log_rows,
+                            float *scratch, int64_t *steps, int32_t *log, int32_t log_rows,
                             struct ltn_error *err);
 
 /* record.cu */
