@@ -1,5 +1,5 @@
 /* Opening and closing the device, its memory, and the table of operations. */
-#include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/quant.cuh"
 
 #include <new>
 #include <stdio.h>
@@ -180,6 +180,7 @@ static void cuda_close(struct ltn_backend *base)
     if (be->stream)
         cudaStreamSynchronize(be->stream);
     gemm_close(be);
+    cudaFree(be->widened);
     cudaFree(be->partials);
     cudaFree(be->step_barrier);
     for (int i = 0; i < STAGES; i++) {
@@ -242,6 +243,7 @@ static enum ltn_status start(struct cuda_backend *be, struct ltn_error *err)
     }
     LTN_TRY(batch_open(be, err));
     LTN_TRY(step_open(be, err));
+    LTN_TRY(gemv_quant_open(be, err));
     return gemv_open(be, err);
 }
 
@@ -264,7 +266,8 @@ extern "C" enum ltn_status ltn_cuda_open(struct ltn_backend **out, int device, e
         return ltn_fail(err, LTN_ERR_MEMORY, "host memory: no room for the CUDA backend");
     be->base.ops = &cuda_ops;
     be->base.act_dtype = weights_dtype == LTN_F32 ? LTN_F32 : LTN_BF16;
-    be->base.dtypes = weights_dtype == LTN_F32 ? 1u << LTN_F32 : 1u << LTN_BF16 | 1u << LTN_F16;
+    be->base.dtypes =
+        weights_dtype == LTN_F32 ? 1u << LTN_F32 : ((1u << LTN_N_DTYPES) - 1) & ~(1u << LTN_F32);
     be->base.chunk_rows = 4096;
     be->device = device;
     enum ltn_status status = start(be, err);

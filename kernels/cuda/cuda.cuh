@@ -43,6 +43,8 @@ struct cuda_backend {
     int next_stage;
     size_t stage_used; /* bytes of stage[next_stage] already given out */
     struct gemm_library *gemm;
+    __nv_bfloat16 *widened; /* device: linear_quant.cu's matrices in bf16, NULL until there are any */
+    size_t widened_bytes;
     uint8_t *partials;      /* device: batch.cu's partial sums and counters */
     uint32_t *step_barrier; /* device: step.cu's; NULL: the device cannot hold all blocks at once */
     const int64_t *steps;   /* while recording: what is added to positions; else NULL */

@@ -2,8 +2,10 @@
  *
  *   gemv.cu   one row, or a few where batch.cu cannot: everything fused, norms included
  *   batch.cu  up to 64 rows of 16-bit weights: feature map and second matrix fused, norms before it
- *   gemm.cu   the rest: nothing fused */
-#include "kernels/cuda/cuda.cuh"
+ *   gemm.cu   the rest: nothing fused
+ *
+ * Quantised weights go row by row through gemv_quant.cu, or become bf16 first: linear_quant.cu. */
+#include "kernels/cuda/quant.cuh"
 
 static struct product product_of(const struct ltn_linear *l, int32_t rows, enum product_out out, void *y)
 {
@@ -31,6 +33,12 @@ static enum ltn_status plain(struct ltn_backend *base, enum product_out out, voi
     struct turn turn(be);
     struct product p = product_of(l, rows, out, y);
     p.x = x;
+    if (ltn_is_quantised(l->w.dtype)) {
+        struct ltn_linear wide;
+        bool done;
+        LTN_TRY(quant_product(be, &p, l, NULL, &wide, NULL, &done, err));
+        return done ? LTN_OK : plain(base, out, y, x, &wide, rows, err);
+    }
     if (for_gemv(be, &p, l->w.dtype))
         return gemv(be, &p, l->w.dtype, err);
     return batch_suits(be, &p, l->w.dtype) ? batch(be, &p, l->w.dtype, err) : gemm(be, &p, l->w.dtype, err);
@@ -68,7 +76,15 @@ enum ltn_status cuda_norm_linear(struct ltn_backend *base, void *y, const float 
     p.act = act;
     p.act_cols = act_later ? 0 : act_cols;
     p.x = x;
-    if (for_gemv(be, &p, l->w.dtype)) {
+    if (ltn_is_quantised(l->w.dtype)) {
+        struct ltn_linear wide;
+        bool done;
+        p.in = IN_NORM;
+        p.norm = *norm;
+        LTN_TRY(quant_product(be, &p, l, NULL, &wide, NULL, &done, err));
+        if (!done)
+            return cuda_norm_linear(base, y, x, norm, &wide, act, act_cols, group, rows, scratch, err);
+    } else if (for_gemv(be, &p, l->w.dtype)) {
         p.in = IN_NORM;
         p.norm = *norm;
         LTN_TRY(gemv(be, &p, l->w.dtype, err));
@@ -98,6 +114,14 @@ enum ltn_status cuda_norm_glu(struct ltn_backend *base, void *y, const float *x,
     p.w2 = l2->w.data;
     p.bias2 = l2->bias;
     p.x = x;
+    if (ltn_is_quantised(l1->w.dtype)) {
+        struct ltn_linear wide, wide2;
+        bool done;
+        p.in = IN_NORM;
+        p.norm = *norm;
+        LTN_TRY(quant_product(be, &p, l1, l2, &wide, &wide2, &done, err));
+        return done ? LTN_OK : cuda_norm_glu(base, y, x, norm, &wide, &wide2, rows, scratch, scratch2, err);
+    }
     if (for_gemv(be, &p, l1->w.dtype)) {
         p.in = IN_NORM;
         p.norm = *norm;
@@ -122,6 +146,17 @@ enum ltn_status cuda_gated_linear_add(struct ltn_backend *base, float *x, const 
     struct product p = product_of(l, rows, OUT_ADD, x);
 
     p.x = o;
+    if (ltn_is_quantised(l->w.dtype)) {
+        struct ltn_linear wide;
+        bool done;
+        p.in = IN_GATED;
+        p.gate = gate;
+        p.ld_gate = ld_gate;
+        p.norm = *norm;
+        LTN_TRY(quant_product(be, &p, l, NULL, &wide, NULL, &done, err));
+        return done ? LTN_OK
+                    : cuda_gated_linear_add(base, x, o, gate, ld_gate, norm, &wide, rows, scratch, err);
+    }
     if (for_gemv(be, &p, l->w.dtype)) {
         p.in = IN_GATED;
         p.gate = gate;
@@ -143,6 +178,14 @@ enum ltn_status cuda_norm_logits(struct ltn_backend *base, float *out, const flo
     struct product p = product_of(&l, rows, OUT_F32, out);
 
     p.x = x;
+    if (ltn_is_quantised(w->dtype)) {
+        struct ltn_linear wide;
+        bool done;
+        p.in = IN_NORM;
+        p.norm = *norm;
+        LTN_TRY(quant_product(be, &p, &l, NULL, &wide, NULL, &done, err));
+        return done ? LTN_OK : cuda_norm_logits(base, out, x, norm, &wide.w, rows, scratch, err);
+    }
     if (for_gemv(be, &p, w->dtype)) {
         p.in = IN_NORM;
         p.norm = *norm;
