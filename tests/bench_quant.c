@@ -69,15 +69,15 @@ static void bench(struct ltn_backend *be, const struct ltn_config *config, const
     check(be->ops->alloc(be, (void **)&seq.state, state, &err));
     check(be->ops->zero(be, seq.state, state, &err));
     if (device) {
-        check(ltn_stepper_create(&stepper, &model, &ws, &seq, 1, MOST, &err));
-        check(ltn_stepper_run(&stepper, &id, 8, out, &err));
+        check(ltn_stepper_create(&stepper, &model, &ws, &seq, 1, MOST, NULL, &err));
+        check(ltn_stepper_run(&stepper, &id, NULL, 8, out, &err));
     }
     for (int i = -1; i < SAMPLES; i++) { /* the first, of four steps, says how many a sample has */
         int steps = i < 0 ? 4 : (int)(seconds / each);
         steps = steps < 4 ? 4 : steps > MOST ? MOST : steps;
         double start = now();
         if (device) {
-            check(ltn_stepper_run(&stepper, NULL, steps, out, &err));
+            check(ltn_stepper_run(&stepper, NULL, NULL, steps, out, &err));
         } else {
             for (int k = 0; k < steps; k++, seq.pos++) {
                 check(ltn_forward(&model, &ws, &id, 1, &seq, 1, LTN_WANT_LAST, NULL, &err));
