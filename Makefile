@@ -36,7 +36,7 @@ TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c)
 CUDA_BIN := $(addprefix $(B)/tests/cuda/,test_ops test_quant test_decode bench_decode test_conv)
 # The tensor-core attention stands by itself so far, with a test and bench of its own.
 ATTN_SRC := kernels/cuda/lightning_mma.cu kernels/cuda/lightning_hopper.cu
-CONV_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/conv/*.cu) kernels/conv/shape.c kernels/status.c)
+CONV_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/conv/*.cu) kernels/conv/shape.c kernels/conv/fused_plan.c kernels/status.c)
 CUDA_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(ATTN_SRC),$(wildcard kernels/cuda/*.cu)))
 PROGRAMS := $(patsubst src/%.c,$(BIN)/ltn-%,$(MAINS)) $(BIN)/tools/convert
 NAMES    := $(MAINS:src/%.c=ltn-%) ltn-convert
