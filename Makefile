@@ -33,11 +33,10 @@ TOOL_OBJ := $(patsubst %,$(B)/%.o,$(filter-out tools/convert.c,$(wildcard tools/
 TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c tests/typist.c tests/bench_quant.c
 TEST_BIN := $(TEST_SRC:tests/%.c=$(B)/tests/%)
 TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c))) $(B)/tests/cuda/device.c.o
-CUDA_BIN := $(addprefix $(B)/tests/cuda/,test_ops test_quant test_decode bench_decode test_conv)
-# The tensor-core attention stands by itself so far, with a test and bench of its own.
+CUDA_BIN := $(addprefix $(B)/tests/cuda/,test_ops test_quant test_decode test_prefill bench_decode test_conv)
 ATTN_SRC := kernels/cuda/lightning_mma.cu kernels/cuda/lightning_hopper.cu
+CUDA_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/cuda/*.cu))
 CONV_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/conv/*.cu) kernels/conv/shape.c kernels/conv/fused_plan.c kernels/status.c)
-CUDA_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(ATTN_SRC),$(wildcard kernels/cuda/*.cu)))
 PROGRAMS := $(patsubst src/%.c,$(BIN)/ltn-%,$(MAINS)) $(BIN)/tools/convert
 NAMES    := $(MAINS:src/%.c=ltn-%) ltn-convert
 BENCHES  := $(patsubst src/bench_%.c,ltn-bench-%,$(filter-out src/bench_model.c,$(BENCH_SRC)))
@@ -80,6 +79,7 @@ test-cuda: setup ## run the tests that need a GPU
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_ops
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_quant
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_decode
+	LTN_BIN=$(BIN) $(B)/tests/cuda/test_prefill
 	LD_LIBRARY_PATH=$(BIN):$$LD_LIBRARY_PATH $(B)/tests/cuda/test_conv
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
 

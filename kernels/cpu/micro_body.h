@@ -20,7 +20,7 @@ typedef float v4 __attribute__((vector_size(16)));
 
 INLINE vf splat(float s)
 {
-    return (vf){0} + s;
+    return s - (vf){0}; /* no addition: s - 0 is s, whatever its sign */
 }
 
 INLINE void store(float *p, vf v)

@@ -78,13 +78,7 @@ static enum ltn_status room(struct cuda_backend *be, size_t elements, struct ltn
         return ltn_fail(err, LTN_ERR_UNSUPPORTED,
                         "cuda:%d: recording: no room yet for %zu bytes of a quantised matrix in bf16",
                         be->device, bytes);
-    CUDA_TRY(be, err, cudaStreamSynchronize(be->stream));
-    CUDA_TRY(be, err, cudaFree(be->widened));
-    be->widened = NULL;
-    be->widened_bytes = 0;
-    CUDA_TRY(be, err, cudaMalloc(&be->widened, bytes));
-    be->widened_bytes = bytes;
-    return LTN_OK;
+    return make_room(be, &be->widened, &be->widened_bytes, bytes, err);
 }
 
 /* Each row by itself: the same bits however many there are. */
@@ -118,14 +112,15 @@ enum ltn_status quant_product(struct cuda_backend *be, const struct product *p, 
     if (*done)
         return row_by_row(be, p, &scales, l->w.dtype, err);
     LTN_TRY(room(be, aligned + second, err));
+    __nv_bfloat16 *widened = (__nv_bfloat16 *)be->widened;
     *plain = *l;
-    plain->w = {be->widened, LTN_BF16, l->w.rows, l->w.cols, NULL};
-    LTN_TRY(widen(be, be->widened, &l->w, err));
+    plain->w = {widened, LTN_BF16, l->w.rows, l->w.cols, NULL};
+    LTN_TRY(widen(be, widened, &l->w, err));
     if (!l2)
         return LTN_OK;
     *plain2 = *l2;
-    plain2->w = {be->widened + aligned, LTN_BF16, l2->w.rows, l2->w.cols, NULL};
-    return widen(be, be->widened + aligned, &l2->w, err);
+    plain2->w = {widened + aligned, LTN_BF16, l2->w.rows, l2->w.cols, NULL};
+    return widen(be, widened + aligned, &l2->w, err);
 }
 
 /* ---- embedding -------------------------------------------------------------------------------------------

@@ -104,8 +104,9 @@ static double worst[LTN_N_DTYPES];
 static void judge(const struct numbers *v, enum ltn_dtype dtype, const char *what, int outs, int cols,
                   int rows)
 {
-    /* bf16 results and weights, and what q4 rounds of its input, twice for a product of two */
-    const double allowed = dtype == LTN_Q4 ? 0.012 : 0.006, e = error_of(v);
+    /* bf16 results and weights, and what q4 rounds of its input, twice for a product of two; of few numbers
+     * the error may be larger by chance */
+    const double allowed = (dtype == LTN_Q4 ? 0.012 : 0.006) * (v->n < 100 ? 3 : 1), e = error_of(v);
     worst[dtype] = fmax(worst[dtype], e);
     if (!(e <= allowed))
         fail_msg("%s of %s [%d, %d], %d rows: relative error %.3g, allowed %.3g", what, ltn_dtype_name(dtype),
@@ -123,9 +124,10 @@ static void one_case(enum ltn_dtype dtype, int outs, int cols, int rows, bool la
     struct numbers s1 = numbers(in, true), s2 = numbers(out, true);
     struct numbers bias = numbers((size_t)outs, false), nw = numbers((size_t)cols, false),
                    nb = numbers((size_t)cols, false);
-    const struct ltn_linear l[2] = {{w[0], has_bias ? bias.host : NULL}, {w[1], has_bias ? bias.host : NULL}};
-    const struct ltn_linear m[2] = {{d[0], has_bias ? bias.device : NULL},
-                                    {d[1], has_bias ? bias.device : NULL}};
+    const struct ltn_linear l[2] = {{w[0], has_bias ? bias.host : NULL, {0}},
+                                    {w[1], has_bias ? bias.host : NULL, {0}}};
+    const struct ltn_linear m[2] = {{d[0], has_bias ? bias.device : NULL, {0}},
+                                    {d[1], has_bias ? bias.device : NULL, {0}}};
     const struct ltn_norm n = {layer_norm ? nw.host : NULL, layer_norm ? nb.host : NULL};
     const struct ltn_norm k = {layer_norm ? nw.device : NULL, layer_norm ? nb.device : NULL};
     const struct ltn_ops *r = ref->ops, *c = cuda->ops;
@@ -221,7 +223,7 @@ static void test_same_bits(void **state)
     static uint16_t all[ROWS * OUTS], again[ROWS * OUTS], one[OUTS];
     struct ltn_matrix device, host = matrix(&device, OUTS, COLS, dtype);
     struct numbers x = numbers(ROWS * COLS, true), y = numbers(ROWS * OUTS, true);
-    const struct ltn_linear l = {device, NULL};
+    const struct ltn_linear l = {.w = device};
     CHECK(cuda->ops->linear(cuda, y.device, x.device, &l, ROWS, &err));
     CHECK(cuda->ops->download(cuda, all, y.device, sizeof all, &err));
     for (int i = 0; i < 20; i++) {
