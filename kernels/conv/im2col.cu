@@ -158,7 +158,38 @@ struct columns {
 
 enum { COLUMN_THREADS = 256 };
 
-/* A thread writes 16 bytes; where they lie comes from divisions once, and from counting on. */
+/* Where rows are whole 32-byte sectors. A thread: one channel and place, whose elements for all taps lie a
+ * row apart. */
+template <typename T>
+static __global__ void __launch_bounds__(COLUMN_THREADS)
+    aligned_columns_kernel(T *to, const T *x, const __grid_constant__ struct columns c)
+{
+    const struct ltn_conv_shape &s = c.s;
+    const int64_t t = (int64_t)blockIdx.x * COLUMN_THREADS + threadIdx.x,
+                  row = t / c.places; /* n ci + channel */
+    if (row >= (int64_t)s.n * s.ci)
+        return;
+    const int32_t p = (int32_t)(t - row * c.places), m = p / c.wo, j = p - m * c.wo;
+    const int32_t n = (int32_t)(row / s.ci), channel = (int32_t)(row - (int64_t)n * s.ci);
+    const int32_t taps = s.hf * s.wf;
+    const int64_t pitch = c.joint ? (int64_t)s.n * c.places : c.places;
+    const int64_t h0 = (int64_t)m * s.sh - s.pt, w0 = (int64_t)j * s.sw - s.pl;
+    const T *const image = x + row * s.hi * s.wi;
+    to += (c.joint ? (int64_t)channel * taps * pitch + (int64_t)n * c.places : row * taps * pitch) + p;
+    for (int32_t u = 0; u < s.hf; u++) {
+        const int64_t h = h0 + (int64_t)u * s.dh;
+        const bool inside = h >= 0 && h < s.hi;
+#pragma unroll 4
+        for (int32_t v = 0; v < s.wf; v++) {
+            const int64_t w = w0 + (int64_t)v * s.dw;
+            *to = inside && w >= 0 && w < s.wi ? image[h * s.wi + w] : (T)0.0f;
+            to += pitch;
+        }
+    }
+}
+
+/* For all others, as the other's partial sectors cost twice the time. A thread writes 16 bytes; where they
+ * lie comes from divisions once, and from counting on. */
 template <typename T>
 static __global__ void __launch_bounds__(COLUMN_THREADS)
     columns_kernel(T *to, const T *x, const __grid_constant__ struct columns c)
@@ -213,6 +244,18 @@ static __global__ void __launch_bounds__(COLUMN_THREADS)
     else
         for (int i = 0; i < EACH && first + at + i < c.total; i++)
             to[first + at + i] = v[i];
+}
+
+template <typename T>
+static void lay_columns(struct conv_device *dev, void *to, const void *x, const struct columns &c)
+{
+    const int64_t rows = c.total / c.places, threads = c.places * (rows / (c.s.hf * c.s.wf));
+    if (c.places % (32 / sizeof(T)) == 0)
+        aligned_columns_kernel<<<(unsigned)((threads + COLUMN_THREADS - 1) / COLUMN_THREADS), COLUMN_THREADS,
+                                 0, dev->stream>>>((T *)to, (const T *)x, c);
+    else
+        columns_kernel<<<(unsigned)((c.total * sizeof(T) / 16 + COLUMN_THREADS) / COLUMN_THREADS),
+                         COLUMN_THREADS, 0, dev->stream>>>((T *)to, (const T *)x, c);
 }
 
 /* y [n][co][places] from result [co][n][places], or from itself, with bias and ReLU */
@@ -323,14 +366,10 @@ static enum ltn_status run_images(struct conv_device *dev, struct conv_op *op, u
     const int64_t total = ltn_conv_y_elements(&c.s);
 
     if (part & LTN_CONV_TRANSFORM) {
-        const int64_t each = COLUMN_THREADS * 16 / (int64_t)ltn_conv_type_size(s->type);
-        const unsigned blocks = (unsigned)((c.total + each - 1) / each);
         if (bf16)
-            columns_kernel<<<blocks, COLUMN_THREADS, 0, dev->stream>>>((__nv_bfloat16 *)workspace,
-                                                                       (const __nv_bfloat16 *)x, c);
+            lay_columns<__nv_bfloat16>(dev, workspace, x, c);
         else
-            columns_kernel<<<blocks, COLUMN_THREADS, 0, dev->stream>>>((float *)workspace, (const float *)x,
-                                                                       c);
+            lay_columns<float>(dev, workspace, x, c);
         CONV_TRY(dev, err, cudaGetLastError());
     }
     if (!(part & LTN_CONV_KERNEL))

@@ -13,7 +13,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { BK = 8, STAGES = 4, PAD = 4 /* floats behind each row of windows, against bank conflicts */ };
+enum {
+    BK = 16,
+    FETCH_K = 8 /* neighbours in k fetched at once */,
+    PAD = 4 /* floats behind each row of windows, against bank conflicts */
+};
 
 /* ---- the window tensor ------------------------------------------------------------------------------------
  */
@@ -120,12 +124,12 @@ static __global__ void __launch_bounds__(BM *BN / 64, 512 / (BM * BN / 64))
     product_kernel(const __grid_constant__ struct windows p)
 {
     constexpr int THREADS = BM * BN / 64, WARPS_N = BN / 64;
-    constexpr int LD = BN + PAD, STAGE = BK * (BM + LD);
-    constexpr int ROWS_AT_ONCE = THREADS / BK; /* columns of the tile that one round fetches */
+    constexpr int LD = BN + PAD, STAGE = BK * (BM + LD), K_ROUNDS = BK / FETCH_K;
+    constexpr int ROWS_AT_ONCE = THREADS / FETCH_K; /* columns of the tile that one round fetches */
     constexpr int ROUNDS = (BN + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
     constexpr int FILTER_VECTORS = BK * BM / 4, FILTER_ROUNDS = (FILTER_VECTORS + THREADS - 1) / THREADS;
     static_assert(THREADS % (BM / 4) == 0, "a round of filters is whole rows");
-    __shared__ __align__(16) float shared[STAGES * STAGE];
+    __shared__ __align__(16) float shared[2 * STAGE];
 
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const int64_t column0 = (int64_t)(blockIdx.x / p.row_tiles) * BN;
@@ -133,7 +137,7 @@ static __global__ void __launch_bounds__(BM *BN / 64, 512 / (BM * BN / 64))
     const uint32_t shared0 = (uint32_t)__cvta_generic_to_shared(shared);
 
     /* windows: thread (k, column), k fastest, as the elements of a window are neighbours */
-    const int fetch_k = tid % BK, fetch_column = tid / BK;
+    const int fetch_k = tid % FETCH_K, fetch_column = tid / FETCH_K;
     I starts[ROUNDS];
     const int64_t places = (int64_t)p.ho * p.wo, image0 = column0 / places;
     const float *const t = p.t + image0 * p.image + (int64_t)g * p.ci_group * p.channel;
@@ -148,36 +152,40 @@ static __global__ void __launch_bounds__(BM *BN / 64, 512 / (BM * BN / 64))
     }
     const float *filter = p.filter + ((int64_t)g * p.k_tiles * BK + tid / (BM / 4)) * p.og_padded + o0 +
                           tid % (BM / 4) * 4; /* of the next tile to fetch */
-    const int64_t *offsets = p.offsets + fetch_k;
-    I offset = (I)*offsets; /* likewise */
+    const int64_t *next_offsets = p.offsets + fetch_k;
+    I offsets[K_ROUNDS]; /* likewise */
+#pragma unroll
+    for (int r = 0; r < K_ROUNDS; r++)
+        offsets[r] = (I)next_offsets[r * FETCH_K];
 
     auto fetch = [&](int tile) {
-        if (tile < p.k_tiles) {
-            const uint32_t stage = shared0 + (uint32_t)(tile % STAGES * STAGE) * 4;
+        const uint32_t stage = shared0 + (uint32_t)(tile % 2 * STAGE) * 4;
 #pragma unroll
-            for (int i = 0; i < FILTER_ROUNDS; i++)
-                if ((i + 1) * THREADS <= FILTER_VECTORS || tid + i * THREADS < FILTER_VECTORS)
-                    copy16(stage + (uint32_t)(tid + i * THREADS) * 16,
-                           filter + (int64_t)(i * THREADS / (BM / 4)) * p.og_padded);
-            filter += (int64_t)BK * p.og_padded;
-            const bool inside = tile * BK + fetch_k < p.k;
+        for (int i = 0; i < FILTER_ROUNDS; i++)
+            if ((i + 1) * THREADS <= FILTER_VECTORS || tid + i * THREADS < FILTER_VECTORS)
+                copy16(stage + (uint32_t)(tid + i * THREADS) * 16,
+                       filter + (int64_t)(i * THREADS / (BM / 4)) * p.og_padded);
+        filter += (int64_t)BK * p.og_padded;
+#pragma unroll
+        for (int r = 0; r < K_ROUNDS; r++) {
+            const int k = fetch_k + r * FETCH_K;
+            const bool inside = tile * BK + k < p.k;
 #pragma unroll
             for (int i = 0; i < ROUNDS; i++) {
                 const int column = fetch_column + i * ROWS_AT_ONCE;
                 if (BN % ROWS_AT_ONCE == 0 || column < BN)
-                    copy4(stage + (uint32_t)(BK * BM + fetch_k * LD + column) * 4, t + (starts[i] + offset),
+                    copy4(stage + (uint32_t)(BK * BM + k * LD + column) * 4, t + (starts[i] + offsets[r]),
                           inside);
-            }
-            if (tile + 1 < p.k_tiles) {
-                offsets += BK;
-                offset = (I)*offsets;
             }
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
-    };
+        next_offsets += BK;
+        if (tile + 1 < p.k_tiles)
 #pragma unroll
-    for (int tile = 0; tile < STAGES - 1; tile++)
-        fetch(tile);
+            for (int r = 0; r < K_ROUNDS; r++)
+                offsets[r] = (I)next_offsets[r * FETCH_K];
+    };
+    fetch(0);
 
     /* 4 x 8 threads so that of any eight neighbours, which are served together, pairs share windows and fours
      * filters */
@@ -185,10 +193,11 @@ static __global__ void __launch_bounds__(BM *BN / 64, 512 / (BM * BN / 64))
     const int tm = warp / WARPS_N * 32 + lane_m * 4, tn = warp % WARPS_N * 64 + lane_n * 4;
     float acc[8][8] = {};
     for (int tile = 0; tile < p.k_tiles; tile++) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
         __syncthreads(); /* the tile is there for all, and the one before it is used up */
-        fetch(tile + STAGES - 1);
-        const float *const a = shared + tile % STAGES * STAGE + tm, *const b = a - tm + BK * BM + tn;
+        if (tile + 1 < p.k_tiles)
+            fetch(tile + 1);
+        const float *const a = shared + tile % 2 * STAGE + tm, *const b = a - tm + BK * BM + tn;
         float4 fa[2][2], fb[2][2];
         fa[0][0] = *reinterpret_cast<const float4 *>(a);
         fa[0][1] = *reinterpret_cast<const float4 *>(a + 16);
@@ -217,9 +226,8 @@ static __global__ void __launch_bounds__(BM *BN / 64, 512 / (BM * BN / 64))
 
     /* Each warp turns its tile over in shared memory, half by half, so that stores are whole rows of 64
      * columns. */
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncthreads();
-    static_assert(THREADS / 32 * 16 * 64 <= STAGES * STAGE, "the halves of all warps fit");
+    static_assert(THREADS / 32 * 16 * 64 <= 2 * STAGE, "the halves of all warps fit");
     float *const half = shared + warp * (16 * 64);
     int64_t to[2];
 #pragma unroll
@@ -263,7 +271,7 @@ struct tile {
         bm, bn, product_kernel<bm, bn, uint32_t>, product_kernel<bm, bn, int64_t>                            \
     }
 static const struct tile tiles[] = {
-    TILE(128, 128), TILE(96, 128), TILE(64, 256), TILE(64, 128), TILE(32, 128),
+    TILE(128, 128), TILE(128, 64), TILE(96, 128), TILE(64, 256), TILE(64, 128), TILE(32, 128),
 };
 #undef TILE
 static int64_t n_columns(const struct ltn_conv_shape *s)
@@ -281,17 +289,18 @@ static int64_t n_tiles(const struct ltn_conv_shape *s, const struct tile &t)
     return (n_columns(s) + t.bn - 1) / t.bn * ((s->co / s->groups + t.bm - 1) / t.bm);
 }
 
-/* The tile whose blocks, spread over WAVE places, take the least time: a block's time goes with its area, and
- * smaller tiles fetch more for each product. Constants, not the device's count: though any choice gives the
- * same bits. */
+/* The tile whose blocks, spread over WAVE places, take the least time: a block's time goes with its area,
+ * smaller tiles fetch more for each product, and the starts and ends of large blocks are long where sums are
+ * short. Constants, not the device's count: though any choice gives the same bits. */
 static const struct tile &choose_tile(const struct ltn_conv_shape *s)
 {
     enum { WAVE = 132 };
     const struct tile *best = NULL;
     double least = 0;
     for (const struct tile &t : tiles) {
-        const double waves = (double)((n_tiles(s, t) * s->groups + WAVE - 1) / WAVE);
-        const double cost = waves * t.bm * t.bn * (1 + 24.0 / t.bm + 8.0 / t.bn);
+        const double waves = (double)((n_tiles(s, t) * s->groups + WAVE - 1) / WAVE), area = t.bm * t.bn;
+        const double cost =
+            waves * area * (1 + 24.0 / t.bm + 8.0 / t.bn) * (1 + area / 256 / (double)k_padded(s));
         if (!best || cost < least) {
             best = &t;
             least = cost;
