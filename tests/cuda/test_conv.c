@@ -214,6 +214,7 @@ int main(int argc, char **argv)
         printf("# %-20s ran %d, not for %d; worst relative error f32 %.2g, tf32 %.2g, bf16 %.2g\n",
                ltn_conv_algo_name((enum ltn_conv_algo)a), ran[a], refused[a], worst[a][LTN_CONV_F32],
                worst[a][LTN_CONV_TF32], worst[a][LTN_CONV_BF16]);
+    const bool hopper = strstr(conv->name, "H100") || strstr(conv->name, "H200");
     const bool all = ran[LTN_CONV_AUTO] && ran[LTN_CONV_IM2WIN] && ran[LTN_CONV_IM2COL] &&
                      ran[LTN_CONV_IM2COL_IMAGE] && ran[LTN_CONV_DIRECT] && ran[LTN_CONV_DIRECT_NAIVE] &&
                      ran[LTN_CONV_FUSED];
