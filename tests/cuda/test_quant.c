@@ -1,5 +1,6 @@
-/* Quantised weights on the CUDA backend against the plain reference, through every operation that takes a
- * matrix: shapes for the kernel of one row and shapes that it refuses, few rows and many. */
+/* Quantised weights on the CUDA backend against the CPU backend, which tests/test_ops.c holds against the
+ * plain reference, through every operation that takes a matrix: shapes for the kernel of one row and shapes
+ * that it refuses, few rows and many. */
 #include "kernels/quant.h"
 #include "tests/cuda/device.h"
 #include "tests/support.h"
@@ -73,11 +74,17 @@ static double error_of(const struct numbers *v)
 
 static struct ltn_matrix matrix(struct ltn_matrix *device, int outs, int cols, enum ltn_dtype dtype)
 {
+    enum { ROWS = 61 };
     size_t row = ltn_row_bytes(dtype, (size_t)cols), row_scales = ltn_row_scale_bytes(dtype, (size_t)cols);
     float *values = malloc((size_t)cols * sizeof *values);
     uint8_t *codes = malloc(outs * row), *scales = malloc(outs * row_scales), *codes_there, *scales_there;
     assert_true(values && codes && scales);
     for (int o = 0; o < outs; o++) {
+        if (o >= ROWS) { /* making codes takes long: they come again */
+            memcpy(codes + o * row, codes + (o - ROWS) * row, row);
+            memcpy(scales + o * row_scales, scales + (o - ROWS) * row_scales, row_scales);
+            continue;
+        }
         for (int c = 0; c < cols; c++)
             values[c] = (float)(test_normal(&rng) * (1 + o % 3) / sqrt(cols));
         assert_true(ltn_quantise_row(dtype, values, (size_t)cols, codes + o * row, scales + o * row_scales));
@@ -189,8 +196,7 @@ static void test_products(void **state)
     static const int rows[] = {1, 2, 4, 5, 33};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         for (size_t k = 0; k < sizeof rows / sizeof *rows; k++)
-            if ((size_t)shapes[i][0] * shapes[i][1] * rows[k] < 15000000) /* the reference is slow */
-                one_case(dtype, shapes[i][0], shapes[i][1], rows[k], (i + k) % 4 == 3, (i + k) % 2);
+            one_case(dtype, shapes[i][0], shapes[i][1], rows[k], (i + k) % 4 == 3, (i + k) % 2);
     print_message("%s: worst relative error %.3g\n", ltn_dtype_name(dtype), worst[dtype]);
 }
 
@@ -244,7 +250,7 @@ static int open_both(void **state)
 {
     (void)state;
     cuda = open_cuda(LTN_Q8);
-    return ltn_reference_open(&ref, &err);
+    return ltn_cpu_open(&ref, 0, &err);
 }
 
 static int close_both(void **state)
