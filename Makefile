@@ -30,11 +30,10 @@ BENCH_SRC := $(wildcard src/bench_*.c)
 LIB_SRC  := $(filter-out $(MAINS) $(RUN_SRC) $(BENCH_SRC),$(wildcard kernels/*.c kernels/cpu/*.c kernels/conv/*.c model/*.c tokenizer/*.c tokenizer/*.cc src/*.c))
 LIB_OBJ  := $(LIB_SRC:%=$(B)/%.o)
 TOOL_OBJ := $(patsubst %,$(B)/%.o,$(filter-out tools/convert.c,$(wildcard tools/*.c)))
-TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c tests/typist.c
+TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c tests/typist.c tests/bench_quant.c
 TEST_BIN := $(TEST_SRC:tests/%.c=$(B)/tests/%)
 TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c))) $(B)/tests/cuda/device.c.o
-CUDA_BIN := $(B)/tests/cuda/test_session $(B)/tests/cuda/test_ops $(B)/tests/cuda/test_decode $(B)/tests/cuda/test_prefill $(B)/tests/cuda/bench_ops \
-            $(B)/tests/cuda/test_conv
+CUDA_BIN := $(addprefix $(B)/tests/cuda/,test_session test_ops test_quant test_decode test_prefill bench_ops test_conv)
 ATTN_SRC := kernels/cuda/lightning_mma.cu kernels/cuda/lightning_hopper.cu
 CUDA_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/cuda/*.cu))
 CONV_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/conv/*.cu) kernels/conv/shape.c kernels/conv/fused_plan.c kernels/status.c)
@@ -49,7 +48,7 @@ DEMO     := model/demo/demo.ltn
 # V=1 prints whole command lines.
 say = $(if $(V),,@echo "  $(1) $@";)
 
-.PHONY: help setup all programs demo test test-cuda bench-gpu check install uninstall clean format
+.PHONY: help setup all programs demo test test-cuda sanitize-cuda bench-gpu check install uninstall clean format
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -78,19 +77,26 @@ test-cuda: setup ## run the tests that need a GPU
 	@$(MAKE) --no-print-directory -j$(JOBS) all $(CUDA_BIN) $(B)/tests/cuda/attention $(B)/tests/test_model
 	$(B)/tests/cuda/attention test
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_ops
+	LTN_BIN=$(BIN) $(B)/tests/cuda/test_quant
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_decode
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_session
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_prefill
 	LD_LIBRARY_PATH=$(BIN):$$LD_LIBRARY_PATH $(B)/tests/cuda/test_conv
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
 
-bench-gpu: setup ## measure decoding, reading and attention on the GPU, beside PyTorch's, into tools/results
+sanitize-cuda: setup ## run short GPU tests under compute-sanitizer: memory, initialisation, barriers, races
+	@$(MAKE) --no-print-directory -j$(JOBS) all $(CUDA_BIN)
+	LTN_BIN=$(BIN) sh tests/cuda/sanitize.sh $(B)/tests/cuda
+
+bench-gpu: setup ## measure decoding, reading, attention and convolution on the GPU, beside their peers, into tools/results
 	@$(MAKE) --no-print-directory -j$(JOBS) all $(B)/tests/cuda/libattention.so
 	@mkdir -p tools/results
 	$(BIN)/ltn-bench decode --device cuda --shape all --batch 1,8,64,256 --position 0,10000,1000000 --format json >tools/results/decode.new
 	mv tools/results/decode.new tools/results/decode.json
+	python3 tools/decode_table.py
 	python3 tools/bench_attention_peers.py --ltn $(B)/tests/cuda/libattention.so -o tools/results/attention.json
 	python3 tools/bench_prefill.py --bench $(BIN)/ltn-bench -o tools/results/prefill.json
+	$(BIN)/ltn-bench conv --device cuda --format json >tools/results/conv.json
 
 programs: $(PROGRAMS) $(B)/libltn.a $(BIN)/libltn.so
 

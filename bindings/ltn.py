@@ -65,7 +65,8 @@ class EngineInfo(ctypes.Structure):
                 ("head_dim", c_int32), ("bos_id", c_int32), ("eos_id", c_int32), ("n_parameters", c_uint64),
                 ("weights_bytes", c_uint64), ("state_bytes", c_uint64), ("decode_bytes", c_uint64),
                 ("session_bytes", c_uint64), ("chunk_rows", c_int32), ("n_threads", c_int),
-                ("has_tokenizer", c_bool), ("dtype", c_char_p), ("backend", c_char_p), ("checksum", c_char_p),
+                ("start_seconds", c_double), ("load_seconds", c_double), ("has_tokenizer", c_bool), ("dtype", c_char_p),
+                ("backend", c_char_p), ("checksum", c_char_p),
                 ("notice", c_char_p)]
 
 

@@ -189,8 +189,9 @@ static void print_stats(const struct run *run, int64_t n_prompt, const struct lt
                      100 * gbps / bandwidth.read_gbps, bandwidth.read_gbps);
         snprintf(decode, sizeof decode, "; decode %.1f tok/s, %.2f GB/s", tok_s, gbps);
     }
-    ltn_cli_note("%s: prefill %lld tokens, %.1f tok/s%s%s", info->backend, (long long)n_prompt,
-                 (double)n_prompt / run->prefill_seconds, decode, share);
+    ltn_cli_note("%s: started in %.3f s, %.1f MB of weights in %.3f s; prefill %lld tokens, %.1f tok/s%s%s",
+                 info->backend, info->start_seconds, 1e-6 * (double)info->weights_bytes, info->load_seconds,
+                 (long long)n_prompt, (double)n_prompt / run->prefill_seconds, decode, share);
 }
 
 /* Without a seed of the user's, one from the clock, named so that the text can be had again. */
