@@ -510,10 +510,10 @@ enum ltn_status cuda_sample(struct ltn_backend *base, int32_t *ids, const float 
     struct turn turn(be);
     const uint32_t parts = be->overlaps ? PARTS : 1; /* clusters came with the same generation */
     const size_t run_bytes = (cols + parts - 1) / parts * sizeof(uint32_t);
-    const bool fits = sizeof(struct shared) + run_bytes <= be->max_shared;
+    const size_t most = be->max_shared - sizeof(struct shared) - 1024; /* what the system keeps of a block's */
+    const bool fits = run_bytes <= most;
     CUDA_TRY(be, err,
-             cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  (int)(be->max_shared - sizeof(struct shared))));
+             cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)most));
     float *adjusted = ltn_has_penalties(choice) || choice->n_bias > 0 ? scratch : NULL;
     uint32_t *distances = fits ? NULL : reinterpret_cast<uint32_t *>(scratch + (int64_t)rows * cols);
     LAUNCH_CLUSTER(be, err, sample_kernel, parts, dim3(rows * parts), dim3(THREADS), fits ? run_bytes : 0,
