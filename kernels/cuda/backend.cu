@@ -257,6 +257,7 @@ static void cuda_close(struct ltn_backend *base)
         cudaStreamSynchronize(be->stream);
     gemm_close(be);
     cudaFree(be->lightning_workspace);
+    cudaFree(be->copy_workspace);
     cudaFree(be->fp8_workspace);
     cudaFree(be->partials);
     cudaFree(be->step_barrier);
