@@ -83,12 +83,13 @@ test-cuda: setup ## run the tests that need a GPU
 	LD_LIBRARY_PATH=$(BIN):$$LD_LIBRARY_PATH $(B)/tests/cuda/test_conv
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
 
-bench-gpu: setup ## measure decoding, reading and attention on the GPU, beside PyTorch's, into tools/results
+bench-gpu: setup ## measure decoding, reading, attention and convolution on the GPU, beside their peers, into tools/results
 	@$(MAKE) --no-print-directory -j$(JOBS) all $(B)/tests/cuda/bench_decode $(B)/tests/cuda/libattention.so
 	@mkdir -p tools/results
 	LTN_BIN=$(BIN) $(B)/tests/cuda/bench_decode --batches 1,8,64,256 --positions 0,10000,1000000 --json tools/results/decode.json
 	python3 tools/bench_attention_peers.py --ltn $(B)/tests/cuda/libattention.so -o tools/results/attention.json
 	python3 tools/bench_prefill.py --bench $(BIN)/ltn-bench -o tools/results/prefill.json
+	$(BIN)/ltn-bench conv --device cuda --format json >tools/results/conv.json
 
 programs: $(PROGRAMS) $(B)/libltn.a $(BIN)/libltn.so
 
