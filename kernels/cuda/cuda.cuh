@@ -53,6 +53,8 @@ struct cuda_backend {
     int32_t copied_rows, copied_cols;
     void *fp8_workspace; /* device, [fp8_bytes]: activations in e4m3; NULL until they are used */
     size_t fp8_bytes;
+    void *widened; /* device, [widened_bytes]: linear_quant.cu's matrices in bf16; NULL until they are used */
+    size_t widened_bytes;
     uint8_t *partials;      /* device: batch.cu's partial sums and counters */
     uint32_t *step_barrier; /* device: step.cu's; NULL: the device cannot hold all blocks at once */
     const int64_t *steps;   /* while recording: what is added to positions; else NULL */

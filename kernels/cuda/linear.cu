@@ -4,9 +4,11 @@
  *   batch.cu        up to 64 rows of 16-bit weights: feature map and second matrix fused, norms before it
  *   gemm_hopper.cu  many rows on Hopper: SiLU, product of two, sum into the residual fused, SimpleRMSNorm as
  *                   a factor of rows; in e4m3 where the map has its fp8: norms while rounding
- *   gemm.cu         the rest: nothing fused */
-#include "kernels/cuda/cuda.cuh"
+ *   gemm.cu         the rest: nothing fused
+ *
+ * Quantised weights go row by row through gemv_quant.cu, or become bf16 first: linear_quant.cu. */
 #include "kernels/cuda/gemm_hopper.h"
+#include "kernels/cuda/quant.cuh"
 
 enum path { GEMV, BATCH, HOPPER_FP8, HOPPER, GEMM };
 
@@ -82,6 +84,29 @@ static enum path path_of(struct cuda_backend *be, const struct product *p, const
         return GEMM;
     const enum path path = for_fp8(p, l) ? HOPPER_FP8 : dtype == LTN_BF16 && enough_tiles(p) ? HOPPER : GEMM;
     return path != GEMM && room_for(be, p, path) ? path : GEMM;
+}
+
+/* Of quantised weights the product is made here, row by row (*done), or *l and *l2 (NULL, where there is one
+ * alone) become the same maps in bf16, which lie in wide, and p follows; but where their fp8 is used, they
+ * are not touched. between: as in path_of. */
+static enum ltn_status resolve(struct cuda_backend *be, struct product *p, const struct ltn_linear **l,
+                               const struct ltn_linear **l2, struct ltn_linear wide[2], const void *between,
+                               bool *done, struct ltn_error *err)
+{
+    *done = false;
+    if (!ltn_is_quantised((*l)->w.dtype) ||
+        (for_hopper(be, p) && for_fp8(p, *l) && aligned16(between) && room_for(be, p, HOPPER_FP8)))
+        return LTN_OK;
+    LTN_TRY(quant_product(be, p, *l, l2 ? *l2 : NULL, &wide[0], &wide[1], done, err));
+    if (*done)
+        return LTN_OK;
+    *l = &wide[0];
+    p->w = wide[0].w.data;
+    if (l2) {
+        *l2 = &wide[1];
+        p->w2 = wide[1].w.data;
+    }
+    return LTN_OK;
 }
 
 /* Whether the kernels of a path form what the product reads themselves. */
@@ -184,8 +209,12 @@ static enum ltn_status plain(struct ltn_backend *base, enum product_out out, voi
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
     struct product p = product_of(l, rows, out, y);
+    struct ltn_linear wide[2];
+    bool done;
+
     p.x = x;
-    return run(be, path_of(be, &p, l, NULL), &p, l, NULL, turn.copied, err);
+    LTN_TRY(resolve(be, &p, &l, NULL, wide, NULL, &done, err));
+    return done ? LTN_OK : run(be, path_of(be, &p, l, NULL), &p, l, NULL, turn.copied, err);
 }
 
 enum ltn_status cuda_linear(struct ltn_backend *be, void *y, const void *x, const struct ltn_linear *l,
@@ -215,14 +244,19 @@ enum ltn_status cuda_norm_linear(struct ltn_backend *base, void *y, const float 
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
     struct product p = product_of(l, rows, OUT_ACT, y);
+    struct ltn_linear wide[2];
+    bool done;
 
     p.act = act;
-    p.act_cols = act_cols;
+    p.act_cols = act == LTN_ACT_EXP ? 0 : act_cols; /* it needs all of its group */
     p.x = x;
     p.in = IN_NORM;
     p.norm = *norm;
+    LTN_TRY(resolve(be, &p, &l, NULL, wide, scratch, &done, err));
+    if (done)
+        return p.act_cols == act_cols ? LTN_OK
+                                      : cuda_activation(base, y, p.outs, rows, act_cols, group, act, err);
     const enum path path = path_of(be, &p, l, scratch);
-    /* LTN_ACT_EXP needs all of its group. */
     const bool act_later = act == LTN_ACT_EXP || path == GEMM || (path >= HOPPER_FP8 && act != LTN_ACT_SILU);
     if (act_later)
         p.act_cols = 0;
@@ -244,12 +278,17 @@ enum ltn_status cuda_norm_glu(struct ltn_backend *base, void *y, const float *x,
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
     struct product p = product_of(l1, rows, OUT_ACT, y);
+    struct ltn_linear wide[2];
+    bool done;
 
     p.w2 = l2->w.data;
     p.bias2 = l2->bias;
     p.x = x;
     p.in = IN_NORM;
     p.norm = *norm;
+    LTN_TRY(resolve(be, &p, &l1, &l2, wide, scratch, &done, err));
+    if (done)
+        return LTN_OK;
     const enum path path = path_of(be, &p, l1, scratch);
     if (!forms_input(path, &p)) {
         LTN_TRY(cuda_norm(base, scratch, x, norm, rows, p.cols, err));
@@ -271,12 +310,17 @@ enum ltn_status cuda_gated_linear_add(struct ltn_backend *base, float *x, const 
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
     struct product p = product_of(l, rows, OUT_ADD, x);
+    struct ltn_linear wide[2];
+    bool done;
 
     p.x = o;
     p.in = IN_GATED;
     p.gate = gate;
     p.ld_gate = ld_gate;
     p.norm = *norm;
+    LTN_TRY(resolve(be, &p, &l, NULL, wide, scratch, &done, err));
+    if (done)
+        return LTN_OK;
     const enum path path = path_of(be, &p, l, scratch);
     if (!forms_input(path, &p)) {
         LTN_TRY(cuda_gated_norm(base, scratch, o, gate, ld_gate, norm, rows, p.cols, err));
@@ -292,17 +336,22 @@ enum ltn_status cuda_norm_logits(struct ltn_backend *base, float *out, const flo
 {
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
-    const struct ltn_linear l = {*w, NULL, {}};
-    struct product p = product_of(&l, rows, OUT_F32, out);
+    const struct ltn_linear head = {*w, NULL, {}}, *l = &head;
+    struct product p = product_of(l, rows, OUT_F32, out);
+    struct ltn_linear wide[2];
+    bool done;
 
     p.x = x;
     p.in = IN_NORM;
     p.norm = *norm;
-    const enum path path = path_of(be, &p, &l, scratch);
+    LTN_TRY(resolve(be, &p, &l, NULL, wide, scratch, &done, err));
+    if (done)
+        return LTN_OK;
+    const enum path path = path_of(be, &p, l, scratch);
     if (!forms_input(path, &p)) {
         LTN_TRY(cuda_norm(base, scratch, x, norm, rows, p.cols, err));
         p.in = IN_ACT;
         p.x = scratch;
     }
-    return run(be, path, &p, &l, NULL, turn.copied, err);
+    return run(be, path, &p, l, NULL, turn.copied, err);
 }
