@@ -286,6 +286,7 @@ static void test_chunk_rows(void **state)
     be.chunk_values = 0;
     assert_int_equal(ltn_model_chunk_rows(&model), 8192);
     be = (struct ltn_backend){.chunk_rows = 100, .chunk_values = 50 << 20};
+    model.config.embed_dim = 1 << 20;
     assert_int_equal(ltn_model_chunk_rows(&model), 50);
 }
 
