@@ -200,7 +200,8 @@ __global__ void __launch_bounds__(kThreads)
     __nv_bfloat16 *v = k + kChunk * kLdKey, *state = v + kChunk * kLdValue;
     float *power = reinterpret_cast<float *>(state + kD * kLdValue); /* exp(-s i), i = 0 .. 64 */
 
-    lightning_item it = lightning_decode(p, item0 + blockIdx.x, S::kTiles);
+    const lightning_item it = lightning_decode(p, item0 + blockIdx.x, S::kTiles);
+    const bool fused = it.fused < it.chunk1; /* all of it, or nothing: no sequence is warm here */
     const lightning_seq &seq = p.seq[it.seq];
     float slope = p.slopes[it.head];
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t2 = 2 * (lane & 3);
@@ -229,7 +230,7 @@ __global__ void __launch_bounds__(kThreads)
     float *parts = p.parts + seq.part * part_size + own;
     if (it.seg == 0)
         accumulate(seq.state + own, 0.0f);
-    else if (it.fused)
+    else if (fused)
         for (int seg = 0; seg < it.seg; ++seg)
             accumulate(parts + seg * part_size, loss(slope, static_cast<int64_t>(seq.seg_len) * kChunk));
 
@@ -241,7 +242,7 @@ __global__ void __launch_bounds__(kThreads)
         int m = min(kChunk, seq.count - c * kChunk);
         int64_t row = row0 + static_cast<int64_t>(c) * kChunk;
         __syncthreads(); /* all are done with the last chunk's tiles */
-        if (it.fused) {
+        if (fused) {
             load_tile<E>(q, kLdKey, q_from + row * p.ld, p.ld, m);
 #pragma unroll
             for (int b = 0; b < S::kBlocks; ++b)
@@ -259,12 +260,12 @@ __global__ void __launch_bounds__(kThreads)
         asm volatile("cp.async.wait_all;" ::: "memory");
         __syncthreads();
         if (LRPE) {
-            rotate<E>(it.fused ? q : nullptr, k, kLdKey, p.theta + it.head * E,
+            rotate<E>(fused ? q : nullptr, k, kLdKey, p.theta + it.head * E,
                       pos + static_cast<int64_t>(c) * kChunk);
             __syncthreads();
         }
 
-        if (it.fused) {
+        if (fused) {
             /* scores of the warp's 16 rows; warp w sees columns 0 .. 16 w + 15 */
             float score[8][4] = {}, out[kN][4] = {};
 #pragma unroll 4
@@ -349,7 +350,7 @@ __global__ void __launch_bounds__(kThreads)
             }
     }
 
-    if (it.seg > 0 && it.fused && it.seg < seq.n_seg - 1)
+    if (it.seg > 0 && fused && it.seg < seq.n_seg - 1)
         return; /* phase 1 left this segment's own state where its readers find it */
     float *to = it.seg == seq.n_seg - 1 ? seq.state + own : parts + it.seg * part_size;
 #pragma unroll
@@ -413,14 +414,22 @@ variant find(int32_t e, bool lrpe)
     }
 }
 
-/* Walkers of a sequence. `tiles`: 64-column value tiles of all heads and sequences; 128 items fill a large
- * GPU, and each further walker adds to what is read twice. */
-int choose_walkers(int64_t tiles, int n_chunks)
+/* Walkers of a sequence, or minus the segments of one that is walked warm. `tiles`: 64-column value tiles of
+ * all heads and sequences; 128 items fill a large GPU, and each further walker adds to what is read twice. In
+ * chunks with outputs, the longest chain takes about n / 1.55, 1.85, 2.02 with 2, 3, 4 warm segments, and
+ * 1.5 n / (W + 1/2) + 3 in two phases. */
+int choose_walkers(int64_t tiles, int n_chunks, bool can_warm)
 {
-    int64_t w = 128 / tiles;
+    int64_t w = tiles > 128 ? 1 : 128 / tiles;
+    if (w > 16)
+        w = 16;
+    if (w < 2)
+        return 1;
+    if (can_warm && n_chunks <= (w >= 8 ? 12 : w >= 4 ? 20 : 48))
+        return w < kMaxWarm ? -static_cast<int>(w) : -kMaxWarm;
     if (w < 4 && n_chunks < 24) /* two phases cost more than half the chunks */
         return 1;
-    return w < 1 ? 1 : w > 16 ? 16 : static_cast<int>(w);
+    return static_cast<int>(w);
 }
 
 void plan_sequence(struct lightning_seq *s, const struct ltn_seq *seq, size_t state_offset)
@@ -435,6 +444,7 @@ void plan_sequence(struct lightning_seq *s, const struct ltn_seq *seq, size_t st
 void split_sequence(struct lightning_seq *s, int walkers)
 {
     int n = s->n_chunks, w = walkers < n / 2 ? walkers : n / 2;
+    s->warm = 0;
     if (w < 2) {
         s->n_seg = 1;
         s->first_len = n;
@@ -447,6 +457,25 @@ void split_sequence(struct lightning_seq *s, int walkers)
     s->first_len = (s->seg_len + 1) / 2;
     while (s->first_len + (w - 1) * s->seg_len >= n)
         s->first_len > 1 ? --s->first_len : --s->seg_len;
+}
+
+/* Segments of equal cost, where a chunk without outputs costs 0.45 of one with: each is 0.55 as long as the
+ * one before. */
+void split_warm(struct lightning_seq *s, int segments)
+{
+    static const int permille[kMaxWarm + 1][kMaxWarm - 1] = {{}, {}, {645}, {540, 837}, {495, 768, 918}};
+    int n = segments < kMaxWarm ? segments : kMaxWarm;
+    while (n > 1 && s->n_chunks < 2 * n)
+        --n;
+    s->n_seg = n;
+    s->warm = n > 1 ? n : 0;
+    s->first_len = s->n_chunks; /* of the only one, if n == 1 */
+    s->seg_len = 0;
+    for (int i = 0; i + 1 < n; ++i) {
+        int64_t cut = (static_cast<int64_t>(s->n_chunks) * permille[n][i] + 500) / 1000;
+        int least = i ? s->cut[i - 1] + 1 : 1, most = s->n_chunks - (n - 1 - i);
+        s->cut[i] = static_cast<int32_t>(cut < least ? least : cut > most ? most : cut);
+    }
 }
 
 bool aligned(const void *p)
@@ -507,14 +536,18 @@ cudaError_t ltn_lightning_prefill(cudaStream_t stream, const struct ltn_lightnin
         for (int32_t i = 0; i < p.n_seqs; ++i) {
             struct lightning_seq *s = &p.seq[i];
             plan_sequence(s, &call->seqs[done + i], a->state_offset);
-            int w = call->walkers ? call->walkers : choose_walkers(tiles, s->n_chunks);
-            split_sequence(s, w < most ? w : most);
+            int w = call->walkers ? call->walkers : choose_walkers(tiles, s->n_chunks, hopper);
+            if (w < 0 && hopper && most > 0)
+                split_warm(s, -w);
+            else
+                split_sequence(s, w < most ? w : most);
+            const bool phases = s->n_seg > 1 && !s->warm;
             s->item1 = n1;
             s->item2 = n2;
             s->part = parts;
-            n1 += s->n_seg > 1 ? s->n_seg - 1 : 1;
-            n2 += s->n_seg - 1;
-            parts += s->n_seg - 1;
+            n1 += phases ? s->n_seg - 1 : s->n_seg;
+            n2 += phases ? s->n_seg - 1 : 0;
+            parts += s->warm ? 1 : s->n_seg - 1;
         }
         for (int32_t i = 0; i < p.n_seqs; ++i)
             p.seq[i].item2 += n1;
