@@ -25,6 +25,8 @@
 #define LTN_OPS_H
 
 #include "kernels/dtype.h"
+#include "kernels/quant.h"
+#include "kernels/sample.h"
 #include "kernels/status.h"
 
 #include <stdbool.h>
@@ -36,10 +38,11 @@ struct ltn_recording;
 
 /* A linear map's weights: y = x W^T, stored [out, in] as checkpoints store them. */
 struct ltn_matrix {
-    const void *data; /* [rows, cols], 64-byte aligned */
+    const void *data; /* [rows, cols], 64-byte aligned; quantised: [rows] of ltn_row_bytes each */
     enum ltn_dtype dtype;
-    int32_t rows; /* outputs */
-    int32_t cols; /* inputs */
+    int32_t rows;       /* outputs */
+    int32_t cols;       /* inputs */
+    const void *scales; /* of quantised data, see kernels/quant.h; else NULL */
 };
 
 struct ltn_linear {
@@ -131,6 +134,10 @@ struct ltn_ops {
     enum ltn_status (*copy)(struct ltn_backend *be, void *dst, const void *src, size_t bytes,
                             struct ltn_error *err);
     enum ltn_status (*sync)(struct ltn_backend *be, struct ltn_error *err); /* waits, reports late failures */
+    /* *out = the sum of the 64-bit words at src, as whole numbers, wrapping: every byte is read, next to none
+     * written. out: backend memory, one word; bytes: a multiple of 16. NULL where host_memory is set. */
+    enum ltn_status (*sum)(struct ltn_backend *be, uint64_t *out, const void *src, size_t bytes,
+                           struct ltn_error *err);
 
     /* ---- the small operations that every backend has ------------------------------------------------------
      */
@@ -209,13 +216,16 @@ struct ltn_ops {
                             const int32_t *id, float *logits, float *x, void *qkv, void *o, void *h,
                             struct ltn_error *err);
 
-    /* ---- decoding without the host between the tokens: all of these, or none
-     * --------------------------------
+    /* ---- decoding without the host between the tokens: where record is set, so are all of these -----------
      */
-    /* ids[r] = column of the largest of logits[r], of equals the first; log[*steps % log_rows][r] = ids[r];
-     * then *steps += 1.  ids: [rows]; logits: f32 [rows, cols]; log: [log_rows, rows]; all backend memory */
-    enum ltn_status (*greedy)(struct ltn_backend *be, int32_t *ids, const float *logits, int32_t rows,
-                              int32_t cols, int64_t *steps, int32_t *log, int32_t log_rows,
+    /* ids[r] = the token chosen from logits[r], as kernels/sample.h has it, to the last id the same on every
+     * backend; log[*steps % log_rows][r] = ids[r], or what stands there in place of an id, and then ids[r] =
+     * 0; draws[r] advances by the token; *steps += 1. adjusted: room for f32 [rows, cols], or NULL where
+     * there are neither penalties nor biases. ids: [rows]; logits: f32 [rows, cols]; draws: [rows]; log:
+     * [log_rows, rows]; all backend memory; choice: host. */
+    enum ltn_status (*sample)(struct ltn_backend *be, int32_t *ids, const float *logits, int32_t rows,
+                              int32_t cols, const struct ltn_choice *choice, struct ltn_draws *draws,
+                              float *adjusted, int64_t *steps, int32_t *log, int32_t log_rows,
                               struct ltn_error *err);
     /* From record to recorded, operations of this thread are noted, not run (upload, download, alloc, free
      * and sync must not be called); other threads wait. recorded ends it, also after an operation that
@@ -231,6 +241,7 @@ struct ltn_ops {
 struct ltn_backend {
     const struct ltn_ops *ops;
     enum ltn_dtype act_dtype;
+    uint32_t dtypes;    /* bit 1 << t: takes matrices of ltn_dtype t */
     bool host_memory;   /* backend memory is host memory: weights are used in place */
     int32_t chunk_rows; /* rows per prefill call that suit this backend */
     char name[96];      /* for people, e.g. "CPU, 8 threads, AVX-512" */
@@ -243,7 +254,7 @@ enum ltn_status ltn_reference_open(struct ltn_backend **out, struct ltn_error *e
 enum ltn_status ltn_cpu_open(struct ltn_backend **out, int n_threads, struct ltn_error *err);
 
 /* The CUDA backend lives in libltn_cuda.so, which exports exactly this function under the name
- * LTN_CUDA_ENTRY; weights_dtype picks the arithmetic: f32 weights keep f32 activations, 16-bit weights get
+ * LTN_CUDA_ENTRY; weights_dtype picks the arithmetic: f32 weights keep f32 activations, all others get
  * bf16. */
 #define LTN_CUDA_ENTRY "ltn_cuda_open"
 typedef enum ltn_status ltn_cuda_open_fn(struct ltn_backend **out, int device, enum ltn_dtype weights_dtype,

@@ -146,10 +146,11 @@ static void fill_info(struct ltn_engine *engine, int n_threads)
         for (int32_t d = 0; d < cp->specs[i].rank; d++)
             count *= (uint64_t)cp->specs[i].shape[d];
         info->n_parameters += count;
-        info->weights_bytes += cp->tensors[i]->bytes;
+        uint64_t bytes = cp->tensors[i]->bytes + (cp->scales[i] ? cp->scales[i]->bytes : 0);
+        info->weights_bytes += bytes;
         /* an embedding that is not the head too is read one row at a time */
         if (c->tied || cp->specs[i].slot != LTN_SLOT_EMBED)
-            info->decode_bytes += cp->tensors[i]->bytes;
+            info->decode_bytes += bytes;
     }
     info->chunk_rows = engine->be->chunk_rows;
     if (engine->be->host_memory)
