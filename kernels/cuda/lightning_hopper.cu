@@ -399,30 +399,18 @@ template <int DK> __device__ void carry_state(const lightning_params &p, char *b
     const uint32_t v_at =
         ((lane & 7) + ((lane >> 4) << 3)) * 128 + (((2 * warp + ((lane >> 3) & 1)) ^ (lane & 7)) << 4);
     const int n_items = p.items * p.n_heads * L::kHalves;
-    int i = 0, published = 0, weighed = -1; /* the head that sh.weight and e are of, for whole chunks */
-    float e = 0.0f;
+    int i = 0, published = 0, weighed = -1; /* the head that sh.weight is of, for whole chunks */
 
     for (int index = blockIdx.x; index < n_items; index += gridDim.x) {
         const lightning_item it = lightning_decode(p, index, L::kHalves);
         const float slope = p.slopes[it.head];
         const int last_rows = p.seq[it.seq].count - (it.chunk1 - 1) * kChunk;
-        if (weighed != it.head) {
-            e = loss(slope, kChunk);
+        float s[DK / 2], e = loss(slope, kChunk);
+        begin_state<DK>(s, p, it, slope);
+        if (weighed != it.head) { /* the loads of the state are under way */
             fill_weights(sh.weight, slope, kChunk);
             weighed = it.head;
         }
-        float s[DK / 2];
-        begin_state<DK>(s, p, it, slope);
-        auto publish = [&]() {
-            const int slot = published & 1;
-            barrier_wait(&sh.s_empty[slot], ((published >> 1) & 1) ^ 1);
-            store_tile(ring + L::kStates + slot * L::kKey, s);
-            proxy_fence();
-            __syncwarp();
-            if (lane == 0)
-                barrier_arrive(&sh.s_full[slot]);
-            ++published;
-        };
 
         for (int c = it.chunk0; c < it.chunk1; ++c, ++i) {
             const turn<DK> now(i);
@@ -434,8 +422,6 @@ template <int DK> __device__ void carry_state(const lightning_params &p, char *b
                 fill_weights(sh.weight, slope, last_rows);
                 weighed = -1;
             }
-            if (c == it.fused)
-                publish(); /* at once: outputs wait for it */
             float kv[L::kHalves][32];
             uint32_t x[4][4], hi[4][4], lo[4][4];
             const uint64_t k_desc = descriptor(at + L::kKey);
@@ -466,8 +452,16 @@ template <int DK> __device__ void carry_state(const lightning_params &p, char *b
                 }
                 wgmma_commit();
             }
-            if (c > it.fused)
-                publish(); /* in the products' shadow */
+            if (c >= it.fused) { /* in the products' shadow */
+                const int slot = published & 1;
+                barrier_wait(&sh.s_empty[slot], ((published >> 1) & 1) ^ 1);
+                store_tile(ring + L::kStates + slot * L::kKey, s);
+                proxy_fence();
+                __syncwarp();
+                if (lane == 0)
+                    barrier_arrive(&sh.s_full[slot]);
+                ++published;
+            }
             if (L::kHalves == 2) {
                 wgmma_wait<1>();
                 pin(kv[0]);
@@ -482,6 +476,7 @@ template <int DK> __device__ void carry_state(const lightning_params &p, char *b
                 pin(hi[kk]);
                 pin(lo[kk]);
             }
+            __syncwarp();
             if (lane == 0) {
                 barrier_arrive(&sh.empty[now.stage]);
                 if (c < it.fused) /* for the output group, which skips this chunk */

@@ -156,34 +156,62 @@ __device__ __forceinline__ void load_tile(__nv_bfloat16 *tile, int ld_tile, cons
     }
 }
 
+/* cos and sin of an angle that steps from row to row: reduced in f64 once, then turned in f32. */
+struct turning {
+    float c, s, dc, ds;
+    __device__ turning(float theta, int64_t pos)
+    {
+        double step = theta * 0.15915494309189535; /* in turns */
+        double turn = static_cast<double>(pos) * step;
+        sincospif(2.0f * static_cast<float>(turn - rint(turn)), &s, &c);
+        sincospif(2.0f * static_cast<float>(step - rint(step)), &ds, &dc);
+    }
+    __device__ void next()
+    {
+        float x = c * dc - s * ds;
+        s = s * dc + c * ds;
+        c = x;
+    }
+};
+
 /* [x] -> [x cos(theta p), x sin(theta p)] / kTurnScale in f16, in place on q (unless NULL) and k, p = pos +
- * row. Each thread takes columns of its own: one angle reduced in f64, then turned row by row in f32. */
+ * row. Each thread takes two columns of some rows, and reads a few rows ahead of what it writes. */
 template <int E>
 __device__ __forceinline__ void rotate(__nv_bfloat16 *q, __nv_bfloat16 *k, int ld, const float *theta,
                                        int64_t pos)
 {
-    constexpr int kParts = E >= kThreads ? 1 : 2; /* threads per column */
-    constexpr int kRows = kChunk / kParts;
-    auto turn_one = [=](__nv_bfloat16 *tile, int row, int column, float c, float s) {
-        float x = __bfloat162float(tile[row * ld + column]) * (1.0f / kTurnScale);
-        __half *to = reinterpret_cast<__half *>(tile) + row * ld + column;
-        to[0] = __float2half_rn(x * c);
-        to[E] = __float2half_rn(x * s);
+    constexpr int kPairs = E / 2, kParts = kPairs > 64 ? 1 : kPairs > 32 ? 2 : kPairs > 16 ? 4 : 8;
+    constexpr int kRows = kChunk / kParts, kBatch = 8;
+    static_assert(kPairs * kParts <= kThreads && kRows % kBatch == 0, "a thread per pair and part");
+    if (threadIdx.x >= kPairs * kParts)
+        return;
+    const int column = 2 * (threadIdx.x % kPairs), row0 = threadIdx.x / kPairs * kRows;
+    turning a(theta[column], pos + row0), b(theta[column + 1], pos + row0);
+    auto at = [=](__nv_bfloat16 *tile, int row) {
+        return reinterpret_cast<uint32_t *>(tile + row * ld + column);
     };
-    for (int i = threadIdx.x; i < E * kParts; i += kThreads) {
-        int column = i % E, row0 = i / E * kRows;
-        double step = theta[column] * 0.15915494309189535; /* in turns */
-        double turn = static_cast<double>(pos + row0) * step;
-        float c, s, dc, ds;
-        sincospif(2.0f * static_cast<float>(turn - rint(turn)), &s, &c);
-        sincospif(2.0f * static_cast<float>(step - rint(step)), &ds, &dc);
-        for (int row = row0; row < row0 + kRows; ++row) {
+    for (int row = row0; row < row0 + kRows; row += kBatch) {
+        uint32_t x[kBatch], y[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            x[i] = q ? *at(q, row + i) : 0;
+            y[i] = *at(k, row + i);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const float ca = a.c * (1.0f / kTurnScale), sa = a.s * (1.0f / kTurnScale);
+            const float cb = b.c * (1.0f / kTurnScale), sb = b.s * (1.0f / kTurnScale);
+            auto put = [&](uint32_t *to, uint32_t z) {
+                __half2 cosine = __floats2half2_rn(low_half(z) * ca, high_half(z) * cb);
+                __half2 sine = __floats2half2_rn(low_half(z) * sa, high_half(z) * sb);
+                to[0] = *reinterpret_cast<uint32_t *>(&cosine);
+                to[E / 2] = *reinterpret_cast<uint32_t *>(&sine);
+            };
             if (q)
-                turn_one(q, row, column, c, s);
-            turn_one(k, row, column, c, s);
-            float next = c * dc - s * ds;
-            s = s * dc + c * ds;
-            c = next;
+                put(at(q, row + i), x[i]);
+            put(at(k, row + i), y[i]);
+            a.next();
+            b.next();
         }
     }
 }
@@ -385,7 +413,7 @@ template <int E, int DVT, int DVT_LRPE> variant pick(bool lrpe)
     return {lightning_kernel<E, false, DVT>, E / DVT, shape<E, false, DVT>::kBytes};
 }
 
-/* Tiles such that the state takes at most 80 registers of a thread. */
+/* Tiles such that the state takes at most 128 registers of a thread, where narrower ones measured slower. */
 variant find(int32_t e, bool lrpe)
 {
     switch (e) {
@@ -402,7 +430,7 @@ variant find(int32_t e, bool lrpe)
     case 96:
         return pick<96, 48, 48>(lrpe);
     case 128:
-        return pick<128, 64, 32>(lrpe);
+        return pick<128, 64, 64>(lrpe);
     case 160:
         return pick<160, 40, 32>(lrpe);
     case 192:
@@ -415,17 +443,17 @@ variant find(int32_t e, bool lrpe)
 }
 
 /* Walkers of a sequence, or minus the segments of one that is walked warm. `tiles`: 64-column value tiles of
- * all heads and sequences; 128 items fill a large GPU, and each further walker adds to what is read twice. In
- * chunks with outputs, the longest chain takes about n / 1.55, 1.85, 2.02 with 2, 3, 4 warm segments, and
- * 1.5 n / (W + 1/2) + 3 in two phases. */
-int choose_walkers(int64_t tiles, int n_chunks, bool can_warm)
+ * all heads and sequences. Blocks of the Hopper kernel have an SM each, two of the portable one share it: 128
+ * or 256 items fill a large GPU, and each further walker adds to what is read twice. Up to which length warm
+ * segments are the faster was measured (LIGHTNING.md). */
+int choose_walkers(int64_t tiles, int n_chunks, bool hopper)
 {
-    int64_t w = tiles > 128 ? 1 : 128 / tiles;
+    int64_t w = (hopper ? 128 : 256) / tiles;
     if (w > 16)
         w = 16;
     if (w < 2)
         return 1;
-    if (can_warm && n_chunks <= (w >= 8 ? 12 : w >= 4 ? 20 : 48))
+    if (hopper && n_chunks <= (w >= 8 ? 9 : w >= 4 ? 16 : 64))
         return w < kMaxWarm ? -static_cast<int>(w) : -kMaxWarm;
     if (w < 4 && n_chunks < 24) /* two phases cost more than half the chunks */
         return 1;
@@ -459,11 +487,10 @@ void split_sequence(struct lightning_seq *s, int walkers)
         s->first_len > 1 ? --s->first_len : --s->seg_len;
 }
 
-/* Segments of equal cost, where a chunk without outputs costs 0.45 of one with: each is 0.55 as long as the
- * one before. */
+/* Segments of about equal cost, where a chunk without outputs costs 0.7 of one with. */
 void split_warm(struct lightning_seq *s, int segments)
 {
-    static const int permille[kMaxWarm + 1][kMaxWarm - 1] = {{}, {}, {645}, {540, 837}, {495, 768, 918}};
+    static const int permille[kMaxWarm + 1][kMaxWarm - 1] = {{}, {}, {720}, {700, 920}, {690, 900, 970}};
     int n = segments < kMaxWarm ? segments : kMaxWarm;
     while (n > 1 && s->n_chunks < 2 * n)
         --n;
