@@ -1,6 +1,7 @@
 /* The device: opening it, its memory, choosing an algorithm, and measuring. */
 #include "kernels/conv/direct.cuh"
 #include "kernels/conv/random.h"
+#include "kernels/dtype.h"
 
 #include <math.h>
 #include <new>
@@ -98,19 +99,8 @@ static enum ltn_status device_normal(struct ltn_conv *conv, void *p, enum ltn_co
  */
 
 static const struct conv_algo *const algos[] = {
-    &conv_im2win, &conv_im2col, &conv_im2col_image, &conv_direct, &conv_naive, &conv_cudnn,
+    &conv_fused, &conv_im2win, &conv_im2col, &conv_im2col_image, &conv_direct, &conv_naive, &conv_cudnn,
 };
-
-/* To 10 bits after the point, to nearest and of equals away from zero, as the device rounds (cvt.rna). */
-static float round_tf32(float v)
-{
-    uint32_t bits;
-    memcpy(&bits, &v, sizeof bits);
-    if ((bits & 0x7f800000u) != 0x7f800000u)
-        bits = (bits + 0x1000u) & 0xffffe000u;
-    memcpy(&v, &bits, sizeof v);
-    return v;
-}
 
 enum ltn_status conv_upload_filter(struct conv_device *dev, struct conv_op *op, const float *filter,
                                    struct ltn_error *err)
@@ -130,7 +120,7 @@ enum ltn_status conv_upload_filter(struct conv_device *dev, struct conv_op *op, 
         if (type == LTN_CONV_BF16)
             ((__nv_bfloat16 *)rounded)[i] = __float2bfloat16(filter[i]);
         else
-            ((float *)rounded)[i] = round_tf32(filter[i]);
+            ((float *)rounded)[i] = ltn_round_tf32(filter[i]);
     enum ltn_status status = device_upload(&dev->base, op->filter, rounded, bytes, err);
     free(rounded);
     return status;
