@@ -58,7 +58,7 @@ def main(source, out):
     with open(source, encoding="utf-8") as f:
         result = json.load(f)
     rows = [r for r in result["rows"] if r.get("ms") and r["layer"] == "last"]
-    heads = sorted({r["h"] for r in rows})
+    heads = sorted({r["h"] for r in rows if r["impl"] not in ("ltn", "ltn, portable") and r["n"] > 512})
     plt.rcParams.update({"font.size": 10.5, "svg.fonttype": "path", "svg.hashsalt": "ltn"})
     fig, axes = plt.subplots(1, len(heads), figsize=(4.9 * len(heads), 4.4), sharey=False, squeeze=False)
     for ax, h in zip(axes[0], heads):

@@ -211,6 +211,7 @@ __device__ __forceinline__ void zero_rows(char *tile, int m)
 /* By the state group, which publishes its state only afterwards. */
 template <int DK> __device__ __forceinline__ void zero_tail(char *stage, int m)
 {
+    group_sync(1); /* all have done with what the stage held before */
     for (int h = layout<DK>::kHalves; h <= 2 * layout<DK>::kHalves; ++h)
         zero_rows(stage + h * kBox, m);
     proxy_fence();
@@ -399,18 +400,20 @@ template <int DK> __device__ void carry_state(const lightning_params &p, char *b
     const uint32_t v_at =
         ((lane & 7) + ((lane >> 4) << 3)) * 128 + (((2 * warp + ((lane >> 3) & 1)) ^ (lane & 7)) << 4);
     const int n_items = p.items * p.n_heads * L::kHalves;
-    int i = 0, published = 0, weighed = -1; /* the head that sh.weight is of, for whole chunks */
+    int i = 0, published = 0, weighed = -1; /* the head that sh.weight and e are of, for whole chunks */
+    float e = 0.0f;
 
     for (int index = blockIdx.x; index < n_items; index += gridDim.x) {
         const lightning_item it = lightning_decode(p, index, L::kHalves);
         const float slope = p.slopes[it.head];
         const int last_rows = p.seq[it.seq].count - (it.chunk1 - 1) * kChunk;
-        float s[DK / 2], e = loss(slope, kChunk);
-        begin_state<DK>(s, p, it, slope);
-        if (weighed != it.head) { /* the loads of the state are under way */
+        if (weighed != it.head) {
+            e = loss(slope, kChunk);
             fill_weights(sh.weight, slope, kChunk);
             weighed = it.head;
         }
+        float s[DK / 2];
+        begin_state<DK>(s, p, it, slope);
 
         for (int c = it.chunk0; c < it.chunk1; ++c, ++i) {
             const turn<DK> now(i);
