@@ -291,8 +291,9 @@ def main():
     copy = copy_speed()
     state = DeviceState()
     result = {"device": torch.cuda.get_device_name(), "driver": state.driver,
-              "date": datetime.date.today().isoformat(), "command": " ".join(sys.argv),
-              "torch": torch.__version__, "copy_gbps": round(copy, 1), "rows": []}
+              "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+              "commit": os.environ.get("LTN_COMMIT"), "command": " ".join(sys.argv), "read_gbps": None,
+              "copy_gbps": round(copy, 1), "gemm_tflops": None, "torch": torch.__version__, "rows": []}
 
     def save():
         with open(args.output, "w") as file:
@@ -329,7 +330,8 @@ def main():
 
     error_rows = errors()
     for (name, heads, n, layer), row in error_rows.items():
-        result["rows"].append({"impl": name, "h": heads, "d": HEAD_DIM, "n": n, "dtype": "bf16", "layer": layer, **row})
+        result["rows"].append({"impl": name, "h": heads, "d": HEAD_DIM, "n": n, "dtype": "bf16", "layer": layer,
+                               "ms": None, "share": None, **row})
     save()
 
     for n in args.rows:
@@ -362,7 +364,9 @@ def main():
                     continue
                 row = {"impl": name, "h": heads, "d": HEAD_DIM, "n": n, "dtype": "bf16", "layer": "last",
                        "ms": round(ms, 5), "share": round(floor / ms, 4),
-                       "gbps": round(8e-6 * HEAD_DIM * heads * n / ms, 1), **state.read(), "samples_ms": [round(x, 5) for x in samples]}
+                       "rel_l2": None,
+                       "gbps": round(8e-6 * HEAD_DIM * heads * n / ms, 1), **state.read(),
+                       "samples_ms": [round(x, 5) for x in samples]}
                 result["rows"].append(row)
                 line += f" | {name} {ms:.4f} ({100 * floor / ms:.0f}%)"
                 del inputs

@@ -44,7 +44,10 @@ def panel(ax, rows, heads, dim, copy_gbps):
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_ylim(bottom=floor / 1.6)
-    ticks = [n for n in lengths if n.bit_length() % 2 == 0] if len(lengths) > 8 else lengths
+    ticks = lengths[:1]
+    for n in lengths:
+        if n >= 4 * ticks[-1]:
+            ticks.append(n)
     ax.set_xticks(ticks, [length(n) for n in ticks])
     ax.minorticks_off()
     ax.set_title(f"{heads} heads", loc="left", fontsize=11)
