@@ -39,7 +39,7 @@ struct fused_params {
     int n, hi, wi, ho, wo, sh, sw, pt, pl;
     conv_divisor by_wq, by_hq, by_n_tiles, by_m_tiles;
     walk_step walk;
-    int tiles, cog;
+    int works, cluster, cog; /* a work: a tile for each block of a cluster */
     int subplanes, planes, phases, load, stride, blocks, steps, loaders;
     int share, tile_rows, stage_steps, stages, slots, slot_bytes;
     int at_weights, at_slots; /* in shared memory */
@@ -69,15 +69,27 @@ struct tile {
     int n_tile, group;
 };
 
-__device__ __forceinline__ tile tile_at(const fused_params &p, int index, int bn)
+/* Blocks of a cluster have tiles that lie side by side, of the same filters. */
+__device__ __forceinline__ tile tile_at(const fused_params &p, int work, int bn)
 {
     tile t;
-    int rest = quotient(index, p.by_n_tiles);
-    t.n_tile = index - rest * static_cast<int>(p.by_n_tiles.d);
+    int rest = quotient(work, p.by_n_tiles);
+    t.n_tile = work - rest * static_cast<int>(p.by_n_tiles.d);
     t.group = quotient(rest, p.by_m_tiles);
-    t.first = (rest - t.group * static_cast<int>(p.by_m_tiles.d)) * p.tile_rows;
+    int m = rest - t.group * static_cast<int>(p.by_m_tiles.d);
+    t.first = (m * p.cluster + static_cast<int>(cluster_rank())) * p.tile_rows;
     t.channel = t.n_tile * bn;
     return t;
+}
+
+__device__ __forceinline__ int first_work(const fused_params &p)
+{
+    return blockIdx.x / p.cluster;
+}
+
+__device__ __forceinline__ int next_work(const fused_params &p, int work)
+{
+    return work + gridDim.x / p.cluster;
 }
 
 /* Place in a ring, and the parity of the barrier's phase. */
@@ -303,8 +315,8 @@ template <typename T, int BN> __device__ void load_strips(const fused_params &p,
     }
     turn now;
     int skip = id / p.loaders; /* strips of other warps before this one's next */
-    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-        const tile t = tile_at(p, index, BN);
+    for (int work = first_work(p); work < p.works; work = next_work(p, work)) {
+        const tile t = tile_at(p, work, BN);
         const T *x = static_cast<const T *>(p.x) + static_cast<int64_t>(t.group) * p.x_group;
         for (int b = 0; b < p.blocks; ++b, now.next(p.slots)) {
             if (skip-- > 0)
@@ -327,8 +339,8 @@ template <int BN> __device__ void load_filters(const fused_params &p, char *base
     const uint32_t at = smem_address(base) + p.at_weights;
     const int64_t block_bytes = static_cast<int64_t>(p.steps) * BN * 32;
     turn now;
-    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-        const tile t = tile_at(p, index, BN);
+    for (int work = first_work(p); work < p.works; work = next_work(p, work)) {
+        const tile t = tile_at(p, work, BN);
         const char *from =
             p.weights + (static_cast<int64_t>(t.group) * p.by_n_tiles.d + t.n_tile) * p.blocks * block_bytes;
         uint32_t to = at;
@@ -336,11 +348,16 @@ template <int BN> __device__ void load_filters(const fused_params &p, char *base
             for (int s = 0; s < p.steps; s += p.stage_steps) {
                 uint32_t bytes = min(p.stage_steps, p.steps - s) * BN * 32;
                 if (!p.resident) {
-                    barrier_wait(&bar.w_empty[now.at], now.phase ^ 1);
+                    barrier_wait_cluster(&bar.w_empty[now.at], now.phase ^ 1);
                     to = at + now.at * p.stage_steps * BN * 32;
                 }
                 barrier_arrive_expect(&bar.w_full[now.at], bytes);
-                bulk_load(to, from, bytes, &bar.w_full[now.at]);
+                if (p.cluster == 2) { /* each block fetches half for both */
+                    uint32_t half = bytes / 2, skip = cluster_rank() * half;
+                    bulk_load_pair(to + skip, from + skip, half, &bar.w_full[now.at]);
+                } else {
+                    bulk_load(to, from, bytes, &bar.w_full[now.at]);
+                }
                 from += bytes;
                 to += bytes;
                 now.next(p.stages);
@@ -404,6 +421,14 @@ __device__ __forceinline__ void write_row(const fused_params &p, const float (&d
     }
 }
 
+/* Both blocks of a cluster write into each other's ring. */
+__device__ __forceinline__ void release_filters(const fused_params &p, uint64_t *empty)
+{
+    barrier_arrive(empty);
+    if (p.cluster == 2)
+        barrier_arrive_peer(empty, cluster_rank() ^ 1);
+}
+
 template <typename T, int BN, int MT>
 __device__ void multiply(const fused_params &p, char *base, barriers &bar, int group)
 {
@@ -415,7 +440,7 @@ __device__ void multiply(const fused_params &p, char *base, barriers &bar, int g
     turn now, filters;
     int skip = p.share == 2 ? 0 : group; /* tiles of the other warpgroup before this one's next */
 
-    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+    for (int work = first_work(p); work < p.works; work = next_work(p, work)) {
         if (p.share == 1) { /* one strip per tile, and each warpgroup every other tile */
             if (skip-- > 0) {
                 now.next(p.slots);
@@ -450,7 +475,7 @@ __device__ void multiply(const fused_params &p, char *base, barriers &bar, int g
                         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                         if (lane == 0) {
                             if (w_held >= 0)
-                                barrier_arrive(&bar.w_empty[w_held]);
+                                release_filters(p, &bar.w_empty[w_held]);
                             if (s_held >= 0)
                                 barrier_arrive(&bar.empty[s_held]);
                         }
@@ -466,10 +491,10 @@ __device__ void multiply(const fused_params &p, char *base, barriers &bar, int g
         pin(acc);
         if (lane == 0) {
             if (w_held >= 0)
-                barrier_arrive(&bar.w_empty[w_held]);
+                release_filters(p, &bar.w_empty[w_held]);
             barrier_arrive(&bar.empty[s_held]);
         }
-        const tile t = tile_at(p, index, BN);
+        const tile t = tile_at(p, work, BN);
         int position = t.first + rows + warp * 16 + (lane >> 2);
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
@@ -495,13 +520,15 @@ __global__ void __launch_bounds__(kBlock, 1) fused_kernel(const __grid_constant_
         }
         for (int i = 0; i < p.stages; ++i) {
             barrier_init(&bar.w_full[i], 1);
-            barrier_init(&bar.w_empty[i], 8);
+            barrier_init(&bar.w_empty[i], 8 * p.cluster);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     for (int i = threadIdx.x; i < p.steps; i += kBlock)
         reinterpret_cast<int2 *>(base)[i] = p.steps_table[i];
     __syncthreads();
+    if (p.cluster == 2)
+        cluster_sync();
     const int group =
         __shfl_sync(0xFFFFFFFF, threadIdx.x / kGroup, 0); /* the compiler then knows that it is uniform */
     if (group < 2) {
@@ -514,6 +541,8 @@ __global__ void __launch_bounds__(kBlock, 1) fused_kernel(const __grid_constant_
         else if (threadIdx.x == 2 * kGroup + kLoaders)
             load_filters<BN>(p, base, bar);
     }
+    if (p.cluster == 2) /* what a block sends to the other must find it there */
+        cluster_sync();
 #else
     __shared__ volatile char absent[1]; /* tells refuse() */
     absent[0] = 0;
@@ -593,6 +622,7 @@ fused_params params_of(const ltn_fused_plan &plan, const ltn_conv_shape &s)
     p.walk.image_y = plan.hq * s.sh;
     p.walk.image_at = p.x_image - static_cast<int64_t>(p.walk.image_y) * p.x_row;
     p.loaders = plan.loaders;
+    p.cluster = plan.cluster;
     p.by_n_tiles = conv_divisor_of(plan.n_tiles);
     p.cog = cog;
     p.subplanes = plan.subplanes;
@@ -680,7 +710,6 @@ enum ltn_status run(conv_device *dev, conv_op *op, void *y, const void *x, void 
 {
     const ltn_conv_shape &s = op->base.shape;
     const fused_op *f = static_cast<const fused_op *>(op->own);
-    const fused_fn kernel = f->kernel;
     const int64_t size = static_cast<int64_t>(ltn_conv_type_size(s.type));
     fused_params p = f->params;
     p.bias = op->bias;
@@ -690,12 +719,23 @@ enum ltn_status run(conv_device *dev, conv_op *op, void *y, const void *x, void 
         p.n = s.n - first < f->images ? s.n - first : f->images;
         p.x = static_cast<const char *>(x) + first * p.x_image * size;
         p.y = static_cast<char *>(y) + first * p.y_image * size;
+        const int cluster = p.cluster;
         int m_tiles = (p.n * f->plan.hq * f->plan.wq + p.tile_rows - 1) / p.tile_rows;
-        p.by_m_tiles = conv_divisor_of(m_tiles);
-        p.tiles = m_tiles * f->plan.n_tiles * s.groups;
-        const int grid = p.tiles < dev->n_sms ? p.tiles : dev->n_sms;
-        kernel<<<grid, kBlock, f->plan.shared_bytes, dev->stream>>>(p);
-        CONV_TRY(dev, err, cudaGetLastError());
+        p.by_m_tiles = conv_divisor_of((m_tiles + cluster - 1) / cluster);
+        p.works = static_cast<int>(p.by_m_tiles.d) * f->plan.n_tiles * s.groups;
+        const int most = dev->n_sms / cluster;
+        cudaLaunchAttribute together = {};
+        together.id = cudaLaunchAttributeClusterDimension;
+        together.val.clusterDim.x = cluster;
+        together.val.clusterDim.y = together.val.clusterDim.z = 1;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3((p.works < most ? p.works : most) * cluster);
+        config.blockDim = dim3(kBlock);
+        config.dynamicSmemBytes = f->plan.shared_bytes;
+        config.stream = dev->stream;
+        config.attrs = &together;
+        config.numAttrs = 1;
+        CONV_TRY(dev, err, cudaLaunchKernelEx(&config, f->kernel, p));
     }
     return LTN_OK;
 }

@@ -116,7 +116,7 @@ static int plane_stride(const struct ltn_fused_plan *plan)
 
 /* Sizes for a tile and a number of blocks. False: does not fit. */
 static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, int mt, int share,
-                     int block_units, bool resident, int loaders)
+                     int block_units, bool resident, int loaders, int cluster)
 {
     plan->mt = mt;
     plan->share = share;
@@ -132,6 +132,7 @@ static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s
     plan->steps = ceil_div(pairs, 2);
     plan->resident = resident;
     plan->loaders = loaders;
+    plan->cluster = cluster;
     int64_t slot = ((int64_t)plan->planes * plan->stride + (plan->zero ? plan->tile_rows : 0)) * 16;
     int64_t step_bytes = plan->bn * 32;
     if ((plan->vector ? plan->planes : plan->phases) > loaders || plan->steps > LTN_FUSED_MAX_STEPS ||
@@ -187,8 +188,8 @@ static double cost(const struct ltn_fused_plan *plan)
 {
     double rows = plan->tile_rows, steps = (double)plan->steps * plan->blocks;
     double products = steps * rows / 64;
-    double fetched = (double)plan->planes * plan->load * plan->blocks; /* units */
-    double weights = plan->resident ? 0 : steps * plan->bn * 32;
+    double fetched = (double)plan->planes * plan->load * plan->blocks;           /* units */
+    double weights = plan->resident ? 0 : steps * plan->bn * 32 / plan->cluster; /* read */
     double matrix = products * plan->bn / 2;
     double shared = (products * (2048 + plan->bn * 32) + fetched * 16 + weights) / 128;
     double sector = plan->vector && plan->block_units == 1 ? 2 : 1; /* half a sector at a time */
@@ -222,11 +223,12 @@ static bool best_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *
     struct ltn_fused_plan best = {0};
     double least = 0;
     int most_mt = plan->bn == 64 ? 3 : 2;
-    for (int i = 0; i < most_mt * 2 * 2 * 2; ++i) {
-        int mt = i / 8 + 1, share = i / 4 % 2 + 1, resident = i / 2 % 2;
+    for (int i = 0; i < most_mt * 16; ++i) {
+        int mt = i / 16 + 1, share = i / 8 % 2 + 1, resident = i / 4 % 2, cluster = i / 2 % 2 + 1;
         int loaders = i % 2 ? LTN_FUSED_LOADERS : 32;
         if (!wanted(ch->mt, mt, 0) || !wanted(ch->share, share, 0) || !wanted(ch->resident, resident, -1) ||
-            !wanted(ch->loaders, loaders, 0) || (plan->vector && loaders == 32))
+            !wanted(ch->loaders, loaders, 0) || !wanted(ch->cluster, cluster, 0) ||
+            (plan->vector && loaders == 32) || (resident && cluster == 2))
             continue;
         for (int blocks = 1, last = 0; blocks <= plan->units; blocks += 1 + blocks / 8) {
             struct ltn_fused_plan now = *plan;
@@ -236,7 +238,7 @@ static bool best_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *
             if (units == last || !wanted(ch->blocks, ceil_div(plan->units, units), 0))
                 continue;
             last = units;
-            if (!set_tile(&now, s, mt, share, units, resident, loaders))
+            if (!set_tile(&now, s, mt, share, units, resident, loaders, cluster))
                 continue;
             double c = cost(&now);
             if (!best.steps || c < least) {
