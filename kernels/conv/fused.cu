@@ -429,6 +429,26 @@ __device__ __forceinline__ void release_filters(const fused_params &p, uint64_t 
         barrier_arrive_peer(empty, cluster_rank() ^ 1);
 }
 
+/* Adds U steps, one group of products: the fewer groups, the fewer gaps between products. */
+template <typename T, int BN, int MT, int U>
+__device__ __forceinline__ void add_steps(float (&acc)[MT][BN / 2], const int2 *steps, uint32_t strip,
+                                          uint64_t filters, int accumulate)
+{
+    uint64_t a[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+        int2 step = steps[u];
+        a[u] = descriptor(strip + step.x, step.y);
+    }
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+        for (int m = 0; m < MT; ++m)
+            product<T, BN>::add(acc[m], a[u] + m * 64, filters + u * BN * 2, u > 0 ? 1 : accumulate);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
 template <typename T, int BN, int MT>
 __device__ void multiply(const fused_params &p, char *base, barriers &bar, int group)
 {
@@ -460,18 +480,17 @@ __device__ void multiply(const fused_params &p, char *base, barriers &bar, int g
                 barrier_wait(&bar.w_full[filters.at], p.resident ? 0 : filters.phase);
                 uint64_t w = descriptor(
                     weights + (p.resident ? b * p.steps + s0 : filters.at * p.stage_steps) * (BN * 2), BN);
-                int2 step = steps[s0];
-                for (int s = 0; s < n; ++s, w += BN * 2) {
-                    uint64_t a = descriptor(strip + step.x, step.y);
-                    step =
-                        steps[s0 + s + 1]; /* of the next round; behind the table lies more shared memory */
-                    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-                    for (int m = 0; m < MT; ++m)
-                        product<T, BN>::add(acc[m], a + m * 64, w, accumulate);
-                    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                for (int i = 0; i < n;) {
+                    const bool first = i == 0;
+                    if (i + 4 <= n) {
+                        add_steps<T, BN, MT, 4>(acc, steps + s0 + i, strip, w + i * (BN * 2), accumulate);
+                        i += 4;
+                    } else {
+                        add_steps<T, BN, MT, 1>(acc, steps + s0 + i, strip, w + i * (BN * 2), accumulate);
+                        i += 1;
+                    }
                     accumulate = 1;
-                    if (s == 0) { /* with this step under way, see the stage before done and let it go */
+                    if (first) { /* with these under way, see the stage before done and let it go */
                         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                         if (lane == 0) {
                             if (w_held >= 0)
@@ -541,6 +560,7 @@ __global__ void __launch_bounds__(kBlock, 1) fused_kernel(const __grid_constant_
         else if (threadIdx.x == 2 * kGroup + kLoaders)
             load_filters<BN>(p, base, bar);
     }
+    __syncwarp();
     if (p.cluster == 2) /* what a block sends to the other must find it there */
         cluster_sync();
 #else

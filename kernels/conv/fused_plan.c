@@ -152,7 +152,7 @@ static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s
         if (plan->stages > LTN_FUSED_MAX_STAGES)
             return false;
     } else {
-        plan->stage_steps = (plan->bn == 64 ? 8192 : 12288) / (int)step_bytes;
+        plan->stage_steps = plan->bn == 32 ? 8 : 4;
         if (plan->stage_steps > plan->steps)
             plan->stage_steps = plan->steps;
         plan->stages = 3;

@@ -56,9 +56,11 @@ static __device__ __forceinline__ uint32_t cluster_rank()
     return rank;
 }
 
+/* By whole warps. */
 static __device__ __forceinline__ void cluster_sync()
 {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
 }
 
 /* barrier_wait for a barrier at which another block's threads arrive too */
