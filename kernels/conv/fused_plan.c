@@ -199,10 +199,10 @@ static double cost(const struct ltn_fused_plan *plan)
     if (plan->vector)
         loader = fetched * 0.6 + 400 * plan->blocks;
     else
-        loader = (1000 + 1200.0 * ceil_div(plan->phases * plan->load, plan->loaders) *
-                             ceil_div(plan->subplanes, 2)) *
-                 plan->blocks * plan->loaders / LTN_FUSED_LOADERS;
-    double write = rows * plan->bn * (plan->unit == 8 ? 2 : 4) / 24;
+        loader = (700 + 1550.0 * ceil_div(plan->phases * plan->load, plan->loaders) *
+                            ceil_div(plan->subplanes, 2)) *
+                 plan->blocks * (plan->loaders == 32 ? 1.2 / 7 : 1);
+    double write = rows * plan->bn * (plan->unit == 8 ? 2 : 4) / 13;
     double most = matrix;
     most = shared > most ? shared : most;
     most = l2 > most ? l2 : most;
@@ -217,11 +217,13 @@ static bool wanted(int choice, int value, int any)
     return choice == any || choice == value;
 }
 
-static bool best_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s,
-                      const struct ltn_fused_choice *ch)
+/* Tries every tile for the plan's order, and keeps in *best what costs less per output than *least; *least <
+ * 0: anything.
+ */
+static void try_tiles(struct ltn_fused_plan *best, double *least, const struct ltn_fused_plan *plan,
+                      const struct ltn_conv_shape *s, const struct ltn_fused_choice *ch)
 {
-    struct ltn_fused_plan best = {0};
-    double least = 0;
+    double waste = (double)plan->hq * plan->wq / ((double)plan->ho * plan->wo);
     int most_mt = plan->bn == 64 ? 3 : 2;
     for (int i = 0; i < most_mt * 16; ++i) {
         int mt = i / 16 + 1, share = i / 8 % 2 + 1, resident = i / 4 % 2, cluster = i / 2 % 2 + 1;
@@ -240,16 +242,13 @@ static bool best_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *
             last = units;
             if (!set_tile(&now, s, mt, share, units, resident, loaders, cluster))
                 continue;
-            double c = cost(&now);
-            if (!best.steps || c < least) {
-                best = now;
-                least = c;
+            double c = cost(&now) * waste;
+            if (*least < 0 || c < *least) {
+                *best = now;
+                *least = c;
             }
         }
     }
-    if (best.steps)
-        *plan = best;
-    return best.steps > 0;
 }
 
 enum ltn_status ltn_fused_choose(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s,
@@ -276,24 +275,23 @@ enum ltn_status ltn_fused_choose(struct ltn_fused_plan *plan, const struct ltn_c
                                                                    : 128;
     plan->n_tiles = ceil_div(cog, plan->bn);
 
-    /* The order with fewer products; a window order only where it saves much, as it loads rows Hf/sh times.
-     */
-    int64_t by_channel = (int64_t)ceil_div(cg, plan->unit) * s->hf * s->wf;
-    int64_t by_window = (int64_t)ceil_div(cg * s->hf, plan->unit) * s->wf;
-    enum ltn_fused_order order = 10 * by_channel >= 13 * by_window ? LTN_FUSED_WINDOW : LTN_FUSED_CHANNEL;
     const struct ltn_fused_choice any = {.resident = -1, .order = -1};
+    double least = -1;
     if (!choice)
         choice = &any;
-    if (choice->order >= 0)
-        order = (enum ltn_fused_order)choice->order;
-    set_order(plan, s, order);
-    double waste = (double)plan->hq * plan->wq / ((double)plan->ho * plan->wo);
-    bool found = waste <= 2.5 && best_tile(plan, s, choice);
-    if (!found) {
-        set_order(plan, s, cg % plan->unit == 0 ? LTN_FUSED_EXACT : LTN_FUSED_EXACT_LIST);
-        found = best_tile(plan, s, &any);
+    for (int order = LTN_FUSED_CHANNEL; order <= LTN_FUSED_WINDOW; ++order) {
+        struct ltn_fused_plan now = *plan;
+        set_order(&now, s, (enum ltn_fused_order)order);
+        bool wasteful = (double)now.hq * now.wq > 2.5 * now.ho * now.wo;
+        if (!wasteful && wanted(choice->order, order, -1))
+            try_tiles(plan, &least, &now, s, choice);
     }
-    if (!found)
+    if (least < 0) {
+        struct ltn_fused_plan now = *plan;
+        set_order(&now, s, cg % plan->unit == 0 ? LTN_FUSED_EXACT : LTN_FUSED_EXACT_LIST);
+        try_tiles(plan, &least, &now, s, &any);
+    }
+    if (least < 0)
         return ltn_fail(err, LTN_ERR_UNSUPPORTED,
                         "convolution: no fused plan for %d x %d x %d, filter %d x %d", s->ci, s->hi, s->wi,
                         s->hf, s->wf);
