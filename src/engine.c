@@ -161,11 +161,21 @@ static void fill_info(struct ltn_engine *engine, int n_threads)
     info->checksum = cp->checksum;
 }
 
+static enum ltn_status parse_prefill(const char *text, bool *fp8, struct ltn_error *err)
+{
+    *fp8 = text && strcmp(text, "fp8") == 0;
+    if (text && !*fp8 && strcmp(text, "exact") != 0)
+        return ltn_fail(err, LTN_ERR_INPUT, "prefill: expected \"exact\" or \"fp8\", found \"%.40s\"", text);
+    return LTN_OK;
+}
+
 static enum ltn_status open_all(struct ltn_engine *engine, const char *path,
                                 const struct ltn_engine_options *options, struct ltn_error *err)
 {
     struct ltn_checkpoint *cp = &engine->checkpoint;
+    bool fp8;
 
+    LTN_TRY(parse_prefill(options->prefill, &fp8, err));
     LTN_TRY(ltn_checkpoint_open(cp, path, err));
     if (cp->tokenizer) {
         struct ltn_error why = {0};
@@ -181,6 +191,8 @@ static enum ltn_status open_all(struct ltn_engine *engine, const char *path,
                              options->n_threads, &engine->notice, err));
     engine->info.notice = *engine->notice ? engine->notice : NULL;
     LTN_TRY(ltn_model_load(&engine->model, cp, engine->be, options->progress, options->progress_ctx, err));
+    if (fp8)
+        LTN_TRY(ltn_model_prefill_fp8(&engine->model, err));
     fill_info(engine, options->n_threads);
     return ltn_session_file_size(&engine->info.session_bytes, engine, err);
 }
