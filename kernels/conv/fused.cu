@@ -115,14 +115,6 @@ __device__ __forceinline__ void write_planes(const fused_params &p, const float 
     }
 }
 
-/* Both blocks of a cluster write into each other's ring. */
-__device__ __forceinline__ void release_filters(const fused_params &p, uint64_t *empty)
-{
-    barrier_arrive(empty);
-    if (p.cluster == 2)
-        barrier_arrive_peer(empty, cluster_rank() ^ 1);
-}
-
 /* Adds U steps, one group of products: the fewer groups, the fewer gaps between products. */
 template <typename T, int BN, int MT, int U>
 __device__ __forceinline__ void add_steps(float (&acc)[MT][BN / 2], const int2 *steps, uint32_t strip,
@@ -154,7 +146,7 @@ __device__ void multiply(const fused_params &p, char *base, barriers &bar, int g
     turn now, filters;
     int skip = p.share == 2 ? 0 : group; /* tiles of the other warpgroup before this one's next */
 
-    for (int work = first_work(p); work < p.works; work = next_work(p, work)) {
+    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
         if (p.share == 1) { /* one strip per tile, and each warpgroup every other tile */
             if (skip-- > 0) {
                 now.next(p.slots);
@@ -188,7 +180,7 @@ __device__ void multiply(const fused_params &p, char *base, barriers &bar, int g
                         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                         if (lane == 0) {
                             if (w_held >= 0)
-                                release_filters(p, &bar.w_empty[w_held]);
+                                barrier_arrive(&bar.w_empty[w_held]);
                             if (s_held >= 0)
                                 barrier_arrive(&bar.empty[s_held]);
                         }
@@ -204,10 +196,10 @@ __device__ void multiply(const fused_params &p, char *base, barriers &bar, int g
         pin(acc);
         if (lane == 0) {
             if (w_held >= 0)
-                release_filters(p, &bar.w_empty[w_held]);
+                barrier_arrive(&bar.w_empty[w_held]);
             barrier_arrive(&bar.empty[s_held]);
         }
-        const tile t = tile_at(p, work, BN);
+        const tile t = tile_at(p, index, BN);
         const int position = t.first + rows;
         if (p.at_staged) {
             float *staged = reinterpret_cast<float *>(base + p.at_staged) + group * 32 * LTN_FUSED_STAGED;
@@ -241,15 +233,13 @@ __global__ void __launch_bounds__(kBlock, 1) fused_kernel(const __grid_constant_
         }
         for (int i = 0; i < p.stages; ++i) {
             barrier_init(&bar.w_full[i], 1);
-            barrier_init(&bar.w_empty[i], 8 * p.cluster);
+            barrier_init(&bar.w_empty[i], 8);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     for (int i = threadIdx.x; i < p.steps; i += kBlock)
         reinterpret_cast<int2 *>(base)[i] = p.steps_table[i];
     __syncthreads();
-    if (p.cluster == 2)
-        cluster_sync();
     const int group =
         __shfl_sync(0xFFFFFFFF, threadIdx.x / kGroup, 0); /* the compiler then knows that it is uniform */
     if (group < 2) {
@@ -262,9 +252,6 @@ __global__ void __launch_bounds__(kBlock, 1) fused_kernel(const __grid_constant_
         else if (threadIdx.x == 2 * kGroup + kLoaders)
             load_filters<BN>(p, base, bar);
     }
-    __syncwarp();
-    if (p.cluster == 2) /* what a block sends to the other must find it there */
-        cluster_sync();
 #else
     __shared__ volatile char absent[1]; /* tells refuse() */
     absent[0] = 0;
@@ -344,7 +331,6 @@ fused_params params_of(const ltn_fused_plan &plan, const ltn_conv_shape &s)
     p.walk.image_y = plan.hq * s.sh;
     p.walk.image_at = p.x_image - static_cast<int64_t>(p.walk.image_y) * p.x_row;
     p.loaders = plan.loaders;
-    p.cluster = plan.cluster;
     p.by_n_tiles = conv_divisor_of(plan.n_tiles);
     p.cog = cog;
     p.subplanes = plan.subplanes;
@@ -442,23 +428,13 @@ enum ltn_status run(conv_device *dev, conv_op *op, void *y, const void *x, void 
         p.n = s.n - first < f->images ? s.n - first : f->images;
         p.x = static_cast<const char *>(x) + first * p.x_image * size;
         p.y = static_cast<char *>(y) + first * p.y_image * size;
-        const int cluster = p.cluster;
         int m_tiles = (p.n * f->plan.hq * f->plan.wq + p.tile_rows - 1) / p.tile_rows;
-        p.by_m_tiles = conv_divisor_of((m_tiles + cluster - 1) / cluster);
-        p.works = static_cast<int>(p.by_m_tiles.d) * f->plan.n_tiles * s.groups;
-        const int most = dev->n_sms / cluster;
-        cudaLaunchAttribute together = {};
-        together.id = cudaLaunchAttributeClusterDimension;
-        together.val.clusterDim.x = cluster;
-        together.val.clusterDim.y = together.val.clusterDim.z = 1;
-        cudaLaunchConfig_t config = {};
-        config.gridDim = dim3((p.works < most ? p.works : most) * cluster);
-        config.blockDim = dim3(kBlock);
-        config.dynamicSmemBytes = f->plan.shared_bytes;
-        config.stream = dev->stream;
-        config.attrs = &together;
-        config.numAttrs = 1;
-        CONV_TRY(dev, err, cudaLaunchKernelEx(&config, f->kernel, p));
+        p.by_m_tiles = conv_divisor_of(m_tiles);
+        p.tiles = m_tiles * f->plan.n_tiles * s.groups;
+        const int grid = p.tiles < dev->n_sms ? p.tiles : dev->n_sms;
+        const fused_fn kernel = f->kernel;
+        kernel<<<grid, kBlock, f->plan.shared_bytes, dev->stream>>>(p);
+        CONV_TRY(dev, err, cudaGetLastError());
     }
     return LTN_OK;
 }

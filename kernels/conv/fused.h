@@ -56,7 +56,6 @@ struct ltn_fused_plan {
     int bn, mt, share; /* tile: share * mt * 64 positions by bn output channels, by `share` warpgroups */
     int tile_rows;
     int n_tiles;       /* tiles of output channels in a group */
-    int cluster;       /* blocks that share streamed filters: 1 or 2 */
     bool resident;     /* all packed filters stay in shared memory */
     int stage_steps;   /* steps per stage of packed filters */
     int loaders;       /* threads that fill a strip: all, or a warp, and then each warp another strip */
@@ -69,7 +68,7 @@ struct ltn_fused_plan {
 
 /* Overrides for measuring; 0 or -1: the plan chooses. */
 struct ltn_fused_choice {
-    int mt, share, blocks, resident, order, loaders, cluster;
+    int mt, share, blocks, resident, order, loaders;
 };
 
 /* Decides how the problem is computed. choice may be NULL. */

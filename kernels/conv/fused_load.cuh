@@ -32,7 +32,7 @@ struct fused_params {
     int n, hi, wi, ho, wo, sh, sw, pt, pl;
     conv_divisor by_wq, by_hq, by_n_tiles, by_m_tiles;
     walk_step walk;
-    int works, cluster, cog; /* a work: a tile for each block of a cluster */
+    int tiles, cog;
     int subplanes, planes, phases, load, stride, blocks, steps, loaders;
     int share, tile_rows, stage_steps, stages, slots, slot_bytes;
     int at_weights, at_slots, at_staged; /* in shared memory; at_staged 0: NHWC */
@@ -62,27 +62,16 @@ struct tile {
     int n_tile, group;
 };
 
-/* Blocks of a cluster have tiles that lie side by side, of the same filters. */
-__device__ __forceinline__ tile tile_at(const fused_params &p, int work, int bn)
+__device__ __forceinline__ tile tile_at(const fused_params &p, int index, int bn)
 {
     tile t;
-    int rest = quotient(work, p.by_n_tiles);
-    t.n_tile = work - rest * static_cast<int>(p.by_n_tiles.d);
+    int rest = quotient(index, p.by_n_tiles);
+    t.n_tile = index - rest * static_cast<int>(p.by_n_tiles.d);
     t.group = quotient(rest, p.by_m_tiles);
     int m = rest - t.group * static_cast<int>(p.by_m_tiles.d);
-    t.first = (m * p.cluster + static_cast<int>(cluster_rank())) * p.tile_rows;
+    t.first = m * p.tile_rows;
     t.channel = t.n_tile * bn;
     return t;
-}
-
-__device__ __forceinline__ int first_work(const fused_params &p)
-{
-    return blockIdx.x / p.cluster;
-}
-
-__device__ __forceinline__ int next_work(const fused_params &p, int work)
-{
-    return work + gridDim.x / p.cluster;
 }
 
 /* Place in a ring, and the parity of the barrier's phase. */
@@ -308,8 +297,8 @@ template <typename T, int BN> __device__ void load_strips(const fused_params &p,
     }
     turn now;
     int skip = id / p.loaders; /* strips of other warps before this one's next */
-    for (int work = first_work(p); work < p.works; work = next_work(p, work)) {
-        const tile t = tile_at(p, work, BN);
+    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+        const tile t = tile_at(p, index, BN);
         const T *x = static_cast<const T *>(p.x) + static_cast<int64_t>(t.group) * p.x_group;
         for (int b = 0; b < p.blocks; ++b, now.next(p.slots)) {
             if (skip-- > 0)
@@ -332,8 +321,8 @@ template <int BN> __device__ void load_filters(const fused_params &p, char *base
     const uint32_t at = smem_address(base) + p.at_weights;
     const int64_t block_bytes = static_cast<int64_t>(p.steps) * BN * 32;
     turn now;
-    for (int work = first_work(p); work < p.works; work = next_work(p, work)) {
-        const tile t = tile_at(p, work, BN);
+    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+        const tile t = tile_at(p, index, BN);
         const char *from =
             p.weights + (static_cast<int64_t>(t.group) * p.by_n_tiles.d + t.n_tile) * p.blocks * block_bytes;
         uint32_t to = at;
@@ -341,16 +330,11 @@ template <int BN> __device__ void load_filters(const fused_params &p, char *base
             for (int s = 0; s < p.steps; s += p.stage_steps) {
                 uint32_t bytes = min(p.stage_steps, p.steps - s) * BN * 32;
                 if (!p.resident) {
-                    barrier_wait_cluster(&bar.w_empty[now.at], now.phase ^ 1);
+                    barrier_wait(&bar.w_empty[now.at], now.phase ^ 1);
                     to = at + now.at * p.stage_steps * BN * 32;
                 }
                 barrier_arrive_expect(&bar.w_full[now.at], bytes);
-                if (p.cluster == 2) { /* each block fetches half for both */
-                    uint32_t half = bytes / 2, skip = cluster_rank() * half;
-                    bulk_load_pair(to + skip, from + skip, half, &bar.w_full[now.at]);
-                } else {
-                    bulk_load(to, from, bytes, &bar.w_full[now.at]);
-                }
+                bulk_load(to, from, bytes, &bar.w_full[now.at]);
                 from += bytes;
                 to += bytes;
                 now.next(p.stages);

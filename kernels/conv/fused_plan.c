@@ -116,7 +116,7 @@ static int plane_stride(const struct ltn_fused_plan *plan)
 
 /* Sizes for a tile and a number of blocks. False: does not fit. */
 static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s, int mt, int share,
-                     int block_units, bool resident, int loaders, int cluster)
+                     int block_units, bool resident, int loaders)
 {
     plan->mt = mt;
     plan->share = share;
@@ -132,7 +132,6 @@ static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s
     plan->steps = ceil_div(pairs, 2);
     plan->resident = resident;
     plan->loaders = loaders;
-    plan->cluster = cluster;
     int64_t slot = ((int64_t)plan->planes * plan->stride + (plan->zero ? plan->tile_rows : 0)) * 16;
     int64_t step_bytes = plan->bn * 32;
     if ((plan->vector ? plan->planes : plan->phases) > loaders || plan->steps > LTN_FUSED_MAX_STEPS ||
@@ -183,34 +182,35 @@ static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s
     return true;
 }
 
-/* Estimated cycles per position: the slowest of matrix units, shared memory, L2 and loader threads; the
- * writing of outputs comes on top where both warpgroups do it at once. */
+/* Estimated cycles per position: the slowest of matrix units, shared memory, L2, loading threads and memory
+ * (of one of 132 multiprocessors); and what lies between tiles. The constants are of an H100, and the choice
+ * is the same everywhere. */
 static double cost(const struct ltn_fused_plan *plan)
 {
-    double rows = plan->tile_rows, steps = (double)plan->steps * plan->blocks;
-    double products = steps * rows / 64;
-    double fetched = (double)plan->planes * plan->load * plan->blocks;           /* units */
-    double weights = plan->resident ? 0 : steps * plan->bn * 32 / plan->cluster; /* read */
-    double matrix = products * plan->bn / 2;
-    double shared = (products * (2048 + plan->bn * 32) + fetched * 16 + weights) / 128;
+    double rows = plan->tile_rows, steps = (double)plan->steps * plan->blocks, products = steps * rows / 64;
+    double strip = (double)plan->planes * plan->load; /* units */
+    double fetched = strip * plan->blocks;
+    double weights = plan->resident ? 0 : steps * plan->bn * 32;
     double sector = plan->vector && plan->block_units == 1 ? 2 : 1; /* half a sector at a time */
-    double l2 = (fetched * 16 * sector + weights) / 24;
-    double loader; /* what was measured, roughly; loads of elements wait for memory once per pass, pair of
-                      units */
-    if (plan->vector)
-        loader = fetched * 0.6 + 400 * plan->blocks;
-    else
-        loader = (700 + 1550.0 * ceil_div(plan->phases * plan->load, plan->loaders) *
-                            ceil_div(plan->subplanes, 2)) *
-                 plan->blocks * (plan->loaders == 32 ? 1.2 / 7 : 1);
     double write = rows * plan->bn * (plan->unit == 8 ? 2 : 4) / 13;
-    double most = matrix;
-    most = shared > most ? shared : most;
-    most = l2 > most ? l2 : most;
-    most = loader > most ? loader : most;
-    if (plan->share == 1)
-        return (write > most ? write : most) / rows;
-    return (most + 500 + write / 2) / rows;
+    double passes = (double)ceil_div(plan->phases * plan->load, plan->loaders) * ceil_div(plan->subplanes, 2);
+    double most = products * plan->bn / 2, gap = 500;
+    double others[] = {
+        (products * (2048 + plan->bn * 32) + fetched * 16 + weights) / 128,
+        (fetched * 16 * sector + weights) / 24,
+        /* elements: each pass waits for memory */
+        plan->vector ? fetched * (plan->unit == 8 ? 0.6 : 1.0)
+                     : (700 + (plan->order == LTN_FUSED_CHANNEL ? 2000 : 1550) * passes) * plan->blocks *
+                           (plan->loaders == 32 ? 1.2 / 7 : 1),
+        plan->share == 1 ? write : 0,
+    };
+    for (int i = 0; i < 4; ++i)
+        most = others[i] > most ? others[i] : most;
+    if (plan->vector) /* strips come late where few are under way, and tf32's do not come by themselves */
+        gap += strip * 16 / 24 / plan->slots + (plan->unit == 8 ? 100 : 700) * plan->blocks;
+    if (plan->share == 2)
+        gap += write / 4;
+    return (most + gap) / rows;
 }
 
 static bool wanted(int choice, int value, int any)
@@ -226,12 +226,11 @@ static void try_tiles(struct ltn_fused_plan *best, double *least, const struct l
 {
     double waste = (double)plan->hq * plan->wq / ((double)plan->ho * plan->wo);
     int most_mt = plan->bn == 64 ? 3 : 2;
-    for (int i = 0; i < most_mt * 16; ++i) {
-        int mt = i / 16 + 1, share = i / 8 % 2 + 1, resident = i / 4 % 2, cluster = i / 2 % 2 + 1;
+    for (int i = 0; i < most_mt * 8; ++i) {
+        int mt = i / 8 + 1, share = i / 4 % 2 + 1, resident = i / 2 % 2;
         int loaders = i % 2 ? LTN_FUSED_LOADERS : 32;
         if (!wanted(ch->mt, mt, 0) || !wanted(ch->share, share, 0) || !wanted(ch->resident, resident, -1) ||
-            !wanted(ch->loaders, loaders, 0) || !wanted(ch->cluster, cluster, 0) ||
-            (plan->vector && loaders == 32) || (resident && cluster == 2))
+            !wanted(ch->loaders, loaders, 0) || (plan->vector && loaders == 32))
             continue;
         for (int blocks = 1, last = 0; blocks <= plan->units; blocks += 1 + blocks / 8) {
             struct ltn_fused_plan now = *plan;
@@ -241,7 +240,7 @@ static void try_tiles(struct ltn_fused_plan *best, double *least, const struct l
             if (units == last || !wanted(ch->blocks, ceil_div(plan->units, units), 0))
                 continue;
             last = units;
-            if (!set_tile(&now, s, mt, share, units, resident, loaders, cluster))
+            if (!set_tile(&now, s, mt, share, units, resident, loaders))
                 continue;
             double c = cost(&now) * waste;
             if (*least < 0 || c < *least) {

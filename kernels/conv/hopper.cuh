@@ -53,57 +53,6 @@ static __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, 
         : "memory");
 }
 
-/* ---- clusters of two blocks ---- */
-
-static __device__ __forceinline__ uint32_t cluster_rank()
-{
-    uint32_t rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-/* By whole warps. */
-static __device__ __forceinline__ void cluster_sync()
-{
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                     : "memory");
-}
-
-/* barrier_wait for a barrier at which another block's threads arrive too */
-static __device__ __forceinline__ void barrier_wait_cluster(uint64_t *bar, uint32_t parity)
-{
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;\n"
-                 "}\n" ::"r"(smem_address(bar)),
-                 "r"(parity)
-                 : "memory");
-}
-
-/* Arrives at the barrier that lies at the same place in the block of that rank. */
-static __device__ __forceinline__ void barrier_arrive_peer(uint64_t *bar, uint32_t rank)
-{
-    asm volatile("{\n"
-                 ".reg .b32 there;\n"
-                 "mapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
-                 "}\n" ::"r"(smem_address(bar)),
-                 "r"(rank)
-                 : "memory");
-}
-
-/* To the same place in both blocks, and each block's barrier hears of it. */
-static __device__ __forceinline__ void bulk_load_pair(uint32_t dst, const void *src, uint32_t bytes,
-                                                      uint64_t *bar)
-{
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1], %2, [%3], %4;" ::"r"(dst),
-                 "l"(src), "r"(bytes), "r"(smem_address(bar)), "h"(static_cast<uint16_t>(3))
-                 : "memory");
-}
-
 /* ---- products ---- */
 
 #define ACC8(d, i)                                                                                           \
