@@ -200,7 +200,7 @@ static double cost(const struct ltn_fused_plan *plan)
         (fetched * 16 * sector + weights) / 24,
         /* elements: each pass waits for memory */
         plan->vector ? fetched * (plan->unit == 8 ? 0.6 : 1.0)
-                     : (700 + (plan->order == LTN_FUSED_CHANNEL ? 2000 : 1550) * passes) * plan->blocks *
+                     : (700 + (plan->order == LTN_FUSED_CHANNEL ? 1800 : 1550) * passes) * plan->blocks *
                            (plan->loaders == 32 ? 1.2 / 7 : 1),
         plan->share == 1 ? write : 0,
     };
