@@ -46,7 +46,7 @@ __device__ __forceinline__ T *output_at(const fused_params &p, int position, con
     return static_cast<T *>(p.y) + image * p.y_image + m * p.y_row + j * p.y_col + t.group * p.y_group;
 }
 
-/* NHWC: one row of accumulators, those of `d` at [4 b + 2 half + 0, 1]. */
+/* One row of accumulators, those of `d` at [4 b + 2 half + 0, 1]. */
 template <typename T, int BN>
 __device__ __forceinline__ void write_row(const fused_params &p, const float (&d)[BN / 2], int half,
                                           int position, const tile &t)
@@ -67,51 +67,15 @@ __device__ __forceinline__ void write_row(const fused_params &p, const float (&d
 #pragma unroll
             for (int k = 0; k < V; ++k)
                 v[k] = conv_finish(v[k], c + k < p.cog ? bias : nullptr, c + k, p.relu);
-        if (p.cog % V == 0) {
+        if (p.y_channel == 1 && p.cog % V == 0) {
             if (c < p.cog)
                 *reinterpret_cast<uint4 *>(y + c) = pack(v, T());
         } else {
 #pragma unroll
             for (int k = 0; k < V; ++k)
                 if (c + k < p.cog)
-                    y[c + k] = static_cast<T>(v[k]);
+                    y[(c + k) * p.y_channel] = static_cast<T>(v[k]);
         }
-    }
-}
-
-/* NCHW: 64 positions from `first` on, 32 channels at a time through the warpgroup's [32][LTN_FUSED_STAGED]
- * floats, so that a warp writes neighbouring columns of one channel. */
-template <typename T, int BN>
-__device__ __forceinline__ void write_planes(const fused_params &p, const float (&d)[BN / 2], int first,
-                                             const tile &t, float *staged, int group)
-{
-    constexpr int V = 16 / sizeof(T);
-    const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
-    T *y[2] = {output_at<T>(p, first + lane, t), output_at<T>(p, first + 32 + lane, t)};
-    float *own = staged + (lane & 3) * V * LTN_FUSED_STAGED + warp * 16 + (lane >> 2);
-    for (int slice = 0; slice < BN; slice += 32) {
-#pragma unroll
-        for (int s = 0; s < BN; s += 32)
-            if (s == slice) /* registers have no run-time index */
-#pragma unroll
-                for (int i = 0; i < 16; ++i) {
-                    int b = i / 4, half = i / 2 & 1, run = b * 8 / (4 * V); /* of 16 bytes of channels */
-                    int c = run * 4 * V + (b * 2 % V) + (i & 1);
-                    own[c * LTN_FUSED_STAGED + half * 8] = d[s / 2 + i];
-                }
-        group_sync(1 + group);
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            int c = warp * 8 + k, channel = t.channel + slice + c;
-            const float *bias = p.bias ? p.bias + t.group * p.cog : nullptr;
-            if (channel < p.cog)
-#pragma unroll
-                for (int h = 0; h < 2; ++h)
-                    if (y[h])
-                        y[h][channel * p.y_channel] = static_cast<T>(
-                            conv_finish(staged[c * LTN_FUSED_STAGED + h * 32 + lane], bias, channel, p.relu));
-        }
-        group_sync(1 + group);
     }
 }
 
@@ -200,19 +164,11 @@ __device__ void multiply(const fused_params &p, char *base, barriers &bar, int g
             barrier_arrive(&bar.empty[s_held]);
         }
         const tile t = tile_at(p, index, BN);
-        const int position = t.first + rows;
-        if (p.at_staged) {
-            float *staged = reinterpret_cast<float *>(base + p.at_staged) + group * 32 * LTN_FUSED_STAGED;
+        const int position = t.first + rows + warp * 16 + (lane >> 2);
 #pragma unroll
-            for (int m = 0; m < MT; ++m)
-                write_planes<T, BN>(p, acc[m], position + m * 64, t, staged, group);
-        } else {
-#pragma unroll
-            for (int m = 0; m < MT; ++m) {
-                int at = position + m * 64 + warp * 16 + (lane >> 2);
-                write_row<T, BN>(p, acc[m], 0, at, t);
-                write_row<T, BN>(p, acc[m], 1, at + 8, t);
-            }
+        for (int m = 0; m < MT; ++m) {
+            write_row<T, BN>(p, acc[m], 0, position + m * 64, t);
+            write_row<T, BN>(p, acc[m], 1, position + m * 64 + 8, t);
         }
     }
 }
@@ -348,7 +304,6 @@ fused_params params_of(const ltn_fused_plan &plan, const ltn_conv_shape &s)
     p.slot_bytes = plan.slot_bytes;
     p.at_weights = (plan.steps * 8 + 255) & ~255;
     p.at_slots = p.at_weights + held * plan.bn * 32;
-    p.at_staged = nhwc ? 0 : p.at_slots + plan.slots * plan.slot_bytes;
     p.zero = plan.zero;
     p.resident = plan.resident;
     p.vector = plan.vector;

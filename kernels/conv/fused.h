@@ -26,7 +26,6 @@ extern "C" {
 
 enum {
     LTN_FUSED_LOADERS = 7 * 32, /* threads that load strips */
-    LTN_FUSED_STAGED = 66,      /* NCHW: floats from channel to channel where a warpgroup's outputs turn */
     LTN_FUSED_MAX_STEPS = 1024,
     LTN_FUSED_MAX_SLOTS = 16,
     LTN_FUSED_MAX_STAGES = 32,

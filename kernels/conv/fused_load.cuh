@@ -35,7 +35,7 @@ struct fused_params {
     int tiles, cog;
     int subplanes, planes, phases, load, stride, blocks, steps, loaders;
     int share, tile_rows, stage_steps, stages, slots, slot_bytes;
-    int at_weights, at_slots, at_staged; /* in shared memory; at_staged 0: NHWC */
+    int at_weights, at_slots; /* in shared memory */
     bool zero, resident, vector, relu;
 };
 

@@ -157,8 +157,7 @@ static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s
         plan->stages = 3;
         weights = plan->stages * (int64_t)plan->stage_steps * step_bytes;
     }
-    int64_t staged = s->layout == LTN_NCHW ? 2 * 32 * LTN_FUSED_STAGED * 4 : 0;
-    int64_t left = SHARED - FIXED - (int64_t)align_up(plan->steps * 8u) - staged - weights;
+    int64_t left = SHARED - FIXED - (int64_t)align_up(plan->steps * 8u) - weights;
     int64_t slots = left / slot;
     if (left < 0 || slots < 2)
         return false;
@@ -177,8 +176,8 @@ static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s
         plan->stages += (int)(more > 13 ? 13 : more);
         weights = plan->stages * (int64_t)plan->stage_steps * step_bytes;
     }
-    plan->shared_bytes = FIXED + align_up(plan->steps * 8u) + (size_t)(weights + staged) +
-                         (size_t)plan->slots * plan->slot_bytes;
+    plan->shared_bytes =
+        FIXED + align_up(plan->steps * 8u) + (size_t)weights + (size_t)plan->slots * plan->slot_bytes;
     return true;
 }
 

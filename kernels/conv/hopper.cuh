@@ -39,12 +39,6 @@ static __device__ __forceinline__ void barrier_wait(uint64_t *bar, uint32_t pari
                  : "memory");
 }
 
-/* Barrier of one warpgroup (ids from 1; 0 is __syncthreads). */
-static __device__ __forceinline__ void group_sync(int id)
-{
-    asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
-}
-
 static __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint64_t *bar)
 {
     asm volatile(
