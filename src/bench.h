@@ -19,7 +19,8 @@ int ltn_bench_attention(int argc, char **argv);
 int ltn_bench_prefill(int argc, char **argv);
 int ltn_bench_conv(int argc, char **argv);
 
-#define LTN_BENCH_COMMANDS "model|attention|prefill|conv" /* the words of the table in bench.c, "|" between */
+/* the words of the table in bench.c, "|" between */
+#define LTN_BENCH_COMMANDS "model|attention|prefill|conv"
 
 int ltn_bench_cores(void);  /* that this process may use */
 double ltn_bench_now(void); /* seconds, of a clock that only goes forward */

@@ -462,6 +462,8 @@ static int32_t max32(int32_t a, int32_t b)
 static bool suits(const struct cuda_backend *be, const struct ltn_network *net, size_t *shared,
                   struct step_args *a)
 {
+    if (ltn_is_quantised(net->embed.dtype))
+        return false;
     const int32_t n = 16 / (int32_t)ltn_dtype_size(net->embed.dtype);
     const struct ltn_attention *first = &net->layers[0].attention;
     if (!be->step_barrier || net->gate_dim || net->n_layers > MAX_LAYERS || net->final_norm.weight ||
