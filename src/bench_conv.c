@@ -315,11 +315,17 @@ static enum ltn_status run_all(struct bench *b, int argc, char **argv, struct lt
     b->rows = calloc((size_t)CASES * o->layers.n, sizeof *b->rows);
     if (!b->rows)
         return ltn_fail(err, LTN_ERR_MEMORY, "no memory for the rows");
-    for (size_t i = 0; i < o->layers.n; i++)
-        LTN_TRY(run_layer(b, (int)o->layers.v[i], err));
-    return strcmp(o->format, "json") == 0  ? print_json(b, err)
-           : strcmp(o->format, "csv") == 0 ? print_csv(b, err)
-                                           : print_table(b, err);
+    enum ltn_status status = LTN_OK;
+    for (size_t i = 0; i < o->layers.n && status == LTN_OK; i++)
+        status = run_layer(b, (int)o->layers.v[i], err);
+    if (status != LTN_OK && status != LTN_ERR_STOPPED)
+        return status;
+    /* an interrupted run keeps the rows that it has */
+    struct ltn_error printing;
+    enum ltn_status printed = strcmp(o->format, "json") == 0  ? print_json(b, &printing)
+                              : strcmp(o->format, "csv") == 0 ? print_csv(b, &printing)
+                                                              : print_table(b, &printing);
+    return printed != LTN_OK ? ltn_fail(err, printed, "%s", printing.text) : status;
 }
 
 /* -1, or the exit code after saying that a word names no implementation. */
