@@ -281,7 +281,7 @@ struct tile {
         bm, bn, product_kernel<bm, bn, uint32_t>, product_kernel<bm, bn, int64_t>                            \
     }
 static const struct tile tiles[] = {
-    TILE(128, 64), TILE(96, 128), TILE(96, 64), TILE(64, 128), TILE(64, 64), TILE(32, 128), TILE(32, 64),
+    TILE(128, 64), TILE(96, 64), TILE(64, 128), TILE(64, 64), TILE(32, 64),
 };
 #undef TILE
 static int64_t n_columns(const struct ltn_conv_shape *s)
