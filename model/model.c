@@ -378,7 +378,7 @@ int32_t ltn_model_chunk_rows(const struct ltn_model *model)
     const int64_t rows = values ? values / model->config.embed_dim : most;
     if (rows >= most)
         return (int32_t)most;
-    return (int32_t)(rows < WHOLE ? WHOLE : rows / WHOLE * WHOLE);
+    return (int32_t)(rows < 1 ? 1 : rows < WHOLE ? rows : rows / WHOLE * WHOLE);
 }
 
 /* ---- fp8 for prefill ----------------------------------------------------------------------------------- */
