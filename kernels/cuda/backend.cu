@@ -258,6 +258,7 @@ static void cuda_close(struct ltn_backend *base)
     gemm_close(be);
     cudaFree(be->widened);
     cudaFree(be->lightning_workspace);
+    cudaFree(be->copy_workspace);
     cudaFree(be->fp8_workspace);
     cudaFree(be->partials);
     cudaFree(be->step_barrier);
@@ -353,7 +354,8 @@ extern "C" enum ltn_status ltn_cuda_open(struct ltn_backend **out, int device, e
     be->base.act_dtype = weights_dtype == LTN_F32 ? LTN_F32 : LTN_BF16;
     be->base.dtypes =
         weights_dtype == LTN_F32 ? 1u << LTN_F32 : ((1u << LTN_N_DTYPES) - 1) & ~(1u << LTN_F32);
-    be->base.chunk_rows = 4096;
+    be->base.chunk_rows = 8192; /* PREFILL.md */
+    be->base.chunk_values = 4096 * 4096;
     be->device = device;
     enum ltn_status status = start(be, err);
     if (status != LTN_OK) {
