@@ -181,7 +181,7 @@ static void cuda_close(struct ltn_backend *base)
         cudaStreamSynchronize(be->stream);
     gemm_close(be);
     cudaFree(be->partials);
-    cudaFree(be->step_barrier);
+    cudaFree(be->step_words);
     for (int i = 0; i < STAGES; i++) {
         cudaFreeHost(be->stage[i]);
         if (be->staged[i])

@@ -35,6 +35,7 @@ struct cuda_backend {
     int device;
     int n_sms;
     bool overlaps;       /* programmatic dependent launch works */
+    bool batch_hopper;   /* so does batch_hopper.cu */
     size_t max_shared;   /* bytes of shared memory that a block may have */
     cudaStream_t stream; /* the one queue */
     std::recursive_mutex lock;
@@ -44,7 +45,7 @@ struct cuda_backend {
     size_t stage_used; /* bytes of stage[next_stage] already given out */
     struct gemm_library *gemm;
     uint8_t *partials;      /* device: batch.cu's partial sums and counters */
-    uint32_t *step_barrier; /* device: step.cu's; NULL: the device cannot hold all blocks at once */
+    void *step_words;      /* device: step.cu's words between blocks; NULL: the device cannot run it */
     const int64_t *steps;   /* while recording: what is added to positions; else NULL */
 };
 
@@ -318,6 +319,10 @@ bool batch_suits(const struct cuda_backend *be, const struct product *p, enum lt
 enum ltn_status batch_open(struct cuda_backend *be, struct ltn_error *err);
 enum ltn_status batch(struct cuda_backend *be, const struct product *p, enum ltn_dtype dtype,
                       struct ltn_error *err);
+
+/* batch_hopper.cu: the same for bf16 weights, where batch_hopper_open() allows it */
+bool batch_hopper_open(struct cuda_backend *be, struct ltn_error *err);
+enum ltn_status batch_hopper(struct cuda_backend *be, const struct product *p, struct ltn_error *err);
 
 /* gemm.cu: many rows; IN_ACT and a single matrix alone, no feature map */
 enum ltn_status gemm(struct cuda_backend *be, const struct product *p, enum ltn_dtype dtype,
