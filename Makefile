@@ -26,7 +26,8 @@ CXXFLAGS += -std=c++17 $(COMMON)
 # Everything in these folders but the programs' own files is the library.
 MAINS    := src/run.c src/bench.c src/score.c src/info.c
 RUN_SRC  := src/run_options.c src/interactive.c src/terminal.c
-LIB_SRC  := $(filter-out $(MAINS) $(RUN_SRC),$(wildcard kernels/*.c kernels/cpu/*.c model/*.c tokenizer/*.c tokenizer/*.cc src/*.c))
+BENCH_SRC := $(wildcard src/bench_*.c)
+LIB_SRC  := $(filter-out $(MAINS) $(RUN_SRC) $(BENCH_SRC),$(wildcard kernels/*.c kernels/cpu/*.c model/*.c tokenizer/*.c tokenizer/*.cc src/*.c))
 LIB_OBJ  := $(LIB_SRC:%=$(B)/%.o)
 TOOL_OBJ := $(patsubst %,$(B)/%.o,$(filter-out tools/convert.c,$(wildcard tools/*.c)))
 TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c tests/typist.c
@@ -38,7 +39,8 @@ ATTN_SRC := kernels/cuda/lightning_mma.cu kernels/cuda/lightning_hopper.cu
 CUDA_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(ATTN_SRC),$(wildcard kernels/cuda/*.cu)))
 PROGRAMS := $(patsubst src/%.c,$(BIN)/ltn-%,$(MAINS)) $(BIN)/tools/convert
 NAMES    := $(MAINS:src/%.c=ltn-%) ltn-convert
-MAN      := $(NAMES:%=$(B)/man/%.1)
+BENCHES  := $(patsubst src/bench_%.c,ltn-bench-%,$(filter-out src/bench_model.c,$(BENCH_SRC)))
+MAN      := $(NAMES:%=$(B)/man/%.1) $(BENCHES:%=$(B)/man/%.1)
 COMPLETE := $(NAMES:%=$(B)/completions/%)
 CUDA_LIB := $(if $(NVCC),$(BIN)/libltn_cuda.so)
 DEMO     := model/demo/demo.ltn
@@ -78,10 +80,12 @@ test-cuda: setup ## run the tests that need a GPU
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_decode
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
 
-bench-gpu: setup ## time decoding on the GPU in the released shapes, into tools/results/decode.json
-	@$(MAKE) --no-print-directory -j$(JOBS) all $(B)/tests/cuda/bench_decode
+bench-gpu: setup ## measure decoding, reading and attention on the GPU, beside PyTorch's, into tools/results
+	@$(MAKE) --no-print-directory -j$(JOBS) all $(B)/tests/cuda/bench_decode $(B)/tests/cuda/libattention.so
 	@mkdir -p tools/results
 	LTN_BIN=$(BIN) $(B)/tests/cuda/bench_decode --batches 1,8,64,256 --positions 0,10000,1000000 --json tools/results/decode.json
+	python3 tools/bench_attention_peers.py --ltn $(B)/tests/cuda/libattention.so -o tools/results/attention.json
+	python3 tools/bench_prefill.py --bench $(BIN)/ltn-bench -o tools/results/prefill.json
 
 programs: $(PROGRAMS) $(B)/libltn.a $(BIN)/libltn.so
 
@@ -101,6 +105,7 @@ $(BIN)/libltn.so: $(LIB_OBJ) src/exports
 
 $(BIN)/ltn-run: $(RUN_SRC:%=$(B)/%.o)
 $(BIN)/ltn-run: LDLIBS += -ledit
+$(BIN)/ltn-bench: $(BENCH_SRC:%=$(B)/%.o)
 $(BIN)/ltn-%: $(B)/src/%.c.o $(B)/libltn.a
 	$(call say,LD)$(CC) $(LDFLAGS) -o $@ $(filter %.o,$^) $(filter %.a,$^) $(LDLIBS)
 
@@ -110,11 +115,12 @@ $(BIN)/tools/convert: $(B)/tools/convert.c.o $(TOOL_OBJ) $(B)/libltn.a
 
 # Man pages and completions are what the programs make of their own tables of options (src/cli_docs.c).
 $(B)/man/ltn-convert.1 $(B)/completions/ltn-convert: $(BIN)/tools/convert
-$(filter-out %/ltn-convert.1,$(MAN)): $(B)/man/%.1: $(BIN)/%
+$(filter-out %/ltn-convert.1,$(NAMES:%=$(B)/man/%.1)): $(B)/man/%.1: $(BIN)/%
+$(BENCHES:%=$(B)/man/%.1): $(BIN)/ltn-bench
 $(filter-out %/ltn-convert,$(COMPLETE)): $(B)/completions/%: $(BIN)/%
 $(MAN):
 	@mkdir -p $(@D)
-	$(call say,MAN)$(abspath $<) --print-man >$@
+	$(call say,MAN)$(abspath $<) $(patsubst ltn-bench-%,%,$(filter ltn-bench-%,$(@F:.1=))) --print-man >$@
 $(COMPLETE):
 	@mkdir -p $(@D)
 	$(call say,BASH)$(abspath $<) --print-completion >$@
@@ -139,13 +145,17 @@ $(B)/%.cu.o: %.cu
 $(B)/tests/cuda/attention: $(ATTN_SRC:%=$(B)/%.o) $(B)/tests/cuda/attention.cu.o
 	$(call say,NVCC)$(NVCC) -cudart static -o $@ $^
 
+# What the peers' script times beside them.
+$(B)/tests/cuda/libattention.so: $(ATTN_SRC:%=$(B)/%.o) $(B)/tests/cuda/attention.cu.o
+	$(call say,NVCC)$(NVCC) -shared -cudart static -o $@ $^
+
 $(BIN)/libltn_cuda.so: $(CUDA_OBJ) $(B)/kernels/status.c.o kernels/cuda/exports
 	$(call say,NVCC)$(NVCC) -shared -cudart static -Xlinker --version-script=kernels/cuda/exports -o $@ $(filter %.o,$^) -ldl
 
 # ---- installation ----------------------------------------------------------------------------------------------------
 
 DEST      := $(DESTDIR)$(PREFIX)
-INSTALLED := $(NAMES:%=bin/%) $(NAMES:%=share/man/man1/%.1) $(NAMES:%=share/bash-completion/completions/%) \
+INSTALLED := $(NAMES:%=bin/%) $(MAN:$(B)/man/%=share/man/man1/%) $(NAMES:%=share/bash-completion/completions/%) \
              lib/libltn.a lib/libltn.so.0 lib/libltn.so lib/libltn_cuda.so lib/ltn lib/pkgconfig/ltn.pc \
              include/ltn share/ltn
 

@@ -10,17 +10,22 @@ enum ltn_dtype {
     LTN_F32 = 0,
     LTN_BF16 = 1, /* upper half of an f32 */
     LTN_F16 = 2,  /* IEEE binary16 */
+    LTN_Q8 = 3,   /* these three only as matrices, with scales: kernels/quant.h */
+    LTN_FP8 = 4,
+    LTN_Q4 = 5,
+    LTN_N_DTYPES = 6
 };
 
-static inline size_t ltn_dtype_size(enum ltn_dtype dtype) /* bytes of one element */
+static inline size_t ltn_dtype_size(enum ltn_dtype dtype) /* bytes of one element of F32, BF16 or F16 */
 {
     return dtype == LTN_F32 ? 4 : 2;
 }
 
-/* The name that safetensors uses. */
+/* For people; of the first three also the name that safetensors uses. */
 static inline const char *ltn_dtype_name(enum ltn_dtype dtype)
 {
-    return dtype == LTN_F32 ? "F32" : dtype == LTN_BF16 ? "BF16" : "F16";
+    static const char *const names[LTN_N_DTYPES] = {"F32", "BF16", "F16", "Q8", "FP8", "Q4"};
+    return names[dtype];
 }
 
 static inline float ltn_bits_to_f32(uint32_t bits)

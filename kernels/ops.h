@@ -25,6 +25,7 @@
 #define LTN_OPS_H
 
 #include "kernels/dtype.h"
+#include "kernels/quant.h"
 #include "kernels/status.h"
 
 #include <stdbool.h>
@@ -36,10 +37,11 @@ struct ltn_recording;
 
 /* A linear map's weights: y = x W^T, stored [out, in] as checkpoints store them. */
 struct ltn_matrix {
-    const void *data; /* [rows, cols], 64-byte aligned */
+    const void *data; /* [rows, cols], 64-byte aligned; quantised: [rows] of ltn_row_bytes each */
     enum ltn_dtype dtype;
-    int32_t rows; /* outputs */
-    int32_t cols; /* inputs */
+    int32_t rows;       /* outputs */
+    int32_t cols;       /* inputs */
+    const void *scales; /* of quantised data, see kernels/quant.h; else NULL */
 };
 
 struct ltn_linear {
@@ -231,6 +233,7 @@ struct ltn_ops {
 struct ltn_backend {
     const struct ltn_ops *ops;
     enum ltn_dtype act_dtype;
+    uint32_t dtypes;    /* bit 1 << t: takes matrices of ltn_dtype t */
     bool host_memory;   /* backend memory is host memory: weights are used in place */
     int32_t chunk_rows; /* rows per prefill call that suit this backend */
     char name[96];      /* for people, e.g. "CPU, 8 threads, AVX-512" */
@@ -243,7 +246,7 @@ enum ltn_status ltn_reference_open(struct ltn_backend **out, struct ltn_error *e
 enum ltn_status ltn_cpu_open(struct ltn_backend **out, int n_threads, struct ltn_error *err);
 
 /* The CUDA backend lives in libltn_cuda.so, which exports exactly this function under the name
- * LTN_CUDA_ENTRY; weights_dtype picks the arithmetic: f32 weights keep f32 activations, 16-bit weights get
+ * LTN_CUDA_ENTRY; weights_dtype picks the arithmetic: f32 weights keep f32 activations, all others get
  * bf16. */
 #define LTN_CUDA_ENTRY "ltn_cuda_open"
 typedef enum ltn_status ltn_cuda_open_fn(struct ltn_backend **out, int device, enum ltn_dtype weights_dtype,

@@ -194,6 +194,35 @@ char *ltn_config_print(const struct ltn_config *c)
     return text;
 }
 
+/* ---- released shapes ----------------------------------------------------------------------------------- */
+
+enum ltn_status ltn_config_released(struct ltn_config *config, const char *name, struct ltn_error *err)
+{
+    static const struct {
+        const char *name;
+        int32_t dim, layers, heads, glu;
+    } shapes[] = {{"385m", 1024, 24, 8, 2816}, {"1b", 2048, 16, 16, 5632}, {"7b", 4096, 30, 32, 11008}};
+
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        if (strcmp(name, shapes[i].name) == 0) {
+            *config = (struct ltn_config){.vocab_size = 64000,
+                                          .embed_dim = shapes[i].dim,
+                                          .hidden_dim = shapes[i].dim,
+                                          .n_layers = shapes[i].layers,
+                                          .n_heads = shapes[i].heads,
+                                          .glu_dim = shapes[i].glu,
+                                          .act = LTN_ACT_SILU,
+                                          .tied = true,
+                                          .scale_embedding = true,
+                                          .bos_id = 1,
+                                          .eos_id = 2,
+                                          .pad_id = -1,
+                                          .lrpe = {1}};
+            return ltn_config_check(config, err);
+        }
+    return ltn_fail(err, LTN_ERR_INPUT, "shape: expected one of %s, found '%s'", LTN_RELEASED, name);
+}
+
 /* ---- decay and state ---------------------------------------------------------------------------------- */
 
 void ltn_slopes(float *slopes, int32_t n_heads, int32_t layer, int32_t n_layers)

@@ -42,6 +42,11 @@ struct ltn_config {
  * L == 1 (the slopes divide by L - 1), token ids outside the vocabulary. Sets config->head_dim. */
 enum ltn_status ltn_config_check(struct ltn_config *config, struct ltn_error *err);
 
+/* The shape of a released model by its name, one of LTN_RELEASED: sizes from the configurations published
+ * with OpenNLPLab/TransNormerLLM-385M, -1B and -7B. LTN_ERR_INPUT where there is none. */
+#define LTN_RELEASED "385m|1b|7b"
+enum ltn_status ltn_config_released(struct ltn_config *config, const char *name, struct ltn_error *err);
+
 /* Parses and checks the JSON of a .ltn file. */
 enum ltn_status ltn_config_parse(struct ltn_config *config, const char *json, struct ltn_error *err);
 

@@ -199,6 +199,7 @@ enum ltn_status ltn_workspace_create(struct ltn_workspace *ws, const struct ltn_
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         total += (parts[i].bytes + 63) / 64 * 64;
     LTN_TRY(be->ops->alloc(be, &ws->memory, total, err));
+    ws->bytes = total;
     uint8_t *next = ws->memory;
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         *parts[i].at = next;

@@ -15,7 +15,8 @@ struct ltn_cursor {
 struct ltn_workspace {
     struct ltn_backend *be;
     int32_t max_rows, max_logits;
-    void *memory; /* one allocation; the rest points into it */
+    void *memory; /* one allocation of `bytes`; the rest points into it */
+    size_t bytes;
     int32_t *ids; /* [max_rows] */
     float *x;     /* [max_rows, D] the residual stream */
     void *y;      /* act [max_rows, max(D, H)] normed inputs; gated outputs */

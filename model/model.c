@@ -1,7 +1,10 @@
 #include "model/model.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "kernels/rng.h"
 
 /* Weights are staged through a host buffer of this size on their way to a device. */
 enum { STAGE_BYTES = 16 << 20, ALIGN = 64 };
@@ -9,11 +12,6 @@ enum { STAGE_BYTES = 16 << 20, ALIGN = 64 };
 static size_t align_up(size_t n)
 {
     return (n + ALIGN - 1) / ALIGN * ALIGN;
-}
-
-static enum ltn_dtype dtype_of(const struct ltn_st_tensor *t)
-{
-    return t->dtype == LTN_ST_F32 ? LTN_F32 : t->dtype == LTN_ST_BF16 ? LTN_BF16 : LTN_F16;
 }
 
 static size_t count_of(const struct ltn_tensor_spec *spec)
@@ -24,35 +22,29 @@ static size_t count_of(const struct ltn_tensor_spec *spec)
     return n;
 }
 
-/* A matrix that lies aligned in host memory needs no copy. */
+/* A matrix, or its scales, that lies aligned in host memory needs no copy. */
 static bool usable_in_place(const struct ltn_backend *be, const struct ltn_tensor_spec *spec,
                             const struct ltn_st_tensor *t)
 {
     return be->host_memory && spec->is_matrix && t->offset % ALIGN == 0;
 }
 
-/* Bytes that the tensor takes in the arena. */
+/* Bytes that the tensor takes in the arena; none at all (NULL) takes none. */
 static size_t arena_bytes(const struct ltn_backend *be, const struct ltn_tensor_spec *spec,
                           const struct ltn_st_tensor *t)
 {
-    if (usable_in_place(be, spec, t))
+    if (!t || usable_in_place(be, spec, t))
         return 0;
     return align_up(spec->is_matrix ? t->bytes : count_of(spec) * sizeof(float));
 }
 
-static void put_matrix(struct ltn_matrix *m, const struct ltn_tensor_spec *spec, enum ltn_dtype dtype,
-                       const void *data)
-{
-    *m = (struct ltn_matrix){data, dtype, (int32_t)spec->shape[0], (int32_t)spec->shape[1]};
-}
-
-static void put_linear(struct ltn_linear *l, const struct ltn_tensor_spec *spec, enum ltn_dtype dtype,
-                       const void *data)
+static void put_linear(struct ltn_linear *l, const struct ltn_tensor_spec *spec,
+                       const struct ltn_matrix *matrix)
 {
     if (spec->is_bias)
-        l->bias = data;
+        l->bias = matrix->data;
     else
-        put_matrix(&l->w, spec, dtype, data);
+        l->w = *matrix;
 }
 
 static void put_norm(struct ltn_norm *norm, const struct ltn_tensor_spec *spec, const void *data)
@@ -63,18 +55,19 @@ static void put_norm(struct ltn_norm *norm, const struct ltn_tensor_spec *spec, 
         norm->weight = data;
 }
 
-/* Gives a tensor its place in the model: the one list of which name is what. */
-static void put(struct ltn_model *model, const struct ltn_tensor_spec *spec, enum ltn_dtype dtype,
-                const void *data)
+/* Gives a tensor its place in the model: the one list of which name is what. matrix: where it lies; of a
+ * vector the data alone counts. */
+static void put(struct ltn_model *model, const struct ltn_tensor_spec *spec, const struct ltn_matrix *matrix)
 {
+    const void *data = matrix->data;
     struct ltn_layer *layer = spec->layer >= 0 ? &model->layers[spec->layer] : NULL;
 
     switch (spec->slot) {
     case LTN_SLOT_EMBED:
-        put_matrix(&model->embed, spec, dtype, data);
+        model->embed = *matrix;
         break;
     case LTN_SLOT_HEAD:
-        put_matrix(&model->head, spec, dtype, data);
+        model->head = *matrix;
         break;
     case LTN_SLOT_FINAL_NORM:
         put_norm(&model->final_norm, spec, data);
@@ -92,27 +85,52 @@ static void put(struct ltn_model *model, const struct ltn_tensor_spec *spec, enu
         layer->attention.theta = data;
         break;
     case LTN_SLOT_QKV:
-        put_linear(&layer->qkv, spec, dtype, data);
+        put_linear(&layer->qkv, spec, matrix);
         break;
     case LTN_SLOT_GATE0:
-        put_linear(&layer->gate0, spec, dtype, data);
+        put_linear(&layer->gate0, spec, matrix);
         break;
     case LTN_SLOT_GATE1:
-        put_linear(&layer->gate1, spec, dtype, data);
+        put_linear(&layer->gate1, spec, matrix);
         break;
     case LTN_SLOT_OUT:
-        put_linear(&layer->out, spec, dtype, data);
+        put_linear(&layer->out, spec, matrix);
         break;
     case LTN_SLOT_L1:
-        put_linear(&layer->l1, spec, dtype, data);
+        put_linear(&layer->l1, spec, matrix);
         break;
     case LTN_SLOT_L2:
-        put_linear(&layer->l2, spec, dtype, data);
+        put_linear(&layer->l2, spec, matrix);
         break;
     case LTN_SLOT_L3:
-        put_linear(&layer->l3, spec, dtype, data);
+        put_linear(&layer->l3, spec, matrix);
         break;
     }
+}
+
+static size_t attention_bytes(const struct ltn_config *config)
+{
+    return (size_t)config->n_layers * align_up((size_t)config->n_heads * sizeof(float));
+}
+
+/* What of the attention is no tensor: sizes and slopes, which go to *next. */
+static enum ltn_status put_attention(struct ltn_model *model, uint8_t **next, struct ltn_error *err)
+{
+    const struct ltn_config *config = &model->config;
+    float slopes[LTN_MAX_HEADS];
+
+    for (int32_t l = 0; l < config->n_layers; l++) {
+        struct ltn_attention *a = &model->layers[l].attention;
+        const size_t bytes = (size_t)config->n_heads * sizeof(float);
+        ltn_slopes(slopes, config->n_heads, l, config->n_layers);
+        LTN_TRY(model->be->ops->upload(model->be, *next, slopes, bytes, err));
+        a->n_heads = config->n_heads;
+        a->head_dim = config->head_dim;
+        a->slopes = (const float *)*next;
+        a->state_offset = ltn_state_offset(config, l);
+        *next += align_up(bytes);
+    }
+    return LTN_OK;
 }
 
 /* Copies a tensor to the backend, vectors widened to f32 on the way. */
@@ -120,8 +138,6 @@ static enum ltn_status send(struct ltn_backend *be, void *dst, const struct ltn_
                             const struct ltn_st_tensor *t, const uint8_t *src, float *stage,
                             struct ltn_error *err)
 {
-    enum ltn_dtype dtype = dtype_of(t);
-
     if (spec->is_matrix) {
         for (uint64_t done = 0; done < t->bytes; done += STAGE_BYTES) {
             uint64_t n = t->bytes - done < STAGE_BYTES ? t->bytes - done : STAGE_BYTES;
@@ -129,6 +145,8 @@ static enum ltn_status send(struct ltn_backend *be, void *dst, const struct ltn_
         }
         return LTN_OK;
     }
+    enum ltn_dtype dtype;
+    ltn_checkpoint_dtype(&dtype, t->dtype);
     size_t n = count_of(spec);
     for (size_t i = 0; i < n; i++) {
         /* A small tensor may lie unaligned in the file. */
@@ -139,45 +157,53 @@ static enum ltn_status send(struct ltn_backend *be, void *dst, const struct ltn_
     return be->ops->upload(be, dst, stage, n * sizeof(float), err);
 }
 
+/* *at: the tensor as the backend sees it; *next: the free part of the arena. */
+static enum ltn_status place(const void **at, uint8_t **next, struct ltn_backend *be,
+                             const struct ltn_checkpoint *ck, const struct ltn_tensor_spec *spec,
+                             const struct ltn_st_tensor *t, float *stage, struct ltn_error *err)
+{
+    const uint8_t *src = ck->file.map + t->offset;
+    *at = src;
+    if (usable_in_place(be, spec, t))
+        return LTN_OK;
+    *at = *next;
+    LTN_TRY(send(be, *next, spec, t, src, stage, err));
+    *next += arena_bytes(be, spec, t);
+    return LTN_OK;
+}
+
 static enum ltn_status load(struct ltn_model *model, const struct ltn_checkpoint *ck,
                             void (*progress)(void *ctx, uint64_t done, uint64_t total), void *ctx,
                             float *stage, struct ltn_error *err)
 {
     const struct ltn_config *config = &model->config;
     struct ltn_backend *be = model->be;
-    size_t slopes_bytes = align_up((size_t)config->n_heads * sizeof(float));
-    size_t arena = (size_t)config->n_layers * slopes_bytes;
+    size_t arena = attention_bytes(config);
     uint64_t done = 0, total = 0;
 
     for (size_t i = 0; i < ck->n_specs; i++) {
-        arena += arena_bytes(be, &ck->specs[i], ck->tensors[i]);
+        const struct ltn_tensor_spec *spec = &ck->specs[i];
+        enum ltn_dtype dtype = ltn_checkpoint_matrix_dtype(ck->dtype, spec);
+        if (spec->is_matrix && !(be->dtypes >> dtype & 1))
+            return ltn_fail(err, LTN_ERR_UNSUPPORTED, "%s: tensor \"%s\" is %s, which %s does not have",
+                            ck->file.path, spec->name, ltn_dtype_name(dtype), be->name);
+        arena += arena_bytes(be, spec, ck->tensors[i]) + arena_bytes(be, spec, ck->scales[i]);
         total += ck->tensors[i]->bytes;
     }
     LTN_TRY(be->ops->alloc(be, &model->arena, arena, err));
 
     uint8_t *next = model->arena;
-    for (int32_t l = 0; l < config->n_layers; l++) {
-        struct ltn_attention *a = &model->layers[l].attention;
-        ltn_slopes(stage, config->n_heads, l, config->n_layers);
-        LTN_TRY(be->ops->upload(be, next, stage, (size_t)config->n_heads * sizeof(float), err));
-        a->n_heads = config->n_heads;
-        a->head_dim = config->head_dim;
-        a->slopes = (const float *)next;
-        a->state_offset = ltn_state_offset(config, l);
-        next += slopes_bytes;
-    }
+    LTN_TRY(put_attention(model, &next, err));
     for (size_t i = 0; i < ck->n_specs; i++) {
         const struct ltn_tensor_spec *spec = &ck->specs[i];
-        const struct ltn_st_tensor *t = ck->tensors[i];
-        const uint8_t *src = ck->file.map + t->offset;
-        if (usable_in_place(be, spec, t)) {
-            put(model, spec, dtype_of(t), src);
-        } else {
-            LTN_TRY(send(be, next, spec, t, src, stage, err));
-            put(model, spec, dtype_of(t), next);
-            next += arena_bytes(be, spec, t);
-        }
-        done += t->bytes;
+        struct ltn_matrix matrix = {.dtype = ltn_checkpoint_matrix_dtype(ck->dtype, spec),
+                                    .rows = (int32_t)spec->shape[0],
+                                    .cols = (int32_t)spec->shape[1]};
+        LTN_TRY(place(&matrix.data, &next, be, ck, spec, ck->tensors[i], stage, err));
+        if (ck->scales[i])
+            LTN_TRY(place(&matrix.scales, &next, be, ck, spec, ck->scales[i], stage, err));
+        put(model, spec, &matrix);
+        done += ck->tensors[i]->bytes;
         if (progress)
             progress(ctx, done, total);
     }
@@ -203,6 +229,140 @@ enum ltn_status ltn_model_load(struct ltn_model *model, const struct ltn_checkpo
                                  ? load(model, checkpoint, progress, ctx, stage, err)
                                  : ltn_fail(err, LTN_ERR_MEMORY, "no memory for the model's layer table");
     free(stage);
+    if (status != LTN_OK)
+        ltn_model_free(model);
+    return status;
+}
+
+/* ---- random weights ------------------------------------------------------------------------------------ */
+
+/* Memory of one kind of element: the weights or codes of a dtype, or the scales that go with it. */
+struct region {
+    enum ltn_dtype dtype;
+    bool is_scales;
+    size_t bytes;
+    uint8_t *next;
+};
+
+enum { N_REGIONS = 2 * LTN_N_DTYPES };
+
+/* Element i of a block: normal with standard deviation 0.02; codes with one that fits them, and scales, here
+ * all the same, that make it 0.02. */
+static void put_random(uint8_t *block, size_t i, const struct region *r, double normal)
+{
+    static const double spread[LTN_N_DTYPES] = {[LTN_Q8] = 40, [LTN_FP8] = 100, [LTN_Q4] = 2.5};
+    const enum ltn_dtype dtype = r->is_scales ? ltn_scale_dtype(r->dtype) : r->dtype;
+    const float x = (float)(r->is_scales ? 0.02 / spread[r->dtype] : 0.02 * normal);
+    float unused;
+    if (ltn_is_quantised(dtype)) {
+        const int code = ltn_quant_code(dtype, (float)(spread[dtype] * normal), 1, &unused);
+        block[i] = (uint8_t)(dtype == LTN_Q4 ? (code & 15) * 17 : code);
+    } else {
+        const uint16_t half = dtype == LTN_BF16 ? ltn_f32_to_bf16(x) : ltn_f32_to_f16(x);
+        memcpy(block + i * ltn_dtype_size(dtype), dtype == LTN_F32 ? (const void *)&x : &half,
+               ltn_dtype_size(dtype));
+    }
+}
+
+/* Fills a region: a block made here, then pieces of it from places that never fall on the same columns of a
+ * matrix, so that 14 GB take no longer than to copy them. */
+static enum ltn_status fill(struct ltn_backend *be, const struct region *r, struct ltn_error *err)
+{
+    enum { BLOCK = 16 << 20, SHIFT = ALIGN * 1021 };
+    const enum ltn_dtype dtype = r->is_scales ? ltn_scale_dtype(r->dtype) : r->dtype;
+    const size_t size = ltn_is_quantised(dtype) ? 1 : ltn_dtype_size(dtype);
+    size_t done = r->bytes < BLOCK ? r->bytes : BLOCK;
+    if (done == 0)
+        return LTN_OK;
+    uint8_t *block = malloc(BLOCK);
+    if (!block)
+        return ltn_fail(err, LTN_ERR_MEMORY, "no memory for random weights");
+    for (size_t i = 0; i < done / size; i++) {
+        uint32_t counter[4] = {(uint32_t)i};
+        ltn_philox(counter, 1, 0);
+        const double radius = sqrt(-2 * log((counter[0] + 1.0) * 0x1p-32)); /* Box and Muller */
+        put_random(block, i, r, radius * cos(0x1p-31 * M_PI * counter[1]));
+    }
+    enum ltn_status status = be->ops->upload(be, r->next, block, done, err);
+    free(block);
+    for (size_t i = 1, piece; status == LTN_OK && done < r->bytes; i++, done += piece) {
+        const size_t from = i * SHIFT % (BLOCK / 2);
+        piece = r->bytes - done < BLOCK / 2 ? r->bytes - done : BLOCK / 2;
+        status = be->ops->copy(be, r->next + done, r->next + from, piece, err);
+    }
+    return status;
+}
+
+static size_t spec_bytes(const struct ltn_tensor_spec *spec, enum ltn_dtype dtype)
+{
+    if (!spec->is_matrix)
+        return align_up(count_of(spec) * sizeof(float));
+    return align_up((size_t)spec->shape[0] * ltn_row_bytes(dtype, (size_t)spec->shape[1]));
+}
+
+static size_t scales_bytes(const struct ltn_tensor_spec *spec, enum ltn_dtype dtype)
+{
+    return align_up((size_t)spec->shape[0] * ltn_row_scale_bytes(dtype, (size_t)spec->shape[1]));
+}
+
+static enum ltn_status make_random(struct ltn_model *model, const struct ltn_tensor_spec *specs,
+                                   size_t n_specs, enum ltn_dtype dtype, struct ltn_error *err)
+{
+    struct ltn_backend *be = model->be;
+    struct region regions[N_REGIONS];
+    size_t all = attention_bytes(&model->config);
+
+    for (int i = 0; i < N_REGIONS; i++)
+        regions[i] = (struct region){(enum ltn_dtype)(i / 2), i % 2, 0, NULL};
+    for (size_t i = 0; i < n_specs; i++) {
+        const enum ltn_dtype own =
+            specs[i].is_matrix ? ltn_checkpoint_matrix_dtype(dtype, &specs[i]) : LTN_F32;
+        regions[2 * own].bytes += spec_bytes(&specs[i], own);
+        regions[2 * own + 1].bytes += specs[i].is_matrix ? scales_bytes(&specs[i], own) : 0;
+    }
+    for (int i = 0; i < N_REGIONS; i++)
+        all += regions[i].bytes;
+    LTN_TRY(be->ops->alloc(be, &model->arena, all, err));
+    uint8_t *rest = model->arena;
+    for (int i = 0; i < N_REGIONS; i++) {
+        regions[i].next = rest;
+        rest += regions[i].bytes;
+        LTN_TRY(fill(be, &regions[i], err));
+    }
+    LTN_TRY(put_attention(model, &rest, err));
+    for (size_t i = 0; i < n_specs; i++) {
+        const struct ltn_tensor_spec *spec = &specs[i];
+        struct ltn_matrix m = {.dtype = spec->is_matrix ? ltn_checkpoint_matrix_dtype(dtype, spec) : LTN_F32,
+                               .rows = (int32_t)spec->shape[0],
+                               .cols = (int32_t)spec->shape[1]};
+        struct region *data = &regions[2 * m.dtype], *scales = data + 1;
+        m.data = data->next;
+        data->next += spec_bytes(spec, m.dtype);
+        if (spec->is_matrix && ltn_is_quantised(m.dtype)) {
+            m.scales = scales->next;
+            scales->next += scales_bytes(spec, m.dtype);
+        }
+        put(model, spec, &m);
+    }
+    if (model->config.tied)
+        model->head = model->embed;
+    return be->ops->sync(be, err);
+}
+
+enum ltn_status ltn_model_random(struct ltn_model *model, const struct ltn_config *config,
+                                 enum ltn_dtype dtype, struct ltn_backend *be, struct ltn_error *err)
+{
+    struct ltn_tensor_spec *specs;
+    size_t n_specs;
+
+    *model = (struct ltn_model){0};
+    LTN_TRY(ltn_config_tensors(config, &specs, &n_specs, err));
+    *model = (struct ltn_model){.config = *config, .be = be};
+    model->layers = calloc((size_t)config->n_layers, sizeof *model->layers);
+    enum ltn_status status = model->layers
+                                 ? make_random(model, specs, n_specs, dtype, err)
+                                 : ltn_fail(err, LTN_ERR_MEMORY, "no memory for the model's layer table");
+    free(specs);
     if (status != LTN_OK)
         ltn_model_free(model);
     return status;

@@ -173,11 +173,9 @@ static enum ltn_status measure_device(struct ltn_backend *be, struct ltn_bandwid
     return status;
 }
 
-enum ltn_status ltn_measure_bandwidth(const struct ltn_engine *engine, struct ltn_bandwidth *out,
+enum ltn_status ltn_measure_bandwidth(struct ltn_bandwidth *out, struct ltn_backend *be, int n_threads,
                                       struct ltn_error *err)
 {
     *out = (struct ltn_bandwidth){0};
-    if (engine->be->host_memory)
-        return measure_host(engine->info.n_threads, out, err);
-    return measure_device(engine->be, out, err);
+    return be->host_memory ? measure_host(n_threads, out, err) : measure_device(be, out, err);
 }

@@ -2,7 +2,7 @@
 #ifndef LTN_BANDWIDTH_H
 #define LTN_BANDWIDTH_H
 
-#include "src/engine.h"
+#include "kernels/ops.h"
 
 struct ltn_bandwidth {
     double read_gbps; /* 1e9 bytes read a second; 0: not measured on this kind of device */
@@ -10,8 +10,8 @@ struct ltn_bandwidth {
 };
 
 /* Takes a few tenths of a second and a few hundred MB, past the caches. Host memory is read and copied by
- * as many threads as the engine's backend has; a device's memory is copied by its backend. */
-enum ltn_status ltn_measure_bandwidth(const struct ltn_engine *engine, struct ltn_bandwidth *out,
+ * n_threads threads, a device's memory by its backend. */
+enum ltn_status ltn_measure_bandwidth(struct ltn_bandwidth *out, struct ltn_backend *be, int n_threads,
                                       struct ltn_error *err);
 
 #endif

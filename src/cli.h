@@ -69,6 +69,9 @@ struct ltn_program {
     const struct ltn_flag *flags; /* [n_flags] without --help and --version, which every program has */
     size_t n_flags;
     const char *notes; /* paragraphs after the options in --help; NULL: none */
+    /* "model|attention": what may come first on the command line, the first of them being what the program
+     * does without. Each has a table of its own, whose name is "PROGRAM COMMAND". NULL: none */
+    const char *commands;
 };
 
 /* Parses the command line. Returns -1 to go on, with *first_operand (may be NULL) the index in argv of the
@@ -77,8 +80,8 @@ struct ltn_program {
 int ltn_cli_parse(const struct ltn_program *program, int argc, char **argv, int *first_operand);
 
 /* The table for people and for shells (src/cli_docs.c). The last two are what `make` gets from a program by
- * its only argument, --print-man or --print-completion, which --help does not list. Targets hold the
- * defaults. */
+ * its only argument (but for a command), --print-man or --print-completion, which --help does not list.
+ * Targets hold the defaults. */
 enum ltn_print { LTN_PRINT_HELP, LTN_PRINT_MAN, LTN_PRINT_COMPLETION };
 int ltn_cli_print(const struct ltn_program *program, enum ltn_print what); /* to stdout; the exit code */
 void ltn_cli_usage(FILE *out, const struct ltn_program *program);          /* the usage line */

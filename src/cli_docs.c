@@ -115,8 +115,8 @@ static void print_flag(FILE *out, const struct ltn_flag *f, const char *help)
 
 void ltn_cli_usage(FILE *out, const struct ltn_program *program)
 {
-    fprintf(out, "Usage: %s [OPTION]...%s%s\n", program->name, program->operands ? " " : "",
-            program->operands ? program->operands : "");
+    fprintf(out, "Usage: %s%s [OPTION]...%s%s\n", program->name, program->commands ? " [COMMAND]" : "",
+            program->operands ? " " : "", program->operands ? program->operands : "");
 }
 
 static enum ltn_status print_help(FILE *out, const struct ltn_program *program, struct ltn_error *err)
@@ -136,6 +136,15 @@ static enum ltn_status print_help(FILE *out, const struct ltn_program *program, 
         print_wrapped(out, program->notes, 0);
     }
     return LTN_OK;
+}
+
+/* The program's name, or "ltn-bench-attention" for a command, with `between` for what is between words. */
+static void page_name(char name[64], const struct ltn_program *program, char between)
+{
+    snprintf(name, 64, "%s", program->name);
+    for (char *c = name; *c; c++)
+        if (*c == ' ' || *c == '-')
+            *c = between;
 }
 
 /* ---- the man page, in the macros of man(7) ------------------------------------------------------------- */
@@ -186,16 +195,18 @@ static enum ltn_status print_man(FILE *out, const struct ltn_program *program, s
 {
     static const char *const programs[] = {"ltn-run", "ltn-score", "ltn-bench", "ltn-info", "ltn-convert"};
     const char *separator = "";
-    char summary[256]; /* a page's name line has no full stop */
+    char page[64], summary[256]; /* a page's name line has no full stop */
     snprintf(summary, sizeof summary, "%s", program->summary);
     summary[strlen(summary) - 1] = 0;
 
-    fprintf(out, ".TH \"%s\" 1 \"\" \"ltn %s\" \"ltn\"\n.SH NAME\n", program->name, ltn_version());
-    roff(out, program->name);
+    page_name(page, program, '-');
+    fprintf(out, ".TH \"%s\" 1 \"\" \"ltn %s\" \"ltn\"\n.SH NAME\n", page, ltn_version());
+    roff(out, page);
     fputs(" \\- ", out);
     roff(out, summary);
     fputs("\n.SH SYNOPSIS\n.B ", out);
     roff(out, program->name);
+    fputs(program->commands ? "\n[\\fICOMMAND\\fR]" : "", out);
     fputs("\n[\\fIOPTION\\fR]...", out);
     if (program->operands) {
         fputs(" \\fI", out);
@@ -218,6 +229,13 @@ static enum ltn_status print_man(FILE *out, const struct ltn_program *program, s
         free(help);
     }
     fputs(".SH SEE ALSO\n", out);
+    for (const char *c = program->commands ? program->commands : ""; *c; c += strcspn(c, "|"), c += *c == '|')
+        if (c != program->commands) { /* the first has no page but this */
+            fprintf(out, "%s\\fB", separator);
+            roff(out, program->name);
+            fprintf(out, "\\-%.*s\\fR(1)", (int)strcspn(c, "|"), c);
+            separator = ",\n";
+        }
     for (size_t i = 0; i < sizeof programs / sizeof *programs; i++)
         if (strcmp(programs[i], program->name) != 0) {
             fprintf(out, "%s\\fB", separator);
@@ -281,23 +299,35 @@ static void print_words(FILE *out, const struct ltn_flag *f)
 
 static void print_completion(FILE *out, const struct ltn_program *program)
 {
-    char name[32];
-    snprintf(name, sizeof name, "_%s", program->name);
-    for (char *c = name; *c; c++)
-        if (*c == '-')
-            *c = '_';
+    const bool is_command = strchr(program->name, ' ') != NULL; /* its program's completion calls this one */
+    char name[64];
+    page_name(name, program, '_');
 
     fprintf(out,
             "# Completion of %s for bash. An empty answer leaves it to readline, which completes names of "
             "files,\n"
             "# unless compopt says that there is nothing to complete.\n"
-            "%s() {\n"
+            "_%s() {\n"
             "    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} words=\n"
             "    COMPREPLY=()\n"
             "    [[ $cur == = ]] && cur= # bash takes --name=value for three words\n"
-            "    [[ $prev == = ]] && prev=${COMP_WORDS[COMP_CWORD-2]}\n"
-            "    case $prev in\n",
+            "    [[ $prev == = ]] && prev=${COMP_WORDS[COMP_CWORD-2]}\n",
             program->name, name);
+    if (program->commands) {
+        const char *first = program->commands + strcspn(program->commands, "|");
+        if (*first)
+            fprintf(
+                out,
+                "    case ${COMP_WORDS[1]} in %s) [[ $COMP_CWORD -gt 1 ]] && { _%s_${COMP_WORDS[1]}; return; "
+                "} ;; esac\n",
+                first + 1, name);
+        fputs("    [[ $COMP_CWORD -eq 1 && $cur != -* ]] && {\n        mapfile -t COMPREPLY < <(compgen -W '",
+              out);
+        for (const char *c = program->commands; *c; c++)
+            fputc(*c == '|' ? ' ' : *c, out);
+        fputs("' -- \"$cur\")\n        return 0\n    }\n", out);
+    }
+    fputs("    case $prev in\n", out);
     if (print_group(out, program, true))
         fputs(") return 0 ;;\n", out);
     if (print_group(out, program, false))
@@ -310,14 +340,13 @@ static void print_completion(FILE *out, const struct ltn_program *program)
         fputs(i ? " " : "", out);
         print_names(out, flag(program, i), " ");
     }
-    fprintf(out,
-            "' ;;\n"
-            "    esac\n"
-            "    compopt +o default 2>/dev/null\n"
-            "    mapfile -t COMPREPLY < <(compgen -W \"$words\" -- \"$cur\")\n"
-            "}\n"
-            "complete -o default -F %s %s\n",
-            name, program->name);
+    fprintf(out, "' ;;\n"
+                 "    esac\n"
+                 "    compopt +o default 2>/dev/null\n"
+                 "    mapfile -t COMPREPLY < <(compgen -W \"$words\" -- \"$cur\")\n"
+                 "}\n");
+    if (!is_command)
+        fprintf(out, "complete -o default -F _%s %s\n", name, program->name);
 }
 
 /* The whole text is made before any of it is written, so that a failure to write is seen. */

@@ -92,29 +92,30 @@ enum ltn_status ltn_device_check(const char *device, struct ltn_error *err)
     return ltn_fail(err, LTN_ERR_INPUT, "device: expected auto, cpu, cuda or cuda:N, found '%s'", device);
 }
 
-static enum ltn_status open_backend(struct ltn_engine *engine, const char *device, int n_threads,
-                                    struct ltn_error *err)
+enum ltn_status ltn_backend_open(struct ltn_backend **out, const char *device, enum ltn_dtype dtype,
+                                 int n_threads, char (*notice)[512], struct ltn_error *err)
 {
     bool is_auto = strcmp(device, "auto") == 0, present;
     int index = 0;
 
+    *out = NULL;
+    if (notice)
+        **notice = 0;
     if (n_threads < 0)
         return ltn_fail(err, LTN_ERR_INPUT, "threads: expected 0 or more, found %d", n_threads);
     LTN_TRY(ltn_device_check(device, err));
     parse_cuda(device, &index);
     if (strcmp(device, "cpu") != 0) {
         struct ltn_error why = {0};
-        if (open_cuda(&engine->be, index, engine->checkpoint.dtype, &present, &why) == LTN_OK)
+        if (open_cuda(out, index, dtype, &present, &why) == LTN_OK)
             return LTN_OK;
-        engine->be = NULL;
+        *out = NULL;
         if (!is_auto)
             return ltn_fail(err, why.status, "%s", why.text);
-        if (present) {
-            snprintf(engine->notice, sizeof engine->notice, "using the CPU: %.480s", why.text);
-            engine->info.notice = engine->notice;
-        }
+        if (present && notice)
+            snprintf(*notice, sizeof *notice, "using the CPU: %.480s", why.text);
     }
-    return ltn_cpu_open(&engine->be, n_threads, err);
+    return ltn_cpu_open(out, n_threads, err);
 }
 
 /* ---- opening ------------------------------------------------------------------------------------------- */
@@ -145,10 +146,11 @@ static void fill_info(struct ltn_engine *engine, int n_threads)
         for (int32_t d = 0; d < cp->specs[i].rank; d++)
             count *= (uint64_t)cp->specs[i].shape[d];
         info->n_parameters += count;
-        info->weights_bytes += cp->tensors[i]->bytes;
+        uint64_t bytes = cp->tensors[i]->bytes + (cp->scales[i] ? cp->scales[i]->bytes : 0);
+        info->weights_bytes += bytes;
         /* an embedding that is not the head too is read one row at a time */
         if (c->tied || cp->specs[i].slot != LTN_SLOT_EMBED)
-            info->decode_bytes += cp->tensors[i]->bytes;
+            info->decode_bytes += bytes;
     }
     info->chunk_rows = engine->be->chunk_rows;
     if (engine->be->host_memory)
@@ -175,7 +177,9 @@ static enum ltn_status open_all(struct ltn_engine *engine, const char *path,
                             "%s: tokenizer: expected at most vocab_size = %d ids, found %d", path,
                             cp->config.vocab_size, ltn_tokenizer_size(engine->tokenizer));
     }
-    LTN_TRY(open_backend(engine, options->device ? options->device : "auto", options->n_threads, err));
+    LTN_TRY(ltn_backend_open(&engine->be, options->device ? options->device : "auto", cp->dtype,
+                             options->n_threads, &engine->notice, err));
+    engine->info.notice = *engine->notice ? engine->notice : NULL;
     LTN_TRY(ltn_model_load(&engine->model, cp, engine->be, options->progress, options->progress_ctx, err));
     fill_info(engine, options->n_threads);
     return ltn_session_file_size(&engine->info.session_bytes, engine, err);

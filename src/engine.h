@@ -15,4 +15,10 @@ struct ltn_engine {
     char notice[512]; /* what info.notice points to, when there is one */
 };
 
+/* Opens the backend for matrices of a dtype. device: as ltn_engine_options.device has it; n_threads: of the
+ * CPU, 0 one per core. *notice (may be NULL): set to one line where auto passes over a CUDA that is there but
+ * does not work, else empty. */
+enum ltn_status ltn_backend_open(struct ltn_backend **out, const char *device, enum ltn_dtype dtype,
+                                 int n_threads, char (*notice)[512], struct ltn_error *err);
+
 #endif

@@ -46,13 +46,21 @@ static uint64_t elements(const struct ltn_st_tensor *t)
     return t->bytes / ltn_st_dtype_size(t->dtype);
 }
 
+static uint64_t parameters_of(const struct ltn_tensor_spec *spec)
+{
+    uint64_t n = 1;
+    for (int32_t i = 0; i < spec->rank; i++)
+        n *= (uint64_t)spec->shape[i];
+    return n;
+}
+
 static enum ltn_status print_config(const struct ltn_checkpoint *ck, struct ltn_error *err)
 {
     const struct ltn_config *c = &ck->config;
     char layers[2048], number[32];
     uint64_t parameters = 0;
     for (size_t i = 0; i < ck->n_specs; i++)
-        parameters += elements(ck->tensors[i]);
+        parameters += parameters_of(&ck->specs[i]);
     print_layers(layers, sizeof layers, c);
 
     cJSON *json = NULL; /* for the name of the activation; it was parsed before */
@@ -86,16 +94,19 @@ static enum ltn_status print_config(const struct ltn_checkpoint *ck, struct ltn_
 
 static enum ltn_status print_storage(const struct ltn_checkpoint *ck, struct ltn_error *err)
 {
-    static const enum ltn_st_dtype dtypes[] = {LTN_ST_F32, LTN_ST_BF16, LTN_ST_F16};
+    static const enum ltn_st_dtype dtypes[] = {LTN_ST_U8,  LTN_ST_F8_E4M3, LTN_ST_I8,
+                                               LTN_ST_F32, LTN_ST_BF16,    LTN_ST_F16};
     char number[32];
     LTN_TRY(ltn_cli_printf(err, "matrices      %s\n", ltn_dtype_name(ck->dtype)));
-    for (int d = 0; d < 3; d++) {
+    for (size_t d = 0; d < sizeof dtypes / sizeof *dtypes; d++) {
         uint64_t n = 0, bytes = 0;
-        for (size_t i = 0; i < ck->n_specs; i++)
-            if (ck->tensors[i]->dtype == dtypes[d]) {
+        for (size_t i = 0; i < 2 * ck->n_specs; i++) {
+            const struct ltn_st_tensor *t = (i % 2 ? ck->scales : ck->tensors)[i / 2];
+            if (t && t->dtype == dtypes[d]) {
                 n++;
-                bytes += ck->tensors[i]->bytes;
+                bytes += t->bytes;
             }
+        }
         if (n)
             LTN_TRY(ltn_cli_printf(err, "stored as     %s: %" PRIu64 " tensors, %s bytes\n",
                                    ltn_st_dtype_name(dtypes[d]), n, grouped(number, bytes)));

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "src/bandwidth.h"
+#include "src/engine.h"
 #include "src/ingest.h"
 #include "src/interactive.h"
 #include "src/jsonl.h"
@@ -183,7 +184,7 @@ static void print_stats(const struct run *run, int64_t n_prompt, const struct lt
     if (made->n_tokens > 1) { /* between the first token and the last lie n - 1 steps */
         double tok_s = (double)(made->n_tokens - 1) / (run->last_token - run->first_token);
         double gbps = 1e-9 * tok_s * (double)info->decode_bytes;
-        if (ltn_measure_bandwidth(run->engine, &bandwidth, NULL) == LTN_OK) {
+        if (ltn_measure_bandwidth(&bandwidth, run->engine->be, info->n_threads, NULL) == LTN_OK) {
             double peak = bandwidth.read_gbps > 0 ? bandwidth.read_gbps : bandwidth.copy_gbps;
             snprintf(share, sizeof share, ", %.1f %% of the %.1f GB/s measured here (%s)", 100 * gbps / peak,
                      peak, bandwidth.read_gbps > 0 ? "read" : "copy");

@@ -22,6 +22,36 @@ pass "JSON: the commit" grep -qE '"commit":[[:space:]]*"abc123"' "$tmp/out"
 pass "JSON: the threads" grep -qE '"threads":[[:space:]]*1,' "$tmp/out"
 pass "JSON: all samples" is "$(grep '"samples"' "$tmp/out" | tail -n 1 | tr -cd , | wc -c)" 2
 
+pass "JSON: the command" grep -qF '"ltn-bench model --device cpu -m' "$tmp/out"
+try "$LTN_BIN/ltn-bench" model --device cpu -m "$m" -l 16 -r 1 -n 2 --format csv
+pass "the command by its name" exited 0
+pass "the command by its name: the same rows" is "$(wc -l <"$tmp/out")" 3
+try "$LTN_BIN/ltn-bench" frob
+pass "no such command" refused 2 "frob: no such command, expected one of model|attention|prefill"
+
+attention="$LTN_BIN/ltn-bench attention --device cpu --head-dim 24 -l 30,70 -r 2 --check 100"
+try $attention --heads 1,3
+pass "attention: a table" exited 0
+pass "attention: a line for each length" is "$(grep -cE '^ +[13] +(30|70) +last +[0-9]' "$tmp/out")" 4
+pass "attention: errors of both layers, below 1e-5" awk '/^ +[13] +100 +(first|last)/ && $8 + 0 > 0 && $8 + 0 < 1e-5 && $9 + 0 > 0 && $9 + 0 < 1e-5 { n++ } END { exit n != 4 }' "$tmp/out"
+try $attention --lrpe --layer first --format json
+pass "attention: JSON" exited 0
+for key in device date command copy_gbps rows impl h d n dtype layer ms share rel_l2 samples_ms; do
+    pass "attention: JSON: $key" grep -q "\"$key\":" "$tmp/out"
+done
+pass "attention: LRPE's errors too" awk '/"rel_l2":/ && $2 + 0 > 0 && $2 + 0 < 1e-5 { n++ } END { exit n != 2 }' "$tmp/out"
+try "$LTN_BIN/ltn-bench" attention --heads 0
+pass "attention: usage" refused 2 "--heads: expected up to 64 whole numbers from 1 to 1024 with commas between, found '0'"
+
+try "$LTN_BIN/ltn-bench" prefill --device cpu -l 2,3 --chunk 2 --seconds 0 --format json
+pass "prefill: JSON" exited 0
+for key in device date command gemm_tflops rows impl model dtype n tok_s share extra_bytes samples; do
+    pass "prefill: JSON: $key" grep -q "\"$key\":" "$tmp/out"
+done
+pass "prefill: a share of the products' speed" awk '/"share":/ && $2 + 0 > 0.05 && $2 + 0 < 5 { n++ } END { exit n != 2 }' "$tmp/out"
+try "$LTN_BIN/ltn-bench" prefill --shape 13b
+pass "prefill: no such shape" refused 2 "--shape: expected one of 385m|1b|7b, found '13b'"
+
 refuses_usage() {
     text=$1
     shift

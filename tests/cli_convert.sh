@@ -18,9 +18,11 @@ for program in "$convert" "$info"; do
     try "$program" --nonsense
     pass "$name with an unknown flag: status 2" exited 2
 done
-pass "no default is invented for --dtype" sh -c '! "$1" --help | grep -q default' sh "$convert"
-try "$convert" "$golden" "$tmp/x.ltn" --dtype q4
-pass "an unknown dtype: status 2" refused 2 "expected one of f32|bf16|f16, found 'q4'"
+pass "no default is invented for --dtype" sh -c '! "$1" --help | grep -A 2 -e --dtype | grep -q default' sh "$convert"
+try "$convert" "$golden" "$tmp/x.ltn" --dtype q5
+pass "an unknown dtype: status 2" refused 2 "expected one of f32|bf16|f16|q8|fp8|q4, found 'q5'"
+try "$convert" "$golden" "$tmp/x.ltn" --dtype bf16 --calibrate README.md
+pass "a text for nothing: status 2" refused 2 "--calibrate: expected --dtype q8, fp8 or q4"
 try "$convert" "$golden" "$tmp/x.ltn" extra
 pass "a third operand: status 2" exited 2
 pass "nothing was written" test ! -e "$tmp/x.ltn"
@@ -45,6 +47,40 @@ pass "--dtype, over an existing file" grep -qE '^matrices +BF16$' "$tmp/out"
 "$convert" "$golden" "$tmp/b.ltn" 2>/dev/null
 "$convert" "$golden/" "$tmp/c.ltn" 2>/dev/null
 pass "the same twice gives the same bytes" same "$tmp/b.ltn" "$tmp/c.ltn"
+
+# ---- quantising ----
+for d in q8 fp8 q4; do
+    try "$convert" --dtype $d "$golden" "$tmp/$d.ltn"
+    pass "$d from a checkpoint: status 0" exited 0
+    try "$convert" --dtype $d "$tmp/b.ltn" "$tmp/again.ltn"
+    pass "$d from a .ltn: status 0, no word" sh -c '[ "$1" = 0 ] && [ ! -s "$2" ]' sh "$status" "$tmp/err"
+    pass "the same bytes" same "$tmp/$d.ltn" "$tmp/again.ltn"
+    try "$info" --verify "$tmp/$d.ltn"
+    pass "$d: the same parameters, all finite" sh -c 'grep -q "verified; all weights are finite" "$1/out" &&
+        [ "$(grep ^parameters "$1/out")" = "$("$2" "$1/b.ltn" | grep ^parameters)" ]' sh "$tmp" "$info"
+    pass "nothing between stays" test ! -e "$tmp/$d.ltn.unquantised"
+done
+try "$convert" --dtype q4 "$tmp/q8.ltn" "$tmp/x.ltn"
+pass "quantising twice: status 1, one line" refused 1 "already quantised, to q8"
+try "$convert" --dtype bf16 "$tmp/b.ltn" "$tmp/x.ltn"
+pass "a .ltn for no quantisation: status 1, one line" refused 1 "expected --dtype q8, fp8 or q4"
+try "$convert" --dtype q4 "$tmp/none" "$tmp/x.ltn"
+pass "what is not there: status 1, one line" refused 1 "$tmp/none"
+try "$convert" --dtype q4 "$tmp/b.ltn" "$tmp/x.ltn" --calibrate README.md
+pass "calibration without a tokenizer: status 1, one line" refused 1 "has no tokenizer"
+"$LTN_TESTS/make_model" text "$tmp/text.ltn" 1 -1
+echo "a short text" >"$tmp/short"
+try "$convert" --dtype q4 "$tmp/text.ltn" "$tmp/x.ltn" --calibrate "$tmp/short"
+pass "a text too short: status 1, one line" refused 1 "short: too short to calibrate by: expected at least 4096 tokens"
+pass "nothing was written" test ! -e "$tmp/x.ltn"
+yes "the other thing and then some" | head -n 1500 >"$tmp/long"
+for t in 1 3; do try "$convert" --dtype q4 "$tmp/text.ltn" "$tmp/cal$t.ltn" --calibrate "$tmp/long" -t $t; done
+pass "calibrated: status 0" exited 0
+pass "the same bytes with any number of threads" same "$tmp/cal1.ltn" "$tmp/cal3.ltn"
+"$convert" --dtype q4 "$tmp/text.ltn" "$tmp/near.ltn"
+kl() { "$LTN_BIN/ltn-score" --device cpu -m "$1" --reference "$tmp/text.ltn" -f "$tmp/long" | awk '$1 == "kl_mean" { print $2 }'; }
+pass "it loses less on such a text than the nearest" awk -v a="$(kl "$tmp/cal1.ltn")" -v b="$(kl "$tmp/near.ltn")" \
+    'BEGIN { exit !(a > 0 && a < 0.8 * b) }'
 
 # ---- a checkpoint with a tiktoken vocabulary ----
 "$LTN_TESTS/test_convert" generate "$tmp/tt" 64 2 2 96 1204 1 f32

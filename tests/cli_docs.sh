@@ -1,7 +1,18 @@
 # Man pages and bash completion: made by the programs from their tables of options, complete, and without a warning.
 . tests/tap.sh
-programs="ltn-run ltn-score ltn-bench ltn-info ltn-convert"
-binary() { case $1 in ltn-convert) echo "$LTN_BIN/tools/convert" ;; *) echo "$LTN_BIN/$1" ;; esac; }
+commands=$("$LTN_BIN/ltn-bench" --help | sed -n 's/^Commands: \([a-z|]*\)\..*/\1/p' | tr '|' ' ')
+programs="ltn-run ltn-score ltn-bench ltn-info ltn-convert $(for c in ${commands#model}; do echo "ltn-bench-$c"; done)"
+# call PROGRAM OPTION...: a program, or a command of ltn-bench, by the name of its page
+call() {
+    called=$1
+    shift
+    case $called in
+    ltn-convert) "$LTN_BIN/tools/convert" "$@" ;;
+    ltn-bench-*) "$LTN_BIN/ltn-bench" "${called#ltn-bench-}" "$@" ;;
+    *) "$LTN_BIN/$called" "$@" ;;
+    esac
+}
+pass "the commands of ltn-bench" is "${commands%% *}" model
 
 # every_option FILE: each option that --help lists begins a line of the page in FILE
 every_option() {
@@ -13,9 +24,8 @@ every_option() {
 }
 
 for program in $programs; do
-    bin=$(binary "$program")
-    "$bin" --help >"$tmp/help"
-    try "$bin" --print-man
+    call "$program" --help >"$tmp/help"
+    try call "$program" --print-man
     cp "$tmp/out" "$tmp/$program.1"
     pass "$program: a man page" exited 0
     pass "$program: the page has every option" every_option "$tmp/$program.1"
@@ -32,7 +42,7 @@ for program in $programs; do
             skip "man pages by $tool" "no $tool here"
         fi
     done
-    try "$bin" --print-completion
+    try call "$program" --print-completion
     cp "$tmp/out" "$tmp/$program.bash"
     pass "$program: a completion" exited 0
 done
@@ -57,14 +67,17 @@ offers() {
 }
 if command -v bash >/dev/null 2>&1; then
     for program in $programs; do
-        "$(binary "$program")" --help >"$tmp/help"
+        call "$program" --help >"$tmp/help"
         every=$(grep -oE '^ +(-[a-zA-Z0-9](, --[a-z-]+)?|--[a-z-]+)( |$)' "$tmp/help" | grep -oE -e '--?[a-zA-Z0-9-]+' | tr '\n' ' ')
-        offers "${every% }" "$program" -
+        # shellcheck disable=SC2046
+        offers "${every% }" $(echo "$program" | sed 's/^ltn-bench-/ltn-bench /') -
     done
     offers "--temp" ltn-run --tem
     offers "--top-k --top-p" ltn-run -p "a b" --top-
     offers "table csv json" ltn-bench --format ""
     offers "csv" ltn-bench --format c
+    offers "csv" ltn-bench model --format c
+    offers "$commands" ltn-bench ""
     offers "json" ltn-bench --format = j
     offers "table csv json" ltn-bench --format =
     offers "cpu cuda" ltn-run --device c

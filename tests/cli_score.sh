@@ -5,6 +5,7 @@ score=$tmp/ltn-score
 "$LTN_TESTS/make_model" text "$tmp/text.ltn" 1 -1 || exit 1
 "$LTN_TESTS/make_model" text "$tmp/nobos.ltn" -1 -1 || exit 1
 "$LTN_TESTS/make_model" tokens "$tmp/ids.ltn" 1 2 || exit 1
+"$LTN_TESTS/make_model" rounded "$tmp/rounded.ltn" 1 2 || exit 1
 m=$tmp/text.ltn
 unset LTN_MODEL
 
@@ -12,7 +13,7 @@ value() { awk -v key="$1" '$1 == key { print $2 }' "$tmp/out"; }
 # near A B: equal within rounding to six digits
 near() { awk -v a="$1" -v b="$2" 'BEGIN { d = a - b; if (d < 0) d = -d; exit !(a + 0 != 0 && d <= 2e-5 * (a < 0 ? -a : a)) }'; }
 
-for f in -m -f --tokens --logits --positions --json -t --device --help --version; do
+for f in -m --reference -f --tokens --logits --positions --json -t --device --help --version; do
     try "$score" --help
     pass "--help names $f" grep -qE "^ +$f( |\$)" "$tmp/out"
 done
@@ -39,6 +40,62 @@ pass "ids from standard input" same "$tmp/l.npy" "$tmp/l2.npy"
 try "$score" -m "$tmp/ids.ltn" --tokens 5
 pass "one id alone has no loss" is "$(value scored_tokens) $(value nats) $(value perplexity)" "0 - -"
 
+
+# ---- a reference: all figures computed again from the logits of both ----
+ids=5,17,9,200,3,3,77,41,300,12
+try "$score" -m "$tmp/ids.ltn" --tokens $ids --logits "$tmp/a.npy"
+try "$score" -m "$tmp/rounded.ltn" --reference "$tmp/ids.ltn" --tokens $ids --logits "$tmp/b.npy" --positions "$tmp/r.csv"
+pass "a comparison" exited 0
+for f in a b; do tail -c +129 "$tmp/$f.npy" | od -An -v -tf4 -w1440; done | awk -v ids=$ids '
+    function lse(f, r,   m, s, i) {
+        m = f[r, 1]; for (i = 2; i <= 360; i++) if (f[r, i] > m) m = f[r, i]
+        s = 0; for (i = 1; i <= 360; i++) s += exp(f[r, i] - m)
+        return m + log(s)
+    }
+    { for (i = 1; i <= 360; i++) x[NR, i] = $i }
+    END {
+        n = split(ids, id, ",")
+        for (r = 1; r <= n; r++) {
+            a = lse(x, r); b = lse(x, r + n); kl = 0; p = q = 1
+            for (i = 1; i <= 360; i++) {
+                kl += exp(x[r, i] - a) * (x[r, i] - a - x[r + n, i] + b)
+                d = x[r, i] - x[r + n, i]; if (d < 0) d = -d
+                if (d > most) most = d
+                if (x[r, i] > x[r, p]) p = i
+                if (x[r + n, i] > x[r + n, q]) q = i
+            }
+            sum += kl; squares += kl * kl; same += p == q; all[r] = kl
+            if (r < n) { t = b - x[r + n, id[r + 1] + 1]; nats += t; nn += t * t; ref += a - x[r, id[r + 1] + 1] }
+        }
+        for (r = 1; r <= n; r++) { below = 0; for (i = 1; i <= n; i++) below += all[i] < all[r]; if (below == 4) median = all[r]
+                                   if (all[r] > top) top = all[r] }
+        e = sqrt((nn - nats * nats / 9) / 8 / 9)
+        printf "nats_stderr %.6g\nperplexity_stderr %.6g\nreference_perplexity %.6g\nkl_mean %.6g\nkl_stderr %.6g\n",
+            e, e * exp(nats / 9), exp(ref / 9), sum / n, sqrt((squares - sum * sum / n) / 9 / 10)
+        printf "kl_max %.6g\ntop1_agreement %.6g\nlargest_logit_difference %.6g\nmedian %.6g\n", top, same / n, most, median
+    }' >"$tmp/figures"
+expected() { awk -v key="$1" '$1 == key { print $2 }' "$tmp/figures"; }
+# within FACTOR A B: equal but for so much
+within() { awk -v f="$1" -v a="$2" -v b="$3" 'BEGIN { d = a - b; if (d < 0) d = -d; exit !(a > 0 && d <= f * a) }'; }
+for f in nats_stderr perplexity_stderr reference_perplexity top1_agreement largest_logit_difference; do
+    pass "$f" near "$(value $f)" "$(expected $f)"
+done
+for f in kl_mean kl_stderr kl_max; do # small differences of float32 numbers
+    pass "$f" within 0.01 "$(value $f)" "$(expected $f)"
+done
+pass "kl_median" within 0.02 "$(value kl_median)" "$(expected median)"
+pass "kl_p99 of ten is the largest" within 0.02 "$(value kl_p99)" "$(value kl_max)"
+pass "every token is compared" is "$(value compared_tokens)" 10
+pass "positions have the reference's loss and the divergence" is "$(head -n 1 "$tmp/r.csv")" \
+    first,end,tokens,nats_per_token,stderr,reference_nats_per_token,kl
+pass "whose mean is the reference's perplexity" near "$(value reference_perplexity)" \
+    "$(awk -F, 'NR > 1 { n += $3; s += $3 * $6 } END { print exp(s / n) }' "$tmp/r.csv")"
+try "$score" -m "$tmp/ids.ltn" --reference "$tmp/ids.ltn" --tokens $ids
+pass "a model does not diverge from itself" is "$(value kl_max) $(value top1_agreement) $(value largest_logit_difference)" "0 1 0"
+try "$score" -m "$tmp/ids.ltn" --reference "$tmp/rounded.ltn" --tokens $ids --json
+pass "JSON names the reference" grep -qE '"reference":[[:space:]]*"[0-9a-f]{32}"' "$tmp/out"
+pass "and has its figures" grep -qE '"kl_p99":[[:space:]]*[0-9]' "$tmp/out"
+
 # ---- text ----
 yes "the other thing and then some" | head -n 400 >"$tmp/text"
 bytes=$(wc -c <"$tmp/text")
@@ -51,7 +108,7 @@ nats=$(value nats)
 tokens=$(value tokens)
 pass "bits per byte" near "$(value bits_per_byte)" "$(awk -v n="$nats" -v b="$bytes" 'BEGIN { print n / log(2) / b }')"
 pass "logits have a row for each token of the text" is "$(wc -c <"$tmp/l.npy")" $((128 + 4 * 360 * tokens))
-pass "positions: header" is "$(head -n 1 "$tmp/p.csv")" first,end,tokens,nats_per_token
+pass "positions: header" is "$(head -n 1 "$tmp/p.csv")" first,end,tokens,nats_per_token,stderr
 pass "positions: every token is in a bin" is "$(awk -F, 'NR > 1 { n += $3 } END { print n }' "$tmp/p.csv")" "$tokens"
 pass "positions: their losses add up" near "$(awk -F, 'NR > 1 { n += $3 * $4 } END { print n }' "$tmp/p.csv")" "$nats"
 pass "positions: edges at 1000 and 2000" grep -q '^1000,2000,1000,' "$tmp/p.csv"
@@ -70,6 +127,9 @@ try "$score" -m "$tmp/nobos.ltn" -f "$tmp/text"
 pass "without BOS the first token is not scored" is "$(value scored_tokens)" $((tokens - 1))
 try "$score" -m "$m" -f "$tmp/text" --json
 pass "JSON" grep -qE '"tokens":[[:space:]]*'"$tokens," "$tmp/out"
+try "$score" -m "$m" --reference "$m" -f "$tmp/text"
+pass "a text against its own model, BOS included" is "$(value compared_tokens) $(value kl_max)" "$((tokens + 1)) 0"
+pass "leaves the loss as it is" is "$(value nats)" "$nats"
 pass "on stdout alone" test ! -s "$tmp/err"
 
 # ---- failures ----
@@ -90,6 +150,12 @@ try "$score" -m "$m" -f "$tmp/none"
 pass "a missing text" refused 1 "none: cannot open"
 try "$score" -m "$tmp/none.ltn" -f "$tmp/text"
 pass "a missing model" refused 1 "none.ltn"
+try "$score" -m "$m" -f "$tmp/text" --reference "$tmp/none.ltn"
+pass "a missing reference" refused 1 "none.ltn"
+try "$score" -m "$m" -f "$tmp/text" --reference "$tmp/nobos.ltn"
+pass "a reference that starts otherwise" refused 1 "expected the model's BOS token 1, found -1"
+try "$score" -m "$m" -f "$tmp/text" --reference model/demo/demo.ltn
+pass "a reference of another vocabulary" refused 1 "expected the model's vocabulary of 360, found 8192"
 try "$score" -m "$m" -f "$tmp/text" --logits "$tmp/no/l.npy"
 pass "a folder that is not there" refused 1 "no/l.npy: cannot create"
 try "$score" -m "$m" -f "$tmp/text" --logits /dev/full

@@ -197,7 +197,7 @@ static void ltn_tensors(void **state)
     });
     VARY("\"model.layers.0.channel_mixer.l3.weight\" is F16, expected BF16 as the metadata says",
          c.tensors[where(&c, "model.layers.0.channel_mixer.l3.weight")].dtype = LTN_ST_F16);
-    VARY("\"model.layers.0.channel_mixer.l3.weight\" is I16, expected F32, BF16 or F16",
+    VARY("\"model.layers.0.channel_mixer.l3.weight\" is I16, expected BF16 as the metadata says",
          c.tensors[where(&c, "model.layers.0.channel_mixer.l3.weight")].dtype = LTN_ST_I16);
     VARY(NULL, c.tensors[where(&c, "model.layers.0.channel_mixer.l3.bias")].dtype = LTN_ST_F16);
 
@@ -244,7 +244,7 @@ static void ltn_metadata(void **state)
     VARY("not a .ltn file: its metadata says format \"\"", c.n_metadata = 0);
     VARY("format \"ltn-session\"", set_metadata(&c, "format", "ltn-session"));
     VARY("version \"2\" of the format", set_metadata(&c, "version", "2"));
-    VARY("metadata dtype is \"q8\"", set_metadata(&c, "dtype", "q8"));
+    VARY("metadata dtype is \"q7\"", set_metadata(&c, "dtype", "q7"));
     VARY("expected F16 as the metadata says", set_metadata(&c, "dtype", "f16"));
     VARY("metadata checksum is \"123\"", set_metadata(&c, "checksum", "123"));
     VARY("expected 32 hexadecimal", set_metadata(&c, "checksum", "ABCDEFABCDEFABCDEFABCDEFABCDEFAB"));

@@ -82,6 +82,33 @@ static void *random_weights(size_t n, enum ltn_dtype dtype)
     return values;
 }
 
+/* A matrix of random weights of any type; freed by matrix_free. */
+static struct ltn_matrix matrix(int outs, int cols, enum ltn_dtype dtype)
+{
+    struct ltn_matrix w = {.dtype = dtype, .rows = outs, .cols = cols};
+    if (!ltn_is_quantised(dtype)) {
+        w.data = random_weights((size_t)outs * cols, dtype);
+        return w;
+    }
+    size_t row = ltn_row_bytes(dtype, (size_t)cols), row_scales = ltn_row_scale_bytes(dtype, (size_t)cols);
+    float *values = normal((size_t)outs * cols);
+    char *codes = malloc(outs * row), *scales = malloc(outs * row_scales); /* exact, for the sanitizer */
+    assert_true(codes && scales);
+    for (int o = 0; o < outs; o++)
+        assert_true(ltn_quantise_row(dtype, values + (size_t)o * cols, (size_t)cols, codes + o * row,
+                                     scales + o * row_scales));
+    free(values);
+    w.data = codes;
+    w.scales = scales;
+    return w;
+}
+
+static void matrix_free(struct ltn_matrix *w)
+{
+    free((void *)w->data);
+    free((void *)w->scales);
+}
+
 /* The largest difference over the largest value; infinite if anything is not finite. */
 static double difference(const float *got, const float *want, size_t n)
 {
@@ -131,25 +158,25 @@ static void test_embed(void **state)
 {
     (void)state;
     struct ltn_error err;
-    for (enum ltn_dtype dtype = LTN_F32; dtype <= LTN_F16; dtype++) {
+    for (enum ltn_dtype dtype = LTN_F32; dtype < LTN_N_DTYPES; dtype++) {
         for (int i = 0; i < LENGTH(some_rows); i++) {
             int rows = some_rows[i], cols = some_cols[i], words = 37;
             size_t n = (size_t)rows * cols;
-            struct ltn_matrix table = {random_weights((size_t)words * cols, dtype), dtype, words, cols};
+            struct ltn_matrix table = matrix(words, cols, dtype);
             int32_t *ids = malloc((size_t)rows * sizeof *ids);
             for (int r = 0; r < rows; r++)
                 ids[r] = test_below(&rng, words);
             float *want = poisoned(n), *first = NULL;
             CHECK(reference->ops->embed(reference, want, &table, ids, rows, 19.6f, &err));
             for (size_t at = 0; at < n; at++)
-                assert_true(want[at] ==
-                            19.6f * ltn_load(table.data, dtype, (size_t)ids[at / cols] * cols + at % cols));
+                assert_true(want[at] == 19.6f * ltn_weight(table.data, table.scales, dtype, (size_t)cols,
+                                                           (size_t)ids[at / cols], at % cols));
             for (int b = 0; b < n_fast; b++) {
                 float *got = poisoned(n);
                 CHECK(fast[b]->ops->embed(fast[b], got, &table, ids, rows, 19.6f, &err));
                 judge(b, got, &first, want, n, 0, "embed");
             }
-            free(first), free(want), free(ids), free((void *)table.data);
+            free(first), free(want), free(ids), matrix_free(&table);
         }
     }
 }
@@ -266,13 +293,14 @@ static void test_matrix_products(void **state)
     struct ltn_error err;
     static const int sizes[][2] = {{1, 1},    {5, 3},   {4, 16},   {64, 64},  {63, 80},  {67, 31},
                                    {130, 97}, {97, 20}, {384, 33}, {20, 384}, {9, 1025}, {7, 2500}};
-    for (int i = 0; i < LENGTH(sizes) * LENGTH(some_rows); i++) {
-        int rows = some_rows[i % LENGTH(some_rows)];
-        int outs = sizes[i / LENGTH(some_rows)][0], cols = sizes[i / LENGTH(some_rows)][1];
-        enum ltn_dtype dtype = (enum ltn_dtype)((i + i / LENGTH(some_rows)) % 3);
+    for (int i = 0; i < LENGTH(sizes) * LENGTH(some_rows) * 2; i++) {
+        int rows = some_rows[i % LENGTH(some_rows)], size = i / LENGTH(some_rows) % LENGTH(sizes);
+        int outs = sizes[size][0], cols = sizes[size][1];
+        enum ltn_dtype dtype =
+            (enum ltn_dtype)((i + i / LENGTH(some_rows)) % 3 + i / (LENGTH(sizes) * LENGTH(some_rows)) * 3);
         size_t n = (size_t)rows * outs;
         float *x = normal((size_t)rows * cols), *bias = normal((size_t)outs), *residual = normal(n);
-        struct ltn_linear l = {{random_weights((size_t)outs * cols, dtype), dtype, outs, cols}, bias};
+        struct ltn_linear l = {matrix(outs, cols, dtype), bias};
         float *first = NULL;
         for (int kind = 0; kind < 5; kind++) {
             l.bias = kind & 1 ? bias : NULL;
@@ -293,7 +321,7 @@ static void test_matrix_products(void **state)
             }
             free(want);
         }
-        free(first), free((void *)l.w.data), free(residual), free(bias), free(x);
+        free(first), matrix_free(&l.w), free(residual), free(bias), free(x);
     }
 }
 
@@ -303,9 +331,9 @@ static void test_rows_are_independent(void **state)
     (void)state;
     struct ltn_error err;
     enum { ROWS = 101, OUTS = 70, COLS = 1100 };
-    for (enum ltn_dtype dtype = LTN_F32; dtype <= LTN_F16; dtype++) {
+    for (enum ltn_dtype dtype = LTN_F32; dtype < LTN_N_DTYPES; dtype++) {
         float *x = normal(ROWS * COLS), *all = poisoned(ROWS * OUTS), *one = poisoned(OUTS);
-        struct ltn_matrix w = {random_weights(OUTS * COLS, dtype), dtype, OUTS, COLS};
+        struct ltn_matrix w = matrix(OUTS, COLS, dtype);
         for (int b = 0; b < n_fast; b++) {
             CHECK(fast[b]->ops->logits(fast[b], all, x, &w, ROWS, &err));
             for (int r = 0; r < ROWS; r++) {
@@ -313,7 +341,7 @@ static void test_rows_are_independent(void **state)
                 assert_memory_equal(one, all + r * OUTS, OUTS * sizeof *one);
             }
         }
-        free((void *)w.data), free(one), free(all), free(x);
+        matrix_free(&w), free(one), free(all), free(x);
     }
 }
 
@@ -606,7 +634,7 @@ static void test_several_users(void **state)
         struct user *u = &users[i];
         *u = (struct user){.be = fast[n_fast - 1]};
         case_make(&u->c, 3, 32 + 16 * i, i % 2, counts, 1 + i % 3);
-        u->w = (struct ltn_matrix){random_weights((size_t)(100 + i) * 50, LTN_F32), LTN_F32, 100 + i, 50};
+        u->w = matrix(100 + i, 50, LTN_F32);
         u->o = case_run(&u->c, u->be, &u->states);
         u->logits = user_logits(u);
     }
@@ -616,7 +644,7 @@ static void test_several_users(void **state)
         struct user *u = &users[i];
         pthread_join(threads[i], NULL);
         assert_int_equal(u->surprises, 0);
-        free(u->o), free(u->states), free(u->logits), free((void *)u->w.data);
+        free(u->o), free(u->states), free(u->logits), matrix_free(&u->w);
         case_free(&u->c);
     }
 }

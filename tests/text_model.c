@@ -131,6 +131,11 @@ void test_write_token_model(const char *path, int bos_id, int eos_id)
     test_write_model(small(bos_id, eos_id), LTN_F32, 5, path);
 }
 
+void test_write_rounded_model(const char *path, int bos_id, int eos_id)
+{
+    test_write_model(small(bos_id, eos_id), LTN_BF16, 5, path);
+}
+
 void test_write_text_model(const char *path, int bos_id, int eos_id)
 {
     struct proto *model = calloc(1, sizeof *model);

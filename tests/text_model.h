@@ -12,6 +12,9 @@ void test_write_text_model(const char *path, int bos_id, int eos_id);
 /* The same sizes without a tokenizer. */
 void test_write_token_model(const char *path, int bos_id, int eos_id);
 
+/* That one with its matrices rounded to bf16: nearly the same model. */
+void test_write_rounded_model(const char *path, int bos_id, int eos_id);
+
 /* One of the later architecture, without a tokenizer: gated attention, lrpe in layers 0 and 3, layer norms,
  * biases, 3 heads of 32. At least 4 layers. */
 void test_write_tnl3_model(const char *path, int n_layers, enum ltn_dtype dtype);

@@ -6,9 +6,8 @@ exceed the L2 cache, and is replayed; the time is the median of the replays. Pee
 out with a line on stderr: fla-core (simple_gla), lightning-attn (its Triton kernel), PyTorch (softmax attention:
 cuDNN, flash).
 
-    nvcc -std=c++17 -O3 -I. -gencode=arch=compute_90a,code=sm_90a -shared -Xcompiler -fPIC \\
-        tests/cuda/attention.cu kernels/cuda/lightning_mma.cu kernels/cuda/lightning_hopper.cu -o libattention.so
-    tools/bench_attention_peers.py --ltn libattention.so -o tools/results/attention.json
+    make build/release/tests/cuda/libattention.so
+    tools/bench_attention_peers.py --ltn build/release/tests/cuda/libattention.so -o tools/results/attention.json
 """
 
 import argparse

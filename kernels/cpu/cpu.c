@@ -58,8 +58,8 @@ static void embed_row(const struct rows_job *job, size_t r)
 {
     size_t cols = (size_t)job->cols;
     for (size_t c = 0; c < cols; c++)
-        job->y[r * cols + c] =
-            job->factor * ltn_load(job->table->data, job->table->dtype, (size_t)job->ids[r] * cols + c);
+        job->y[r * cols + c] = job->factor * ltn_weight(job->table->data, job->table->scales,
+                                                        job->table->dtype, cols, (size_t)job->ids[r], c);
 }
 
 static enum ltn_status cpu_embed(struct ltn_backend *be, float *x, const struct ltn_matrix *table,
@@ -189,10 +189,12 @@ static void matmul_task(void *ctx, int64_t task, int worker)
     const struct matmul_job *job = ctx;
     const struct ltn_matrix *w = job->w;
     size_t outs = (size_t)w->rows, cols = (size_t)w->cols;
+    const char *scales = w->scales;
     size_t row = (size_t)(task % job->row_tasks) * (size_t)job->row_step;
     size_t out = (size_t)(task / job->row_tasks) * (size_t)job->out_step;
     job->cpu->micro->dots[w->dtype](job->y + row * outs + out, outs, job->x + row * cols, cols,
-                                    (const char *)w->data + out * cols * ltn_dtype_size(w->dtype),
+                                    (const char *)w->data + out * ltn_row_bytes(w->dtype, cols),
+                                    scales ? scales + out * ltn_row_scale_bytes(w->dtype, cols) : NULL,
                                     min_int(job->rows - (int)row, job->row_step),
                                     min_int(w->rows - (int)out, job->out_step), w->cols, job->add,
                                     job->bias ? job->bias + out : NULL);
@@ -298,6 +300,7 @@ enum ltn_status ltn_cpu_open_isa(struct ltn_backend **out, int n_threads, enum l
         return ltn_fail(err, LTN_ERR_MEMORY, "host memory: no room for the CPU backend");
     cpu->base.ops = &cpu_ops;
     cpu->base.act_dtype = LTN_F32;
+    cpu->base.dtypes = (1u << LTN_N_DTYPES) - 1;
     cpu->base.host_memory = true;
     cpu->base.chunk_rows = 256;
     snprintf(cpu->base.name, sizeof cpu->base.name, "CPU, %d thread%s, %s", n_threads,

@@ -80,7 +80,7 @@ static void prefill_block(const struct head *h, int first, int m, double pos, co
 
     for (int top = 0; top < m; top += TILE) {
         int rows = m - top < TILE ? m - top : TILE, end = top + rows;
-        micro->dots[LTN_F32](score, BLOCK, q + top * d, d, k, rows, end, h->d, false, NULL);
+        micro->dots[LTN_F32](score, BLOCK, q + top * d, d, k, NULL, rows, end, h->d, false, NULL);
         for (int i = 0; i < rows; i++) {
             micro->multiply(score + i * BLOCK, power + BLOCK - top - i, (size_t)(top + i + 1));
             memset(score + i * BLOCK + top + i + 1, 0, (size_t)(rows - i - 1) * sizeof *score);

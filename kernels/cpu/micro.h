@@ -15,9 +15,10 @@ struct micro {
     const char *name;
 
     /* y[r, o] = (add ? y[r, o] : 0) + sum_c x[r, c] w[o, c] + bias[o], by element type of w.
-     * w: [outs, cols] contiguous; bias: [outs] or NULL; ldx, ldy: row strides of x and y in floats. */
-    void (*dots[3])(float *y, size_t ldy, const float *x, size_t ldx, const void *w, int rows, int outs,
-                    int cols, bool add, const float *bias);
+     * w: [outs, cols] contiguous, and scales where it is quantised; bias: [outs] or NULL; ldx, ldy: row
+     * strides of x and y in floats. */
+    void (*dots[LTN_N_DTYPES])(float *y, size_t ldy, const float *x, size_t ldx, const void *w,
+                               const void *scales, int rows, int outs, int cols, bool add, const float *bias);
 
     /* c[i, j] += sum_l a[i * rs + l * ks] b[l, j] - shrink * c[i, j],  i < m, j < n, l < k */
     void (*outer)(float *c, size_t ldc, const float *a, size_t rs, size_t ks, const float *b, size_t ldb,

@@ -34,6 +34,25 @@ static inline vf load_f16(const uint16_t *p)
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 }
 
+static inline vf load_i8(const uint8_t *p)
+{
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+
+/* The sign stays, the other bits become an f16 of 2^-8 times the value. */
+static inline vf load_e4m3(const uint8_t *p)
+{
+    __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p)), 7);
+    return _mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16((short)0xbfff)));
+}
+
+/* Of each byte the low or the high nibble, with its sign. */
+static inline vf load_nibbles(const uint8_t *p, bool high)
+{
+    __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(high ? wide : _mm256_slli_epi32(wide, 28), high ? 4 : 28));
+}
+
 /* The sums of the lanes of four vectors. */
 static inline __m128 sum_lanes(vf a, vf b, vf c, vf d)
 {

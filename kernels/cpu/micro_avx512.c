@@ -34,6 +34,26 @@ static inline vf load_f16(const uint16_t *p)
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
 
+static inline vf load_i8(const uint8_t *p)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+
+/* The sign stays, the other bits become an f16 of 2^-8 times the value. */
+static inline vf load_e4m3(const uint8_t *p)
+{
+    __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)), 7);
+    return _mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16((short)0xbfff)));
+}
+
+/* Of each byte the low or the high nibble. The table is looked up by the low four bits. */
+static inline vf load_nibbles(const uint8_t *p, bool high)
+{
+    const vf values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm512_permutexvar_ps(high ? _mm512_srli_epi32(wide, 4) : wide, values);
+}
+
 /* The sums of the lanes of four vectors. */
 static inline __m128 sum_lanes(vf a, vf b, vf c, vf d)
 {

@@ -5,6 +5,8 @@
  *   vf           a vector of VL floats
  *   fma_v fma_s  a * b + c of vectors and scalars, as fast as the machine has it
  *   load_f32 load_bf16 load_f16    VL elements from any address, widened to f32
+ *   load_i8 load_e4m3              VL codes likewise; e4m3 as 2^-8 of its value
+ *   load_nibbles                   the low or high nibbles of VL bytes, as signed numbers
  *   sum_lanes    the four lane sums of four vectors
  *   MICRO_TABLE MICRO_NAME
  * Tiles are written as loops over constant bounds inside inlined functions, so that the compiler unrolls them
@@ -53,6 +55,29 @@ INLINE vf load_weights(const void *w, enum ltn_dtype dtype, size_t i, int n)
 
 /* ---- products ---------------------------------------------------------------------------------------- */
 
+/* y[r, o] = (add ? y[r, o] : 0) + scale[o] * lanes of sum[r][o] + bias[o] */
+INLINE void put_tile(float *y, size_t ldy, vf sum[][4], int rows, int n_outs, v4 scale, bool add,
+                     const float *bias)
+{
+    v4 b = {0};
+    if (bias)
+        memcpy(&b, bias, (size_t)n_outs * sizeof *bias);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        v4 out = (v4)sum_lanes(sum[r][0], sum[r][1], sum[r][2], sum[r][3]) * scale + b, old = {0};
+        float *at = y + r * ldy;
+        if (n_outs == 4) {
+            if (add)
+                memcpy(&old, at, sizeof old);
+            old += out;
+            memcpy(at, &old, sizeof old);
+        } else {
+            for (int o = 0; o < n_outs; o++)
+                at[o] = (add ? at[o] : 0) + out[o];
+        }
+    }
+}
+
 /* rows <= DOT_ROWS (a constant) by n_outs <= 4 dot products over at most MICRO_DOT_COLS columns from column
  * `first` on. `fetch`: w is read for the first time, from memory rather than a cache. */
 INLINE void dot_tile(float *y, size_t ldy, const float *x, size_t ldx, const void *weights, size_t ldw,
@@ -93,29 +118,101 @@ INLINE void dot_tile(float *y, size_t ldy, const float *x, size_t ldx, const voi
                 sum[r][o] = fma_v(a, load_weights(w[o], dtype, (size_t)c, cols - c), sum[r][o]);
         }
     }
-    v4 b = {0};
-    if (bias)
-        memcpy(&b, bias, (size_t)n_outs * sizeof *bias);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-        v4 out = (v4)sum_lanes(sum[r][0], sum[r][1], sum[r][2], sum[r][3]) + b, old = {0};
-        float *at = y + r * ldy;
-        if (n_outs == 4) {
-            if (add)
-                memcpy(&old, at, sizeof old);
-            old += out;
-            memcpy(at, &old, sizeof old);
-        } else {
-            for (int o = 0; o < n_outs; o++)
-                at[o] = (add ? at[o] : 0) + out[o];
-        }
-    }
+    put_tile(y, ldy, sum, rows, n_outs, (v4){1, 1, 1, 1}, add, bias);
 }
 
-INLINE void dots(float *y, size_t ldy, const float *x, size_t ldx, const void *w, enum ltn_dtype dtype,
-                 int rows, int outs, int cols, bool add, const float *bias)
+/* VL codes of a quantised row from column c on, or only n of them if n < VL. */
+INLINE vf load_codes(const uint8_t *row, enum ltn_dtype dtype, size_t c, int n)
 {
-    size_t ldw = (size_t)cols, size = dtype == LTN_F32 ? 4 : 2;
+    uint8_t lanes[VL] = {0};
+    if (dtype == LTN_Q4) /* rows are filled up to whole groups */
+        return load_nibbles(row + c / LTN_GROUP * LTN_Q4_GROUP_BYTES + c % LTN_Q4_GROUP_BYTES,
+                            c % LTN_GROUP >= LTN_Q4_GROUP_BYTES);
+    const uint8_t *p = row + c;
+    if (n < VL)
+        p = memcpy(lanes, p, (size_t)n);
+    return dtype == LTN_Q8 ? load_i8(p) : load_e4m3(p);
+}
+
+enum { QUANT_GROUPS = MICRO_DOT_COLS / LTN_GROUP };
+
+/* The scales of n <= QUANT_GROUPS groups. */
+INLINE void load_scales(float *scales, const uint16_t *from, int n)
+{
+    uint16_t part[VL] = {0};
+    int g = 0;
+    for (; g + VL <= n; g += VL)
+        store(scales + g, load_f16(from + g));
+    if (g < n)
+        store(scales + g, load_f16(memcpy(part, from + g, (size_t)(n - g) * sizeof *from)));
+}
+
+/* dot_tile of quantised weights. Codes become weights in registers; the scale of a whole row waits for the
+ * sum. */
+INLINE void quant_tile(float *y, size_t ldy, const float *x, size_t ldx, const void *weights, size_t ldw,
+                       const void *scales, enum ltn_dtype dtype, int rows, int n_outs, int first, int cols,
+                       bool fetch, bool add, const float *bias)
+{
+    const uint8_t *w[4];
+    float group_scales[4][QUANT_GROUPS];
+    const size_t n_groups = ltn_groups(ldw), row_bytes = ltn_row_bytes(dtype, ldw);
+    v4 row_scales = {0};
+    for (int o = 0; o < 4; o++) { /* rows that are not there repeat the first */
+        size_t at = (size_t)(o < n_outs ? o : 0);
+        w[o] = (const uint8_t *)weights + at * row_bytes + ltn_row_bytes(dtype, (size_t)first);
+        if (dtype == LTN_FP8)
+            row_scales[o] = 256 * ((const float *)scales)[at];
+        else
+            load_scales(group_scales[o], (const uint16_t *)scales + at * n_groups + (size_t)first / LTN_GROUP,
+                        (int)ltn_groups((size_t)cols));
+    }
+    vf sum[DOT_ROWS][4] = {0};
+    int c = 0;
+    for (; c + LTN_GROUP <= cols; c += LTN_GROUP) {
+        if (fetch) {
+#pragma GCC unroll 4
+            for (int o = 0; o < 4; o++)
+                __builtin_prefetch(w[o] + ltn_row_bytes(dtype, (size_t)c) + 8 * row_bytes);
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < LTN_GROUP; v += VL) {
+            vf b[4];
+#pragma GCC unroll 4
+            for (int o = 0; o < 4; o++) {
+                b[o] = load_codes(w[o], dtype, (size_t)(c + v), VL);
+                if (dtype != LTN_FP8)
+                    b[o] *= splat(group_scales[o][c / LTN_GROUP]);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) {
+                vf a = load_f32(x + r * ldx + c + v);
+#pragma GCC unroll 4
+                for (int o = 0; o < 4; o++)
+                    sum[r][o] = fma_v(a, b[o], sum[r][o]);
+            }
+        }
+    }
+    for (; c < cols; c += VL) { /* the last group, where it is not full */
+        int n = cols - c < VL ? cols - c : VL;
+        for (int o = 0; o < 4; o++) {
+            vf b = load_codes(w[o], dtype, (size_t)c, n);
+            if (dtype != LTN_FP8)
+                b *= splat(group_scales[o][c / LTN_GROUP]);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) {
+                vf a = n < VL ? load_part(x + r * ldx + c, n) : load_f32(x + r * ldx + c);
+                sum[r][o] = fma_v(a, b, sum[r][o]);
+            }
+        }
+    }
+    put_tile(y, ldy, sum, rows, n_outs, dtype == LTN_FP8 ? row_scales : (v4){1, 1, 1, 1}, add, bias);
+}
+
+INLINE void dots(float *y, size_t ldy, const float *x, size_t ldx, const void *w, const void *scales,
+                 enum ltn_dtype dtype, int rows, int outs, int cols, bool add, const float *bias)
+{
+    size_t ldw = (size_t)cols, row_bytes = ltn_row_bytes(dtype, ldw);
+    size_t scale_bytes = ltn_row_scale_bytes(dtype, ldw);
     for (int first = 0; first < cols; first += MICRO_DOT_COLS) {
         int n = cols - first < MICRO_DOT_COLS ? cols - first : MICRO_DOT_COLS;
         bool plus = add || first > 0;
@@ -124,8 +221,13 @@ INLINE void dots(float *y, size_t ldy, const float *x, size_t ldx, const void *w
                 int n_outs = outs - o < 4 ? outs - o : 4;
                 float *to = y + r * ldy + o;
                 const float *from = x + r * ldx + first, *b = bias && first == 0 ? bias + o : NULL;
-                const void *at = (const char *)w + (size_t)o * ldw * size;
-#define TILE(m) dot_tile(to, ldy, from, ldx, at, ldw, dtype, m, n_outs, first, n, r == 0, plus, b)
+                const void *at = (const char *)w + (size_t)o * row_bytes;
+                const void *s = scale_bytes ? (const char *)scales + (size_t)o * scale_bytes : NULL;
+#define TILE(m)                                                                                              \
+    if (ltn_is_quantised(dtype))                                                                             \
+        quant_tile(to, ldy, from, ldx, at, ldw, s, dtype, m, n_outs, first, n, r == 0, plus, b);             \
+    else                                                                                                     \
+        dot_tile(to, ldy, from, ldx, at, ldw, dtype, m, n_outs, first, n, r == 0, plus, b)
                 switch (rows - r < DOT_ROWS ? rows - r : DOT_ROWS) {
                 case 1:
                     TILE(1);
@@ -155,23 +257,19 @@ INLINE void dots(float *y, size_t ldy, const float *x, size_t ldx, const void *w
     }
 }
 
-static void dots_f32(float *y, size_t ldy, const float *x, size_t ldx, const void *w, int rows, int outs,
-                     int cols, bool add, const float *bias)
-{
-    dots(y, ldy, x, ldx, w, LTN_F32, rows, outs, cols, add, bias);
-}
-
-static void dots_bf16(float *y, size_t ldy, const float *x, size_t ldx, const void *w, int rows, int outs,
-                      int cols, bool add, const float *bias)
-{
-    dots(y, ldy, x, ldx, w, LTN_BF16, rows, outs, cols, add, bias);
-}
-
-static void dots_f16(float *y, size_t ldy, const float *x, size_t ldx, const void *w, int rows, int outs,
-                     int cols, bool add, const float *bias)
-{
-    dots(y, ldy, x, ldx, w, LTN_F16, rows, outs, cols, add, bias);
-}
+#define DOTS(name, dtype)                                                                                    \
+    static void name(float *y, size_t ldy, const float *x, size_t ldx, const void *w, const void *scales,    \
+                     int rows, int outs, int cols, bool add, const float *bias)                              \
+    {                                                                                                        \
+        dots(y, ldy, x, ldx, w, scales, dtype, rows, outs, cols, add, bias);                                 \
+    }
+DOTS(dots_f32, LTN_F32)
+DOTS(dots_bf16, LTN_BF16)
+DOTS(dots_f16, LTN_F16)
+DOTS(dots_q8, LTN_Q8)
+DOTS(dots_fp8, LTN_FP8)
+DOTS(dots_q4, LTN_Q4)
+#undef DOTS
 
 /* m rows by `vecs` vectors (constants, at most OUTER_ROWS by 2), of which the last has `lanes` lanes. */
 INLINE void outer_tile(float *c, size_t ldc, const float *a, size_t rs, size_t ks, const float *b, size_t ldb,
@@ -447,7 +545,12 @@ static void angles(float *cosine, float *sine, const float *theta, double pos, s
 
 const struct micro MICRO_TABLE = {
     .name = MICRO_NAME,
-    .dots = {[LTN_F32] = dots_f32, [LTN_BF16] = dots_bf16, [LTN_F16] = dots_f16},
+    .dots = {[LTN_F32] = dots_f32,
+             [LTN_BF16] = dots_bf16,
+             [LTN_F16] = dots_f16,
+             [LTN_Q8] = dots_q8,
+             [LTN_FP8] = dots_fp8,
+             [LTN_Q4] = dots_q4},
     .outer = outer,
     .step = step,
     .sum = sum,

@@ -33,6 +33,25 @@ static inline vf load_f16(const uint16_t *p)
     return (vf){ltn_f16_to_f32(p[0]), ltn_f16_to_f32(p[1]), ltn_f16_to_f32(p[2]), ltn_f16_to_f32(p[3])};
 }
 
+static inline vf load_i8(const uint8_t *p)
+{
+    return (vf){(int8_t)p[0], (int8_t)p[1], (int8_t)p[2], (int8_t)p[3]};
+}
+
+static inline vf load_e4m3(const uint8_t *p)
+{
+    return (vf){ltn_e4m3_to_f32(p[0]), ltn_e4m3_to_f32(p[1]), ltn_e4m3_to_f32(p[2]), ltn_e4m3_to_f32(p[3])} *
+           0x1p-8f;
+}
+
+static inline vf load_nibbles(const uint8_t *p, bool high)
+{
+    vf v;
+    for (int i = 0; i < VL; i++)
+        v[i] = (float)(((p[i] >> (high ? 4 : 0) & 15) ^ 8) - 8);
+    return v;
+}
+
 /* The sums of the lanes of four vectors. */
 static inline vf sum_lanes(vf a, vf b, vf c, vf d)
 {

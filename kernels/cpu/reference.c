@@ -18,7 +18,8 @@ static enum ltn_status reference_embed(struct ltn_backend *be, float *x, const s
     size_t cols = (size_t)table->cols;
     for (int32_t r = 0; r < rows; r++)
         for (size_t c = 0; c < cols; c++)
-            x[r * cols + c] = scale * ltn_load(table->data, table->dtype, (size_t)ids[r] * cols + c);
+            x[r * cols + c] =
+                scale * ltn_weight(table->data, table->scales, table->dtype, cols, (size_t)ids[r], c);
     return LTN_OK;
 }
 
@@ -72,7 +73,7 @@ static void matmul(float *y, const float *x, const struct ltn_matrix *w, const f
         for (size_t o = 0; o < outs; o++) {
             double sum = add ? y[r * outs + o] : 0;
             for (size_t c = 0; c < cols; c++)
-                sum += (double)x[r * cols + c] * ltn_load(w->data, w->dtype, o * cols + c);
+                sum += (double)x[r * cols + c] * ltn_weight(w->data, w->scales, w->dtype, cols, o, c);
             y[r * outs + o] = (float)(sum + (bias ? bias[o] : 0));
         }
     }
@@ -226,6 +227,7 @@ enum ltn_status ltn_reference_open(struct ltn_backend **out, struct ltn_error *e
     **out = (struct ltn_backend){
         .ops = &reference_ops,
         .act_dtype = LTN_F32,
+        .dtypes = (1u << LTN_N_DTYPES) - 1,
         .host_memory = true,
         .chunk_rows = 256,
         .name = "CPU, plain reference",

@@ -264,6 +264,7 @@ extern "C" enum ltn_status ltn_cuda_open(struct ltn_backend **out, int device, e
         return ltn_fail(err, LTN_ERR_MEMORY, "host memory: no room for the CUDA backend");
     be->base.ops = &cuda_ops;
     be->base.act_dtype = weights_dtype == LTN_F32 ? LTN_F32 : LTN_BF16;
+    be->base.dtypes = weights_dtype == LTN_F32 ? 1u << LTN_F32 : 1u << LTN_BF16 | 1u << LTN_F16;
     be->base.chunk_rows = 4096;
     be->device = device;
     enum ltn_status status = start(be, err);

@@ -290,6 +290,8 @@ __device__ void begin_state(float (&s)[DK / 2], const lightning_params &p, const
             s[i] = from[(8 * (i >> 2) + col + (i & 1)) * DK + row + ((i & 2) << 2)];
     } else if (it.fused) {
         int part = seq.part * p.n_heads + it.head;
+        float e = loss(slope, static_cast<int64_t>(seq.seg_len) * kChunk);
+        asm volatile("" : "+f"(e)); /* before the wait, which hides it */
         if (t < it.seg) {
             const unsigned *flag = p.flags + (part + t * p.n_heads) * n_tiles + it.tile;
             unsigned ready;
@@ -298,7 +300,6 @@ __device__ void begin_state(float (&s)[DK / 2], const lightning_params &p, const
             while (ready == 0);
         }
         group_sync(1);
-        float e = loss(slope, static_cast<int64_t>(seq.seg_len) * kChunk);
         const float4 *from = reinterpret_cast<const float4 *>(p.parts + static_cast<int64_t>(part) * DK * DK +
                                                               it.tile * kTile * DK);
         const int64_t step = static_cast<int64_t>(p.n_heads) * DK * DK / 4;
@@ -316,14 +317,18 @@ __device__ void begin_state(float (&s)[DK / 2], const lightning_params &p, const
                 s[4 * i + 3] += fmaf(-e, s[4 * i + 3], x[i].w);
             }
         };
-        for (int seg = 0; seg < it.seg; seg += 2) { /* two on their way at a time */
-            float4 x[DK / 8], y[DK / 8];
-            read(x, seg);
-            if (seg + 1 < it.seg)
-                read(y, seg + 1);
+        float4 x[DK / 8], y[DK / 8]; /* the next one or two are on their way */
+        read(x, 0);
+        if (it.seg > 1)
+            read(y, 1);
+        for (int seg = 0; seg < it.seg; seg += 2) {
             add(x);
+            if (seg + 2 < it.seg)
+                read(x, seg + 2);
             if (seg + 1 < it.seg)
                 add(y);
+            if (seg + 3 < it.seg)
+                read(y, seg + 3);
         }
         group_sync(1);
         if (t < it.seg)
@@ -353,10 +358,11 @@ __device__ void end_state(const float (&s)[DK / 2], const lightning_params &p, c
 #pragma unroll
     for (int i = 0; i < DK / 8; ++i)
         to[i * kGroup + t] = make_float4(s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]);
-    __threadfence();
     group_sync(1);
     if (t == 0)
-        atomicExch(p.flags + part * n_tiles + it.tile, static_cast<unsigned>(seq.n_seg - 1 - it.seg));
+        asm volatile("st.release.gpu.u32 [%0], %1;" ::"l"(p.flags + part * n_tiles + it.tile),
+                     "r"(seq.n_seg - 1 - it.seg)
+                     : "memory");
 }
 
 template <int DK> __device__ void carry_state(const lightning_params &p, char *base, small_shared &sh)
@@ -370,15 +376,30 @@ template <int DK> __device__ void carry_state(const lightning_params &p, char *b
     const uint32_t v_at =
         ((lane & 7) + ((lane >> 4) << 3)) * 128 + (((2 * warp + ((lane >> 3) & 1)) ^ (lane & 7)) << 4);
     const int n_items = p.items * p.n_heads * L::kHalves;
-    int i = 0, published = 0;
+    int i = 0, published = 0, weighed = -1; /* the head that sh.weight and e are of, for whole chunks */
+    float e = 0.0f;
 
     for (int index = blockIdx.x; index < n_items; index += gridDim.x) {
         const lightning_item it = lightning_decode(p, index, L::kHalves);
         const float slope = p.slopes[it.head];
         const int last_rows = p.seq[it.seq].count - (it.chunk1 - 1) * kChunk;
-        float s[DK / 2], e = loss(slope, kChunk);
+        if (weighed != it.head) {
+            e = loss(slope, kChunk);
+            fill_weights(sh.weight, slope, kChunk);
+            weighed = it.head;
+        }
+        float s[DK / 2];
         begin_state<DK>(s, p, it, slope);
-        fill_weights(sh.weight, slope, kChunk);
+        auto publish = [&]() {
+            const int slot = published & 1;
+            barrier_wait(&sh.s_empty[slot], ((published >> 1) & 1) ^ 1);
+            store_tile(ring + L::kStates + slot * L::kKey, s);
+            proxy_fence();
+            __syncwarp();
+            if (lane == 0)
+                barrier_arrive(&sh.s_full[slot]);
+            ++published;
+        };
 
         for (int c = it.chunk0; c < it.chunk1; ++c, ++i) {
             const turn<DK> now(i);
@@ -388,7 +409,10 @@ template <int DK> __device__ void carry_state(const lightning_params &p, char *b
                 zero_tail<DK>(base + now.stage * L::kStage, last_rows);
                 e = loss(slope, last_rows);
                 fill_weights(sh.weight, slope, last_rows);
+                weighed = -1;
             }
+            if (it.fused && c == it.chunk0)
+                publish(); /* at once: outputs wait for it */
             float kv[L::kHalves][32];
             uint32_t x[4][4], hi[4][4], lo[4][4];
             const uint64_t k_desc = descriptor(at + L::kKey);
@@ -419,16 +443,8 @@ template <int DK> __device__ void carry_state(const lightning_params &p, char *b
                 }
                 wgmma_commit();
             }
-            if (it.fused) { /* in the products' shadow */
-                const int slot = published & 1;
-                barrier_wait(&sh.s_empty[slot], ((published >> 1) & 1) ^ 1);
-                store_tile(ring + L::kStates + slot * L::kKey, s);
-                proxy_fence();
-                __syncwarp();
-                if (lane == 0)
-                    barrier_arrive(&sh.s_full[slot]);
-                ++published;
-            }
+            if (it.fused && c > it.chunk0)
+                publish(); /* in the products' shadow */
             if (L::kHalves == 2) {
                 wgmma_wait<1>();
                 pin(kv[0]);
@@ -478,6 +494,7 @@ __device__ void write_output(const lightning_params &p, const tensor_maps &maps,
     const uint32_t ring = smem_address(base);
     const int n_items = p.items * p.n_heads * L::kHalves;
     int i = 0, published = 0, stored = 0;
+    int powered = -1; /* the head that sh.power is of */
     bool jumped = false;
 
     for (int index = blockIdx.x; index < n_items; index += gridDim.x) {
@@ -492,7 +509,9 @@ __device__ void write_output(const lightning_params &p, const tensor_maps &maps,
         const int last_rows = p.seq[it.seq].count - (it.chunk1 - 1) * kChunk; /* 64 or more: all */
         /* below[k], under[k]: exp(-s (row - col - 8 (k - 1))), and for one column on; 0 above the diagonal */
         float below[9], under[9], from_start[2];
-        fill_powers(sh.power, p.slopes[it.head]);
+        if (powered != it.head)
+            fill_powers(sh.power, p.slopes[it.head]);
+        powered = it.head;
 #pragma unroll
         for (int k = 0; k < 9; ++k) {
             int back = row - col - 8 * (k - 1);

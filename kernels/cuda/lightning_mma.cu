@@ -1,18 +1,24 @@
 /* Lightning attention forward: the plan of a call, and the portable kernel (sm_80 and up, mma.sync).
  *
  * The portable kernel computes what lightning_hopper.cu does, in the same chunks and segments, for every
- * supported width and for LRPE, where q and k are rotated in shared memory to width d = 2e. One block of four
- * warps walks one segment of one head and one tile of value columns:
- *   O = diag(exp(-s (i+1))) (Q S) + (Q K^T . M) V     warp w owns rows 16w .. 16w+15 of the chunk
- *   S <- S + (K'^T V - e S)                           warp w owns rows 16 (w + 4 i) .. +15 of S, in f32
- * registers with M_ij = exp(-s (i-j)) for i >= j, K'_i = exp(-s (m-1-i)) k_i as a high and a low bf16 and e =
- * -expm1(-s m). Q S reads S as bf16 from shared memory. */
+ * supported width and for LRPE, where q and k are turned in shared memory to width d = 2e, as f16. One block
+ * of four warps walks one segment of one head and one tile of value columns: O = diag(exp(-s (i+1))) (Q S) +
+ * (Q K^T . M) V     warp w owns rows 16w .. 16w+15 of the chunk S <- S + (K'^T V - e S) warp w owns rows 16
+ * (w + 4 i) .. +15 of S, in f32 registers with M_ij = exp(-s (i-j)) for i >= j, K'_i = exp(-s (m-1-i)) k_i as
+ * a high and a low bf16 and e = -expm1(-s m). Q S reads S as bf16 from shared memory. */
 #include "kernels/cuda/lightning_plan.cuh"
+
+#include <cuda_fp16.h>
 
 namespace
 {
 
 constexpr int kThreads = 128;
+
+/* q and k, once turned by LRPE, are kept as f16 times 1 / kTurnScale: its 11 bits cost a state 2e-4, where
+ * bf16's 8 would cost 1.6e-3. The scale moves its range to 1e6, beyond what a row of weights can make of a
+ * normalised input; below 1e-3 elements lose bits that no sum misses. */
+constexpr float kTurnScale = 16.0f;
 
 /* Rows of shared tiles are padded to an odd number of 16-byte pieces: ldmatrix then meets no bank twice. */
 constexpr int padded(int columns)
@@ -29,7 +35,7 @@ template <int E, bool LRPE, int DVT> struct shape {
     static constexpr int kN = DVT / 8;
     static constexpr int kBytes =
         (2 * kChunk * kLdKey + kChunk * kLdValue + kD * kLdValue) * 2 + (kChunk + 8) * 4;
-    static_assert(E % DVT == 0 && DVT % 8 == 0 && E % 16 == 0, "tiles must divide the head");
+    static_assert(E % DVT == 0 && DVT % 8 == 0 && kD % 16 == 0, "tiles must divide the head");
 };
 
 __device__ __forceinline__ void ldmatrix4(uint32_t (&r)[4], const void *p)
@@ -65,6 +71,30 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/* The same of f16 */
+__device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* Two elements of a tile of q or k in f32: bf16, or the f16 of turned ones */
+template <bool F16> __device__ __forceinline__ float2 unpack(uint32_t x)
+{
+    if (F16)
+        return __half22float2(*reinterpret_cast<const __half2 *>(&x));
+    return make_float2(low_half(x), high_half(x));
+}
+
+/* (a, b) as a high and a low pair of bf16 */
+__device__ __forceinline__ void split(uint32_t &hi, uint32_t &lo, float a, float b)
+{
+    hi = pack(a, b);
+    lo = pack(a - low_half(hi), b - high_half(hi));
+}
+
 /* acc[n] += A (16 x 16) times columns 8 n .. 8 n + 7 of the 16 rows at `b`, for all n. */
 template <int N>
 __device__ __forceinline__ void mma_row(float (&acc)[N][4], const uint32_t (&a)[4], const __nv_bfloat16 *b,
@@ -86,6 +116,30 @@ __device__ __forceinline__ void mma_row(float (&acc)[N][4], const uint32_t (&a)[
     }
 }
 
+/* The same with A in two parts, hi + lo */
+template <int N>
+__device__ __forceinline__ void mma_row(float (&acc)[N][4], const uint32_t (&hi)[4], const uint32_t (&lo)[4],
+                                        const __nv_bfloat16 *b, int ld)
+{
+    int lane = threadIdx.x & 31;
+    const __nv_bfloat16 *at = b + (lane & 15) * ld;
+#pragma unroll
+    for (int n = 0; n + 1 < N; n += 2) {
+        uint32_t r[4];
+        ldmatrix4_trans(r, at + 8 * n + 8 * (lane >> 4));
+        mma(acc[n], hi, r[0], r[1]);
+        mma(acc[n + 1], hi, r[2], r[3]);
+        mma(acc[n], lo, r[0], r[1]);
+        mma(acc[n + 1], lo, r[2], r[3]);
+    }
+    if (N % 2 == 1) {
+        uint32_t r[2];
+        ldmatrix2_trans(r, at + 8 * (N - 1));
+        mma(acc[N - 1], hi, r[0], r[1]);
+        mma(acc[N - 1], lo, r[0], r[1]);
+    }
+}
+
 /* Copies rows [0, m) of a [64, columns] tile, 16 bytes at a time, and zeroes the rest. */
 template <int COLUMNS>
 __device__ __forceinline__ void load_tile(__nv_bfloat16 *tile, int ld_tile, const __nv_bfloat16 *from,
@@ -102,14 +156,20 @@ __device__ __forceinline__ void load_tile(__nv_bfloat16 *tile, int ld_tile, cons
     }
 }
 
-/* [x] -> [x cos(theta p), x sin(theta p)] in place on q (unless NULL) and k, p = pos + row. Each thread
- * takes columns of its own: one angle reduced in f64, then turned row by row in f32. */
+/* [x] -> [x cos(theta p), x sin(theta p)] / kTurnScale in f16, in place on q (unless NULL) and k, p = pos +
+ * row. Each thread takes columns of its own: one angle reduced in f64, then turned row by row in f32. */
 template <int E>
 __device__ __forceinline__ void rotate(__nv_bfloat16 *q, __nv_bfloat16 *k, int ld, const float *theta,
                                        int64_t pos)
 {
     constexpr int kParts = E >= kThreads ? 1 : 2; /* threads per column */
     constexpr int kRows = kChunk / kParts;
+    auto turn_one = [=](__nv_bfloat16 *tile, int row, int column, float c, float s) {
+        float x = __bfloat162float(tile[row * ld + column]) * (1.0f / kTurnScale);
+        __half *to = reinterpret_cast<__half *>(tile) + row * ld + column;
+        to[0] = __float2half_rn(x * c);
+        to[E] = __float2half_rn(x * s);
+    };
     for (int i = threadIdx.x; i < E * kParts; i += kThreads) {
         int column = i % E, row0 = i / E * kRows;
         double step = theta[column] * 0.15915494309189535; /* in turns */
@@ -118,14 +178,9 @@ __device__ __forceinline__ void rotate(__nv_bfloat16 *q, __nv_bfloat16 *k, int l
         sincospif(2.0f * static_cast<float>(turn - rint(turn)), &s, &c);
         sincospif(2.0f * static_cast<float>(step - rint(step)), &ds, &dc);
         for (int row = row0; row < row0 + kRows; ++row) {
-            if (q) {
-                float x = __bfloat162float(q[row * ld + column]);
-                q[row * ld + column] = __float2bfloat16_rn(x * c);
-                q[row * ld + E + column] = __float2bfloat16_rn(x * s);
-            }
-            float y = __bfloat162float(k[row * ld + column]);
-            k[row * ld + column] = __float2bfloat16_rn(y * c);
-            k[row * ld + E + column] = __float2bfloat16_rn(y * s);
+            if (q)
+                turn_one(q, row, column, c, s);
+            turn_one(k, row, column, c, s);
             float next = c * dc - s * ds;
             s = s * dc + c * ds;
             c = next;
@@ -139,6 +194,7 @@ __global__ void __launch_bounds__(kThreads)
 {
     using S = shape<E, LRPE, DVT>;
     constexpr int kD = S::kD, kN = S::kN, kLdKey = S::kLdKey, kLdValue = S::kLdValue;
+    constexpr float kUnit = LRPE ? kTurnScale : 1.0f; /* q and k are in units of this */
     extern __shared__ __align__(16) char shared[];
     __nv_bfloat16 *q = reinterpret_cast<__nv_bfloat16 *>(shared), *k = q + kChunk * kLdKey;
     __nv_bfloat16 *v = k + kChunk * kLdKey, *state = v + kChunk * kLdValue;
@@ -177,7 +233,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int seg = 0; seg < it.seg; ++seg)
             accumulate(parts + seg * part_size, loss(slope, static_cast<int64_t>(seq.seg_len) * kChunk));
 
-    int64_t row0 = seq.first;
+    int64_t row0 = seq.first, pos = seq.pos + (LRPE && p.steps ? *p.steps : 0);
     const __nv_bfloat16 *q_from = p.q + it.head * E, *k_from = p.k + it.head * E;
     const __nv_bfloat16 *v_from = p.v + it.head * E + it.tile * DVT;
     float e = loss(slope, kChunk);
@@ -204,7 +260,7 @@ __global__ void __launch_bounds__(kThreads)
         __syncthreads();
         if (LRPE) {
             rotate<E>(it.fused ? q : nullptr, k, kLdKey, p.theta + it.head * E,
-                      seq.pos + static_cast<int64_t>(c) * kChunk);
+                      pos + static_cast<int64_t>(c) * kChunk);
             __syncthreads();
         }
 
@@ -221,17 +277,27 @@ __global__ void __launch_bounds__(kThreads)
                         uint32_t b[4];
                         ldmatrix4(b, k + (8 * n + (lane & 7) + 8 * (lane >> 4)) * kLdKey + 16 * kk +
                                          8 * ((lane >> 3) & 1));
-                        mma(score[n], a, b[0], b[1]);
-                        mma(score[n + 1], a, b[2], b[3]);
+                        (LRPE ? mma_f16 : mma)(score[n], a, b[0], b[1]);
+                        (LRPE ? mma_f16 : mma)(score[n + 1], a, b[2], b[3]);
                     }
-                mma_row(out, a, state + 16 * kk * kLdValue, kLdValue);
+                if (LRPE) {
+                    uint32_t hi[4], lo[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        float2 x = unpack<true>(a[i]);
+                        split(hi[i], lo[i], x.x, x.y);
+                    }
+                    mma_row(out, hi, lo, state + 16 * kk * kLdValue, kLdValue);
+                } else {
+                    mma_row(out, a, state + 16 * kk * kLdValue, kLdValue);
+                }
             }
             int r = 16 * warp + g;
 #pragma unroll
             for (int n = 0; n < kN; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
-                    out[n][i] *= power[r + 1 + 8 * (i >> 1)];
+                    out[n][i] *= kUnit * power[r + 1 + 8 * (i >> 1)];
 #pragma unroll
             for (int kk = 0; kk < 4; ++kk)
                 if (kk <= warp) {
@@ -240,8 +306,8 @@ __global__ void __launch_bounds__(kThreads)
                     for (int i = 0; i < 4; ++i) { /* rows r, r + 8 of columns 16 kk + t2, then of + 8 */
                         int back = r + 8 * (i & 1) - (16 * kk + 8 * (i >> 1) + t2);
                         const float *x = score[2 * kk + (i >> 1)] + 2 * (i & 1);
-                        a[i] = pack(back >= 0 ? x[0] * power[max(back, 0)] : 0.0f,
-                                    back >= 1 ? x[1] * power[max(back - 1, 0)] : 0.0f);
+                        a[i] = pack(back >= 0 ? x[0] * (kUnit * kUnit * power[max(back, 0)]) : 0.0f,
+                                    back >= 1 ? x[1] * (kUnit * kUnit * power[max(back - 1, 0)]) : 0.0f);
                     }
                     mma_row(out, a, v + 16 * kk * kLdValue, kLdValue);
                 }
@@ -269,13 +335,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         int back = m - 1 - (16 * kk + 8 * (i >> 1) + t2); /* rows past m hold zeros */
-                        float x0 = low_half(x[i]) * power[max(back, 0)];
-                        float x1 = high_half(x[i]) * power[max(back - 1, 0)];
-                        hi[i] = pack(x0, x1);
-                        lo[i] = pack(x0 - low_half(hi[i]), x1 - high_half(hi[i]));
+                        float2 key = unpack<LRPE>(x[i]);
+                        split(hi[i], lo[i], key.x * (kUnit * power[max(back, 0)]),
+                              key.y * (kUnit * power[max(back - 1, 0)]));
                     }
-                    mma_row(kv, hi, v + 16 * kk * kLdValue, kLdValue);
-                    mma_row(kv, lo, v + 16 * kk * kLdValue, kLdValue);
+                    mma_row(kv, hi, lo, v + 16 * kk * kLdValue, kLdValue);
                 }
 #pragma unroll
                 for (int n = 0; n < kN; ++n)
@@ -305,6 +369,14 @@ struct variant {
     int tiles, bytes;
 };
 
+/* Heads below 64 come with LRPE only: their states are as large as those of one twice as wide. */
+template <int E> variant pick_small(bool lrpe)
+{
+    if (!lrpe)
+        return {nullptr, 0, 0};
+    return {lightning_kernel<E, true, E>, 1, shape<E, true, E>::kBytes};
+}
+
 template <int E, int DVT, int DVT_LRPE> variant pick(bool lrpe)
 {
     if (lrpe)
@@ -316,6 +388,12 @@ template <int E, int DVT, int DVT_LRPE> variant pick(bool lrpe)
 variant find(int32_t e, bool lrpe)
 {
     switch (e) {
+    case 32:
+        return pick_small<32>(lrpe);
+    case 40:
+        return pick_small<40>(lrpe);
+    case 48:
+        return pick_small<48>(lrpe);
     case 64:
         return pick<64, 64, 64>(lrpe);
     case 80:
@@ -415,6 +493,7 @@ cudaError_t ltn_lightning_prefill(cudaStream_t stream, const struct ltn_lightnin
     p.v = static_cast<const __nv_bfloat16 *>(call->v);
     p.slopes = a->slopes;
     p.theta = a->theta;
+    p.steps = call->steps;
     p.flags = static_cast<unsigned *>(call->workspace);
     p.parts = reinterpret_cast<float *>(p.flags + kMaxFlags);
     p.ld = call->ld;

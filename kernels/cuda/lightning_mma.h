@@ -23,13 +23,14 @@ struct ltn_lightning_call {
     int32_t n_seqs;
     void *workspace; /* zeroed once before its first use; calls on different streams need different ones */
     size_t workspace_bytes;
-    int32_t walkers; /* parallel segments per sequence; 0: chosen from the sizes (LIGHTNING.md) */
-    bool portable;   /* take the mma.sync kernels even where the Hopper kernel would run */
+    int32_t walkers;      /* parallel segments per sequence; 0: chosen from the sizes (LIGHTNING.md) */
+    bool portable;        /* take the mma.sync kernels even where the Hopper kernel would run */
+    const int64_t *steps; /* device memory: what a replay adds to every position; NULL: nothing */
 };
 
 /* Whether there is a kernel for this call on the current device: e in {64, 80, 96, 128, 160, 192, 256},
- * 16-byte aligned rows of q, k, v and o, enough shared memory and workspace. Else the caller's generic kernel
- * must do it.
+ * with LRPE in {32, 40, 48} too, 16-byte aligned rows of q, k, v and o, enough shared memory and workspace.
+ * Else the caller's generic kernel must do it.
  */
 bool ltn_lightning_supports(const struct ltn_lightning_call *call);
 

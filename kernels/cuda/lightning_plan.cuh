@@ -38,10 +38,11 @@ struct lightning_seq {
 struct lightning_params {
     __nv_bfloat16 *o;
     const __nv_bfloat16 *q, *k, *v;
-    const float *slopes; /* [n_heads] */
-    const float *theta;  /* [n_heads, e] or NULL */
-    float *parts;        /* [segment, head][d * e] */
-    unsigned *flags;     /* [segment, head, tile]: how many readers still wait; 0 between calls */
+    const float *slopes;  /* [n_heads] */
+    const float *theta;   /* [n_heads, e] or NULL */
+    const int64_t *steps; /* added to every position; or NULL */
+    float *parts;         /* [segment, head][d * e] */
+    unsigned *flags;      /* [segment, head, tile]: how many readers still wait; 0 between calls */
     int64_t ld;
     int32_t n_heads;
     int32_t n_seqs;

@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""Times how fast ltn and a PyTorch model read, on one GPU in one run, and writes tools/results/prefill.json.
+
+    tools/bench_prefill.py --bench ./ltn-bench -o tools/results/prefill.json
+
+ltn: `ltn-bench prefill` for each shape. The peer is what a user of PyTorch would write today: bf16 products by cuBLAS,
+flash-linear-attention's `chunk_simple_gla` for the attention, the rest fused by torch.compile, all of it captured in a
+CUDA graph; the same shapes with random weights, from an empty state, up to the last token's logits. Needs torch, and
+for the peer fla-core; where that is missing, the peer is left out with a line on stderr.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+# as in model/config.c: layers, width, heads, width of the channel mixer
+SHAPES = {"385m": (24, 1024, 8, 2816), "1b": (16, 2048, 16, 5632), "7b": (30, 4096, 32, 11008)}
+VOCAB, HEAD_DIM = 64000, 128
+
+
+def peer(shape):
+    """A function of ids [n] on the GPU that returns the last token's logits."""
+    import torch
+    import torch.nn.functional as F
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    layers, width, heads, glu = SHAPES[shape]
+
+    def weight(rows, cols):
+        return 0.02 * torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16)
+
+    embed = weight(VOCAB, width)
+    mats = [[weight(4 * width, width), weight(width, width), weight(2 * glu, width), weight(width, glu)]
+            for _ in range(layers)]
+    head_slopes = torch.tensor([2.0 ** (-8 * (i + 1) / heads) for i in range(heads)], device="cuda")
+    slopes = [head_slopes * (1 - l / (layers - 1) + 1e-5) for l in range(layers)]
+    theta = 10000.0 ** (-2 * torch.arange(width, device="cuda", dtype=torch.float64) / width).view(heads, HEAD_DIM)
+
+    def norm(x):
+        x = x.float()
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)).bfloat16()
+
+    @torch.compile
+    def before(x, w):
+        q, k, v, u = F.linear(norm(x), w).chunk(4, -1)
+        q, k, v = (t.reshape(1, -1, heads, HEAD_DIM) for t in (F.silu(q), F.silu(k), v))
+        return q, k, v, u
+
+    @torch.compile
+    def turn(q, k, cos, sin):
+        return torch.cat([q * cos, q * sin], -1), torch.cat([k * cos, k * sin], -1)
+
+    @torch.compile
+    def after(x, o, u, wo, w12, w3):
+        x = x + F.linear(u * norm(o), wo)
+        a, b = F.linear(norm(x), w12).chunk(2, -1)
+        return x + F.linear(a * b, w3)
+
+    def forward(ids, cos, sin):
+        x = embed[ids].float() * width ** 0.5
+        for l, (wqkvu, wo, w12, w3) in enumerate(mats):
+            q, k, v, u = before(x, wqkvu)
+            if l == 0:
+                q, k = turn(q, k, cos, sin)
+            o = chunk_simple_gla(q, k, v, g_gamma=-slopes[l], scale=1.0)[0]
+            x = after(x, o.reshape(-1, width), u, wo, w12, w3)
+        return F.linear(norm(x[-1:]), embed).float()
+
+    def angles(n):
+        a = torch.arange(n, device="cuda", dtype=torch.float64)[:, None, None] * theta
+        return torch.cos(a).bfloat16()[None], torch.sin(a).bfloat16()[None]
+
+    return forward, angles
+
+
+def time_peer(shape, n, seconds):
+    """Tokens/s of each replay."""
+    import torch
+
+    forward, angles = peer(shape)
+    ids = torch.randint(VOCAB, (n,), device="cuda")
+    cos, sin = angles(n)
+    stream = torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for _ in range(2):
+            forward(ids, cos, sin)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            forward(ids, cos, sin)
+        graph.replay()
+        stream.synchronize()
+        samples, begin = [], time.monotonic()
+        while len(samples) < 3 or time.monotonic() - begin < seconds:
+            start = time.monotonic()
+            graph.replay()
+            stream.synchronize()
+            samples.append(n / (time.monotonic() - start))
+    return samples
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--bench", default="./ltn-bench", metavar="PROGRAM")
+    ap.add_argument("-o", "--output", required=True, metavar="FILE")
+    ap.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    ap.add_argument("-l", "--lengths", default="2048,8192,32768", help="of ltn, with commas between")
+    ap.add_argument("--peer-lengths", type=int, nargs="*", default=[8192, 32768])
+    ap.add_argument("--seconds", type=float, default=3, help="of each of ltn's passes and products")
+    ap.add_argument("--option", nargs="*", default=[], help="further options of ltn-bench prefill, without dashes")
+    args = ap.parse_args()
+
+    result = None
+    for shape in args.shapes:
+        run = subprocess.run([args.bench, "prefill", "--shape", shape, "-l", args.lengths, "--seconds",
+                              str(args.seconds), "--device", "cuda", "--format", "json",
+                              *("--" + x for x in args.option)], stdout=subprocess.PIPE, check=True)
+        one = json.loads(run.stdout)
+        if result is None:
+            result = one
+        else:
+            result["rows"] += one["rows"]
+            result["gemm_tflops"] = one["gemm_tflops"]
+        for row in one["rows"]:
+            print(f"{row['impl']:16} {shape:5} {row['n']:8} {row['tok_s']:10.0f} tok/s, {100 * row['share']:.1f} % of "
+                  "the products alone", flush=True)
+    for shape in args.shapes:
+        for n in args.peer_lengths:
+            try:
+                samples = time_peer(shape, n, args.seconds)
+            except Exception as error:  # a peer that is missing or broken must not stop the others
+                print(f"PyTorch + fla {shape} {n}: left out: {str(error).splitlines()[0]}", file=sys.stderr)
+                continue
+            speed = statistics.median(samples)
+            bare = [r for r in result["rows"] if r["impl"] == "ltn" and r["model"] == shape and r["n"] == n]
+            result["rows"].append({"impl": "PyTorch + fla", "model": shape, "dtype": "bf16", "n": n, "tok_s": speed,
+                                   "share": speed / bare[0]["gemm_tok_s"] if bare else None, "samples": samples})
+            print(f"PyTorch + fla    {shape:5} {n:8} {speed:10.0f} tok/s", flush=True)
+    result["command"] = " ".join(["tools/bench_prefill.py", *sys.argv[1:]])
+    with open(args.output, "w", encoding="utf-8") as f:
+        json.dump(result, f, indent=1)
+        f.write("\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+#include "tools/quantize.h"
+
+#include "kernels/quant.h"
+#include "tools/calibrate.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* A quantised matrix on its way into the file. */
+struct made {
+    uint8_t *codes, *scales; /* NULL: not made yet, or written */
+};
+
+struct job {
+    const struct ltn_checkpoint *src;
+    const struct ltn_quantize_options *options;
+    struct ltn_calibration *calibration; /* NULL: to the nearest code */
+    struct made *made;                   /* [n_specs] */
+    uint64_t done, total;                /* parameters */
+    struct ltn_error *err;
+};
+
+static enum ltn_status step(struct job *j, uint64_t parameters)
+{
+    j->done += parameters;
+    if (!j->options->progress)
+        return LTN_OK;
+    enum ltn_status status = j->options->progress(j->options->ctx, j->done, j->total);
+    return status == LTN_OK ? status : ltn_fail(j->err, status, "stopped");
+}
+
+/* ---- the arithmetic of error feedback ------------------------------------------------------------------ */
+
+static void subtract(double *y, const double *x, double factor, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        y[i] -= factor * x[i];
+}
+
+/* a, [n, n], symmetric and positive: its upper half becomes V with a = V^T V. False where it is not positive
+ * within rounding. */
+static bool factorise(double *a, size_t n)
+{
+    for (size_t k = 0; k < n; k++) {
+        double *row = a + k * n;
+        if (!(row[k] > 0))
+            return false;
+        double root = sqrt(row[k]);
+        for (size_t i = k; i < n; i++)
+            row[i] /= root;
+        for (size_t i = k + 1; i < n; i++)
+            subtract(a + i * n + i, row + i, row[i], n - i);
+    }
+    return true;
+}
+
+/* The upper half of v becomes its inverse, last row first. scratch: [n] */
+static void invert(double *v, double *scratch, size_t n)
+{
+    for (size_t i = n; i-- > 0;) {
+        double *row = v + i * n, diagonal = row[i];
+        memcpy(scratch + i, row + i, (n - i) * sizeof *row);
+        memset(row + i, 0, (n - i) * sizeof *row);
+        row[i] = 1;
+        for (size_t k = i + 1; k < n; k++)
+            subtract(row + k, v + k * n + k, scratch[k], n - k);
+        for (size_t k = i; k < n; k++)
+            row[k] /= diagonal;
+    }
+}
+
+/* r, [n, n]: row j holds, from its own column on, R[j, k] / R[j, j], where R is upper and R^T R the inverse
+ * of the damped gram. To get it from one factor and one inverse, the order of rows and columns is turned
+ * round twice. NULL: no memory, or a gram of nothing. */
+static float *feedback(const float *gram, size_t n)
+{
+    double *a = malloc(n * n * sizeof *a), *scratch = malloc(n * sizeof *scratch), trace = 0;
+    float *r = malloc(n * n * sizeof *r);
+    bool good = a && scratch && r;
+    for (size_t i = 0; i < n; i++)
+        trace += gram[i * n + i];
+    for (size_t i = 0; i < n && good; i++) {
+        for (size_t k = 0; k < n; k++)
+            a[i * n + k] = gram[(n - 1 - i) * n + (n - 1 - k)];
+        a[i * n + i] += 0.01 * trace / (double)n;
+    }
+    good = good && trace > 0 && factorise(a, n);
+    if (good) {
+        invert(a, scratch, n);
+        for (size_t j = 0; j < n; j++)
+            for (size_t k = j; k < n; k++)
+                r[j * n + k] = (float)(a[(n - 1 - k) * n + (n - 1 - j)] / a[(n - 1 - j) * n + (n - 1 - j)]);
+    } else {
+        free(r);
+        r = NULL;
+    }
+    free(a);
+    free(scratch);
+    return r;
+}
+
+/* One row, column after column; w, [cols], is spent. */
+static bool quantise_row_with(enum ltn_dtype dtype, const float *r, float *w, size_t cols, uint8_t *codes,
+                              uint8_t *scales)
+{
+    size_t share = dtype == LTN_FP8 ? cols : LTN_GROUP;
+    float scale = 0;
+    memset(codes, 0, ltn_row_bytes(dtype, cols));
+    for (size_t c = 0; c < cols; c++) {
+        if (c % share == 0) {
+            scale = ltn_quant_scale(dtype, w + c, cols - c < share ? cols - c : share);
+            if (!isfinite(scale))
+                return false;
+            ltn_quant_put_scale(dtype, scales, c / share, scale);
+        }
+        float value, *rest = w + c;
+        ltn_quant_put(dtype, codes, c, ltn_quant_code(dtype, w[c], scale, &value));
+        float lost = w[c] - value;
+        const float *row = r + c * cols + c;
+        for (size_t k = 1; k < cols - c; k++)
+            rest[k] -= lost * row[k];
+    }
+    return true;
+}
+
+/* ---- a matrix ------------------------------------------------------------------------------------------ */
+
+static enum ltn_status read_row(const struct job *j, size_t spec, size_t row, float *out)
+{
+    const struct ltn_st_tensor *t = j->src->tensors[spec];
+    size_t cols = (size_t)t->shape[1], size = ltn_st_dtype_size(t->dtype);
+    const uint8_t *from = j->src->file.map + t->offset + row * cols * size;
+    enum ltn_dtype dtype;
+    ltn_checkpoint_dtype(&dtype, t->dtype);
+    for (size_t i = 0; i < cols; i++) {
+        uint32_t word = 0; /* a tensor behind an odd one lies at any address */
+        memcpy(&word, from + i * size, size);
+        out[i] = ltn_load(&word, dtype, 0);
+    }
+    size_t bad = ltn_first_not_finite(out, LTN_F32, cols);
+    if (bad == cols)
+        return LTN_OK;
+    return ltn_fail(j->err, LTN_ERR_INPUT, "%s: tensor \"%s\", element %zu: %g is not a finite number",
+                    j->src->file.path, t->name, row * cols + bad, (double)out[bad]);
+}
+
+static enum ltn_status quantise_rows(struct job *j, size_t spec, enum ltn_dtype dtype, const float *r,
+                                     float *w)
+{
+    const struct ltn_tensor_spec *s = &j->src->specs[spec];
+    size_t rows = (size_t)s->shape[0], cols = (size_t)s->shape[1];
+    struct made *made = &j->made[spec];
+    for (size_t row = 0; row < rows; row++) {
+        uint8_t *codes = made->codes + row * ltn_row_bytes(dtype, cols);
+        uint8_t *scales = made->scales + row * ltn_row_scale_bytes(dtype, cols);
+        LTN_TRY(read_row(j, spec, row, w));
+        bool good = r ? quantise_row_with(dtype, r, w, cols, codes, scales)
+                      : ltn_quantise_row(dtype, w, cols, codes, scales);
+        if (!good)
+            return ltn_fail(j->err, LTN_ERR_INPUT,
+                            "%s: tensor \"%s\", row %zu: a weight is beyond the range of %s",
+                            j->src->file.path, s->name, row, ltn_dtype_name(dtype));
+        LTN_TRY(step(j, cols));
+    }
+    return LTN_OK;
+}
+
+static enum ltn_status make(struct job *j, size_t spec, enum ltn_dtype dtype)
+{
+    const struct ltn_tensor_spec *s = &j->src->specs[spec];
+    size_t rows = (size_t)s->shape[0], cols = (size_t)s->shape[1];
+    struct made *made = &j->made[spec];
+    const float *gram = NULL;
+    float *r = NULL, *w = malloc(cols * sizeof *w);
+    made->codes = malloc(rows * ltn_row_bytes(dtype, cols));
+    made->scales = malloc(rows * ltn_row_scale_bytes(dtype, cols));
+    enum ltn_status status = LTN_OK;
+    if (!w || !made->codes || !made->scales)
+        status = ltn_fail(j->err, LTN_ERR_MEMORY, "no memory for tensor \"%s\"", s->name);
+    if (status == LTN_OK && j->calibration && s->slot != LTN_SLOT_EMBED)
+        status = ltn_calibration_gram(j->calibration, spec, &gram, j->err);
+    if (status == LTN_OK && gram) {
+        r = feedback(gram, cols);
+        if (!r)
+            status = ltn_fail(j->err, LTN_ERR_INPUT,
+                              "calibration: tensor \"%s\": its inputs were all zero, or no memory for them",
+                              s->name);
+    }
+    if (status == LTN_OK)
+        status = quantise_rows(j, spec, dtype, r, w);
+    free(r);
+    free(w);
+    return status;
+}
+
+/* ---- the file ------------------------------------------------------------------------------------------ */
+
+static enum ltn_status write_tensor(struct job *j, struct ltn_st_writer *writer, const struct ltn_stored *t)
+{
+    const struct ltn_tensor_spec *spec = &j->src->specs[t->spec];
+    const struct ltn_st_tensor *from = j->src->tensors[t->spec];
+    enum ltn_dtype dtype = ltn_checkpoint_matrix_dtype(j->options->dtype, spec);
+    if (!spec->is_matrix) {
+        LTN_TRY(step(j, from->bytes / ltn_st_dtype_size(from->dtype)));
+        return ltn_st_write(writer, j->src->file.map + from->offset, from->bytes, j->err);
+    }
+    struct made *made = &j->made[t->spec];
+    if (!made->codes && !made->scales)
+        LTN_TRY(make(j, t->spec, dtype));
+    uint8_t **part = t->is_scales ? &made->scales : &made->codes;
+    enum ltn_status status = ltn_st_write(writer, *part, t->bytes, j->err);
+    free(*part);
+    *part = NULL;
+    return status;
+}
+
+static enum ltn_status write_file(struct job *j, const char *path, const char *provenance,
+                                  const struct ltn_stored *stored, size_t n, size_t *order,
+                                  struct ltn_st_tensor *tensors)
+{
+    const struct ltn_checkpoint *src = j->src;
+    const char *metadata[] = {
+        "format",     "ltn",
+        "version",    "1",
+        "config",     ltn_st_metadata(&src->file, "config"),
+        "dtype",      ltn_checkpoint_dtype_key(j->options->dtype),
+        "checksum",   "00000000000000000000000000000000",
+        "tokenizer",  src->tokenizer_json,
+        "provenance", provenance,
+    };
+    for (size_t i = 0; i < n; i++) {
+        const struct ltn_stored *t = &stored[order[i]];
+        const struct ltn_st_tensor *from = src->tensors[t->spec];
+        bool as_is = !src->specs[t->spec].is_matrix;
+        tensors[i] = (struct ltn_st_tensor){.name = t->name,
+                                            .dtype = as_is ? from->dtype : t->dtype,
+                                            .rank = t->rank,
+                                            .bytes = as_is ? from->bytes : t->bytes};
+        memcpy(tensors[i].shape, t->shape, sizeof t->shape);
+    }
+    size_t all = n;
+    if (src->tokenizer)
+        tensors[all++] = src->file.tensors[src->file.n_tensors - 1];
+    struct ltn_st_writer *writer;
+    LTN_TRY(
+        ltn_st_create(&writer, path, tensors, all, metadata, sizeof metadata / sizeof *metadata / 2, j->err));
+    enum ltn_status status = LTN_OK;
+    for (size_t i = 0; i < n && status == LTN_OK; i++)
+        status = write_tensor(j, writer, &stored[order[i]]);
+    if (status == LTN_OK && src->tokenizer)
+        status = ltn_st_write(writer, src->tokenizer, src->tokenizer_bytes, j->err);
+    if (status == LTN_OK)
+        return ltn_st_finish(writer, j->err);
+    ltn_st_abandon(writer);
+    return status;
+}
+
+static enum ltn_status quantise(struct job *j, const char *path)
+{
+    const struct ltn_checkpoint *src = j->src;
+    struct ltn_stored *stored;
+    size_t n;
+    LTN_TRY(ltn_checkpoint_stored(&stored, &n, src->specs, src->n_specs, j->options->dtype, j->err));
+    struct ltn_st_tensor *tensors = calloc(n + 1, sizeof *tensors);
+    uint64_t *bytes = calloc(n, sizeof *bytes);
+    size_t *order = calloc(n, sizeof *order);
+    char *provenance = NULL;
+    if (asprintf(&provenance, "%s; %s %s by ltn-convert %s", ltn_st_metadata(&src->file, "provenance"),
+                 ltn_checkpoint_dtype_key(j->options->dtype),
+                 j->calibration ? "calibrated by a text" : "to the nearest", LTN_VERSION) < 0)
+        provenance = NULL;
+    enum ltn_status status = LTN_OK;
+    if (!tensors || !bytes || !order || !provenance)
+        status = ltn_fail(j->err, LTN_ERR_MEMORY, "no memory for %zu tensors", n);
+    for (size_t i = 0; i < n && status == LTN_OK; i++) {
+        const struct ltn_st_tensor *from = src->tensors[stored[i].spec];
+        bool is_matrix = src->specs[stored[i].spec].is_matrix;
+        bytes[i] = is_matrix ? stored[i].bytes : from->bytes;
+        if (!stored[i].is_scales)
+            j->total += from->bytes / ltn_st_dtype_size(from->dtype);
+    }
+    if (status == LTN_OK) {
+        ltn_checkpoint_order(order, bytes, n);
+        status = write_file(j, path, provenance, stored, n, order, tensors);
+    }
+    free(stored);
+    free(tensors);
+    free(bytes);
+    free(order);
+    free(provenance);
+    return status;
+}
+
+enum ltn_status ltn_quantize(const struct ltn_checkpoint *src, const char *path,
+                             const struct ltn_quantize_options *options, struct ltn_error *err)
+{
+    struct job j = {.src = src, .options = options, .err = err};
+    if (ltn_is_quantised(src->dtype))
+        return ltn_fail(err, LTN_ERR_INPUT, "%s: already quantised, to %s: expected f32, bf16 or f16",
+                        src->file.path, ltn_checkpoint_dtype_key(src->dtype));
+    enum ltn_status status = LTN_OK;
+    j.made = calloc(src->n_specs, sizeof *j.made);
+    if (!j.made)
+        status = ltn_fail(err, LTN_ERR_MEMORY, "no memory for %zu tensors", src->n_specs);
+    if (status == LTN_OK && options->calibrate)
+        status = ltn_calibration_open(&j.calibration, src, options->calibrate, options->n_threads, err);
+    if (status == LTN_OK)
+        status = quantise(&j, path);
+    for (size_t i = 0; j.made && i < src->n_specs; i++) {
+        free(j.made[i].codes);
+        free(j.made[i].scales);
+    }
+    free(j.made);
+    ltn_calibration_close(j.calibration);
+    return status;
+}
