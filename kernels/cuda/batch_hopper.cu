@@ -1,11 +1,11 @@
 /* What batch.cu does, for bf16 weights on sm_90: y = x W^T + b for up to 64 rows, bound by reading W once.
  *
- * A block takes a tile of 64 BOXES outputs, all rows, and one of `splits` parts of the columns. One warp keeps
- * the copy engine at work on a ring of stages of 64 columns: the weights of the first of them are fetched
- * while the previous kernel still runs. A warpgroup multiplies 64 outputs (wgmma: the weights are its M, the
- * rows its N). The blocks with the parts of one tile are a cluster: each leaves its sums in its own shared
- * memory and adds up its share of the tile from all of them, in their order. Tiles and parts follow from the
- * sizes alone. */
+ * A block takes a tile of 64 BOXES outputs, all rows, and one of `splits` parts of the columns. One warp
+ * keeps the copy engine at work on a ring of stages of 64 columns: the weights of the first of them are
+ * fetched while the previous kernel still runs. A warpgroup multiplies 64 outputs (wgmma: the weights are its
+ * M, the rows its N). The blocks with the parts of one tile are a cluster: each leaves its sums in its own
+ * shared memory and adds up its share of the tile from all of them, in their order. Tiles and parts follow
+ * from the sizes alone. */
 #include "kernels/cuda/hopper.cuh"
 
 #include "kernels/cuda/cuda.cuh"
@@ -112,7 +112,8 @@ static __device__ __forceinline__ void write_four(const struct product &p, int32
     if (p.out == OUT_ACT) {
         __nv_bfloat16 *y = (__nv_bfloat16 *)p.y + at;
         if (vector) {
-            const __nv_bfloat162 lo = __floats2bfloat162_rn(v[0], v[1]), hi = __floats2bfloat162_rn(v[2], v[3]);
+            const __nv_bfloat162 lo = __floats2bfloat162_rn(v[0], v[1]),
+                                 hi = __floats2bfloat162_rn(v[2], v[3]);
             *reinterpret_cast<uint2 *>(y) = make_uint2(*reinterpret_cast<const uint32_t *>(&lo),
                                                        *reinterpret_cast<const uint32_t *>(&hi));
         } else {
@@ -138,7 +139,8 @@ static __device__ __forceinline__ void write_four(const struct product &p, int32
 /* Grid: (splits, tiles), a cluster per tile. With a second matrix it is the second box. */
 template <int BOXES, int N>
 static __global__ void __launch_bounds__(BOXES * 128 + 32, 2)
-    batch_hopper_kernel(const __grid_constant__ struct product p, const __grid_constant__ struct batch_maps maps)
+    batch_hopper_kernel(const __grid_constant__ struct product p,
+                        const __grid_constant__ struct batch_maps maps)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using G = struct geometry<BOXES, N>;
@@ -218,7 +220,8 @@ static __global__ void __launch_bounds__(BOXES * 128 + 32, 2)
 #pragma unroll
         for (int i = 0; i < N / 2; i++)
             asm volatile("" : "+f"(d[i])::"memory");
-        asm volatile("bar.sync 1, %0;" ::"n"((int)G::THREADS) : "memory"); /* nobody reads the ring any more */
+        asm volatile("bar.sync 1, %0;" ::"n"((int)G::THREADS)
+                     : "memory"); /* nobody reads the ring any more */
         float *tile = reinterpret_cast<float *>(shared) + group * 64 + warp * 16 + lane / 4;
 #pragma unroll
         for (int j = 0; j < N / 8; j++)
@@ -257,8 +260,8 @@ static bool encode(CUtensorMap *map, const void *base, int32_t rows, int32_t col
     cuuint64_t strides[1] = {(cuuint64_t)cols * sizeof(__nv_bfloat16)};
     cuuint32_t box[2] = {COLS, box_rows}, step[2] = {1, 1};
     return tensor_map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void *>(base), dims,
-                                strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
@@ -274,7 +277,8 @@ static enum ltn_status run(struct cuda_backend *be, const struct product *p, str
     while (splits < MAX_SPLITS && tiles * splits * 2 <= 256 && splits * 4 <= n_chunks)
         splits *= 2;
     memset(&maps, 0, sizeof maps);
-    if (!encode(&maps.w, p->w, p->outs, p->cols, 64) || (p->w2 && !encode(&maps.w2, p->w2, p->outs, p->cols, 64)) ||
+    if (!encode(&maps.w, p->w, p->outs, p->cols, 64) ||
+        (p->w2 && !encode(&maps.w2, p->w2, p->outs, p->cols, 64)) ||
         !encode(&maps.x, p->x, p->rows, p->cols, N))
         return ltn_fail(err, LTN_ERR_DEVICE, "%s: no tensor map for %d x %d weights", be->base.name, p->outs,
                         p->cols);

@@ -184,9 +184,9 @@ template <typename W> struct share {
     }
 };
 
-template <typename W> static __device__ __forceinline__ struct share<W> share_of(const struct step_args &a,
-                                                                                int32_t layer, int phase)
-{
+template <typename W>
+static __device__ __forceinline__ struct share<W> share_of(const struct step_args &a, int32_t layer,
+                                                           int phase) {
     struct share<W> s;
     uint32_t outs, grain = 1;
     s.w2 = NULL;
@@ -255,11 +255,11 @@ template <typename W> static __device__ void stream(const struct step_args &a, c
                     }
                     __syncwarp();
                     if (lane < rows)
-                        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-                                     "[%0], [%1], %2, [%3];" ::"r"(m.ring + at.stage * STAGE_SIZE +
-                                                                   lane * PITCH),
-                                     "l"(row + j * ROW_BYTES), "r"(bytes), "r"(full)
-                                     : "memory");
+                        asm volatile(
+                            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                            "[%0], [%1], %2, [%3];" ::"r"(m.ring + at.stage * STAGE_SIZE + lane * PITCH),
+                            "l"(row + j * ROW_BYTES), "r"(bytes), "r"(full)
+                            : "memory");
                     at.next();
                 }
             }
@@ -549,9 +549,8 @@ template <typename W, int CHUNKS> struct worker {
                     q = load_piece(from + 64);
                 __syncwarp();
                 if (lane == 0)
-                    asm volatile(
-                        "mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(m.empty + at.stage * 8)
-                        : "memory");
+                    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(m.empty + at.stage * 8)
+                                 : "memory");
                 multiply_unit(c, p, q, in, j);
                 at.next();
             }
@@ -651,8 +650,7 @@ struct mixer {
         }
     }
 
-    template <typename W>
-    __device__ __forceinline__ void run(const struct room &m, double pos, uint32_t tag)
+    template <typename W> __device__ __forceinline__ void run(const struct room &m, double pos, uint32_t tag)
     {
         const int lane = threadIdx.x % 32, half = threadIdx.x / HALF, warp = threadIdx.x % HALF / 32;
         const int32_t H = a.H;
@@ -833,7 +831,8 @@ static __device__ __forceinline__ void consume(const struct step_args &a, const 
 }
 
 template <typename W, int CHUNKS>
-static __global__ void __launch_bounds__(THREADS + STREAMERS, 1) step_kernel(const __grid_constant__ struct step_args a)
+static __global__ void __launch_bounds__(THREADS + STREAMERS, 1)
+    step_kernel(const __grid_constant__ struct step_args a)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(128) uint8_t shared[];
@@ -895,9 +894,8 @@ static bool suits(const struct cuda_backend *be, const struct ltn_network *net, 
         !aligned16(net->embed.data))
         return false;
     if (net->embed_dim > MAX_DIM || net->hidden_dim > MAX_DIM || net->glu_dim > MAX_GLU ||
-        stages_of(net) > (n == 4 ? (int)FEW : (int)MANY) ||
-        net->vocab_size > INT32_MAX / be->n_sms || 4 * net->hidden_dim < be->n_sms ||
-        net->glu_dim / 2 < be->n_sms)
+        stages_of(net) > (n == 4 ? (int)FEW : (int)MANY) || net->vocab_size > INT32_MAX / be->n_sms ||
+        4 * net->hidden_dim < be->n_sms || net->glu_dim / 2 < be->n_sms)
         return false;
     for (int32_t l = 0; l < net->n_layers; l++) {
         const struct ltn_layer *y = &net->layers[l];
@@ -964,7 +962,9 @@ enum ltn_status cuda_step(struct ltn_backend *base, const struct ltn_network *ne
             y->l3.w.data,  y->attention.slopes, y->attention.theta, (int64_t)y->attention.state_offset};
     }
     const bool few = stages_of(net) <= FEW;
-#define RUN(W, A) (few || sizeof(W) == 4 ? run<W, FEW>(be, a, shared, err) : run<W, sizeof(W) == 4 ? FEW : MANY>(be, a, shared, err))
+#define RUN(W, A)                                                                                            \
+    (few || sizeof(W) == 4 ? run<W, FEW>(be, a, shared, err) : run < W,                                      \
+     sizeof(W) == 4 ? FEW : MANY > (be, a, shared, err))
     return FOR_TYPES(be, err, net->embed.dtype, RUN);
 #undef RUN
 }
@@ -974,7 +974,7 @@ static enum ltn_status allow_shared(struct cuda_backend *be, struct ltn_error *e
 {
     CUDA_TRY(be, err,
              (cudaFuncSetAttribute(step_kernel<W, CHUNKS>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  (int)be->max_shared)));
+                                   (int)be->max_shared)));
     return LTN_OK;
 }
 
