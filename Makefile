@@ -27,22 +27,23 @@ CXXFLAGS += -std=c++17 $(COMMON)
 MAINS    := src/run.c src/bench.c src/score.c src/info.c
 RUN_SRC  := src/run_options.c src/interactive.c src/terminal.c
 BENCH_SRC := $(wildcard src/bench_*.c)
-LIB_SRC  := $(filter-out $(MAINS) $(RUN_SRC) $(BENCH_SRC),$(wildcard kernels/*.c kernels/cpu/*.c model/*.c tokenizer/*.c tokenizer/*.cc src/*.c))
+LIB_SRC  := $(filter-out $(MAINS) $(RUN_SRC) $(BENCH_SRC),$(wildcard kernels/*.c kernels/cpu/*.c kernels/conv/*.c model/*.c tokenizer/*.c tokenizer/*.cc src/*.c))
 LIB_OBJ  := $(LIB_SRC:%=$(B)/%.o)
 TOOL_OBJ := $(patsubst %,$(B)/%.o,$(filter-out tools/convert.c,$(wildcard tools/*.c)))
 TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c tests/typist.c
 TEST_BIN := $(TEST_SRC:tests/%.c=$(B)/tests/%)
 TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c))) $(B)/tests/cuda/device.c.o
-CUDA_BIN := $(B)/tests/cuda/test_ops $(B)/tests/cuda/test_decode $(B)/tests/cuda/bench_decode
+CUDA_BIN := $(B)/tests/cuda/test_ops $(B)/tests/cuda/test_decode $(B)/tests/cuda/bench_decode $(B)/tests/cuda/test_conv
 # The tensor-core attention stands by itself so far, with a test and bench of its own.
 ATTN_SRC := kernels/cuda/lightning_mma.cu kernels/cuda/lightning_hopper.cu
+CONV_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/conv/*.cu) kernels/conv/shape.c kernels/conv/fused_plan.c kernels/status.c)
 CUDA_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(ATTN_SRC),$(wildcard kernels/cuda/*.cu)))
 PROGRAMS := $(patsubst src/%.c,$(BIN)/ltn-%,$(MAINS)) $(BIN)/tools/convert
 NAMES    := $(MAINS:src/%.c=ltn-%) ltn-convert
 BENCHES  := $(patsubst src/bench_%.c,ltn-bench-%,$(filter-out src/bench_model.c,$(BENCH_SRC)))
 MAN      := $(NAMES:%=$(B)/man/%.1) $(BENCHES:%=$(B)/man/%.1)
 COMPLETE := $(NAMES:%=$(B)/completions/%)
-CUDA_LIB := $(if $(NVCC),$(BIN)/libltn_cuda.so)
+CUDA_LIB := $(if $(NVCC),$(BIN)/libltn_cuda.so $(BIN)/libltn_conv.so)
 DEMO     := model/demo/demo.ltn
 
 # V=1 prints whole command lines.
@@ -78,6 +79,7 @@ test-cuda: setup ## run the tests that need a GPU
 	$(B)/tests/cuda/attention test
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_ops
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_decode
+	LD_LIBRARY_PATH=$(BIN):$$LD_LIBRARY_PATH $(B)/tests/cuda/test_conv
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
 
 bench-gpu: setup ## measure decoding, reading and attention on the GPU, beside PyTorch's, into tools/results
@@ -152,11 +154,14 @@ $(B)/tests/cuda/libattention.so: $(ATTN_SRC:%=$(B)/%.o) $(B)/tests/cuda/attentio
 $(BIN)/libltn_cuda.so: $(CUDA_OBJ) $(B)/kernels/status.c.o kernels/cuda/exports
 	$(call say,NVCC)$(NVCC) -shared -cudart static -Xlinker --version-script=kernels/cuda/exports -o $@ $(filter %.o,$^) -ldl
 
+$(BIN)/libltn_conv.so: $(CONV_OBJ) kernels/conv/exports
+	$(call say,NVCC)$(NVCC) -shared -cudart static -Xlinker --version-script=kernels/conv/exports -o $@ $(filter %.o,$^) -ldl
+
 # ---- installation ----------------------------------------------------------------------------------------------------
 
 DEST      := $(DESTDIR)$(PREFIX)
 INSTALLED := $(NAMES:%=bin/%) $(MAN:$(B)/man/%=share/man/man1/%) $(NAMES:%=share/bash-completion/completions/%) \
-             lib/libltn.a lib/libltn.so.0 lib/libltn.so lib/libltn_cuda.so lib/ltn lib/pkgconfig/ltn.pc \
+             lib/libltn.a lib/libltn.so.0 lib/libltn.so lib/libltn_cuda.so lib/libltn_conv.so lib/ltn lib/pkgconfig/ltn.pc \
              include/ltn share/ltn
 
 install: all ## install programs, library, header, binding, man pages and demo model under PREFIX (/usr/local)
@@ -185,6 +190,6 @@ format: ## lay out the code with clang-format
 	clang-format -i $$(git ls-files '*.c' '*.h' '*.cc' '*.cu' '*.cuh')
 
 clean: ## remove everything that was built
-	rm -rf build $(PROGRAMS) libltn.so libltn_cuda.so
+	rm -rf build $(PROGRAMS) libltn.so libltn_cuda.so libltn_conv.so
 
 -include $(shell find $(B) -name '*.d' 2>/dev/null)

@@ -56,6 +56,14 @@ static inline uint16_t ltn_f32_to_bf16(float value)
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
+/* To tf32, 10 bits after the point: to nearest, ties away from zero (as cvt.rna does); infinity and NaN stay.
+ */
+static inline float ltn_round_tf32(float value)
+{
+    uint32_t bits = ltn_f32_to_bits(value);
+    return (bits & 0x7f800000u) == 0x7f800000u ? value : ltn_bits_to_f32((bits + 0x1000u) & 0xffffe000u);
+}
+
 static inline float ltn_f16_to_f32(uint16_t half)
 {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16;

@@ -26,6 +26,7 @@
 
 #include "kernels/dtype.h"
 #include "kernels/quant.h"
+#include "kernels/sample.h"
 #include "kernels/status.h"
 
 #include <stdbool.h>
@@ -133,6 +134,10 @@ struct ltn_ops {
     enum ltn_status (*copy)(struct ltn_backend *be, void *dst, const void *src, size_t bytes,
                             struct ltn_error *err);
     enum ltn_status (*sync)(struct ltn_backend *be, struct ltn_error *err); /* waits, reports late failures */
+    /* *out = the sum of the 64-bit words at src, as whole numbers, wrapping: every byte is read, next to none
+     * written. out: backend memory, one word; bytes: a multiple of 16. NULL where host_memory is set. */
+    enum ltn_status (*sum)(struct ltn_backend *be, uint64_t *out, const void *src, size_t bytes,
+                           struct ltn_error *err);
 
     /* ---- the small operations that every backend has ------------------------------------------------------
      */
@@ -211,13 +216,16 @@ struct ltn_ops {
                             const int32_t *id, float *logits, float *x, void *qkv, void *o, void *h,
                             struct ltn_error *err);
 
-    /* ---- decoding without the host between the tokens: all of these, or none
-     * --------------------------------
+    /* ---- decoding without the host between the tokens: where record is set, so are all of these -----------
      */
-    /* ids[r] = column of the largest of logits[r], of equals the first; log[*steps % log_rows][r] = ids[r];
-     * then *steps += 1.  ids: [rows]; logits: f32 [rows, cols]; log: [log_rows, rows]; all backend memory */
-    enum ltn_status (*greedy)(struct ltn_backend *be, int32_t *ids, const float *logits, int32_t rows,
-                              int32_t cols, int64_t *steps, int32_t *log, int32_t log_rows,
+    /* ids[r] = the token chosen from logits[r], as kernels/sample.h has it, to the last id the same on every
+     * backend; log[*steps % log_rows][r] = ids[r], or what stands there in place of an id, and then ids[r] =
+     * 0; draws[r] advances by the token; *steps += 1. adjusted: room for f32 [rows, cols], or NULL where
+     * there are neither penalties nor biases. ids: [rows]; logits: f32 [rows, cols]; draws: [rows]; log:
+     * [log_rows, rows]; all backend memory; choice: host. */
+    enum ltn_status (*sample)(struct ltn_backend *be, int32_t *ids, const float *logits, int32_t rows,
+                              int32_t cols, const struct ltn_choice *choice, struct ltn_draws *draws,
+                              float *adjusted, int64_t *steps, int32_t *log, int32_t log_rows,
                               struct ltn_error *err);
     /* From record to recorded, operations of this thread are noted, not run (upload, download, alloc, free
      * and sync must not be called); other threads wait. recorded ends it, also after an operation that

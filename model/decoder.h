@@ -61,34 +61,44 @@ enum ltn_status ltn_forward_ids(const struct ltn_model *model, struct ltn_worksp
                                 int32_t rows, const struct ltn_seq *seqs, int32_t n_seqs, enum ltn_want want,
                                 const struct ltn_tap *tap, struct ltn_error *err);
 
-/* Greedy decoding with the token and the position on the device: one step is recorded once and then replayed,
- * many steps per call. Only where the backend records (ltn_stepper_possible). */
+/* Decoding with the token, its choice and the position on the device: one step is recorded once and then
+ * replayed, many steps per call. Only where the backend records (ltn_stepper_possible). */
 struct ltn_stepper {
     const struct ltn_model *model; /* borrowed */
     struct ltn_workspace *ws;      /* borrowed, and used by every step */
     struct ltn_seq *seqs;          /* [n_seqs] */
     int32_t n_seqs;
     int32_t max_steps;
-    int64_t done;   /* steps since creation */
-    void *memory;   /* of steps and log */
-    int64_t *steps; /* backend memory: `done`, as the device counts it */
-    int32_t *log;   /* backend memory, [max_steps, n_seqs] the latest ids, a ring */
+    struct ltn_choice choice; /* its biases in `memory` */
+    int64_t done;             /* tokens past the positions at creation */
+    void *memory;             /* of what follows */
+    int64_t *steps;           /* backend memory: `done`, as the device counts it */
+    struct ltn_draws *draws;  /* backend memory, [n_seqs] */
+    int32_t *log;             /* backend memory, [max_steps, n_seqs] the latest ids, a ring */
+    float *adjusted;          /* backend memory, [n_seqs, V]; NULL: not needed */
     struct ltn_recording *recording;
 };
 
 bool ltn_stepper_possible(const struct ltn_backend *be);
 
 /* Of each of seqs (host), only state and pos matter; the states must stay where they are. max_steps: the most
- * steps of one call. */
+ * steps of one call. choice: host, its biases in host memory too, sorted by id; borrowed for the call only;
+ * NULL: the largest logit. */
 enum ltn_status ltn_stepper_create(struct ltn_stepper *stepper, const struct ltn_model *model,
                                    struct ltn_workspace *ws, const struct ltn_seq *seqs, int32_t n_seqs,
-                                   int32_t max_steps, struct ltn_error *err);
+                                   int32_t max_steps, const struct ltn_choice *choice, struct ltn_error *err);
+
+/* From here on every stream stands `steps`, 0 or more, tokens past its position at creation. */
+enum ltn_status ltn_stepper_seek(struct ltn_stepper *stepper, int64_t steps, struct ltn_error *err);
 
 /* Feeds ids (host, [n_seqs]), then each chosen token in turn, n_steps in all; every stream's state advances
- * by n_steps. out: host [n_steps, n_seqs], the tokens chosen; the last of them has not been fed. ids NULL:
- * goes on with those. ws->logits holds the last step's logits. */
-enum ltn_status ltn_stepper_run(struct ltn_stepper *stepper, const int32_t *ids, int32_t n_steps,
-                                int32_t *out, struct ltn_error *err);
+ * by n_steps. draws: host, [n_seqs], those of the first choice; NULL where nothing depends on them. out: host
+ * [n_steps, n_seqs], the tokens chosen, the last of which has not been fed; below 0 where none could be
+ * (kernels/sample.h), and what came after it means nothing. ids NULL: goes on with those, and with the draws.
+ * ws->logits holds the last step's logits. */
+enum ltn_status ltn_stepper_run(struct ltn_stepper *stepper, const int32_t *ids,
+                                const struct ltn_draws *draws, int32_t n_steps, int32_t *out,
+                                struct ltn_error *err);
 void ltn_stepper_free(struct ltn_stepper *stepper); /* a zeroed one is allowed */
 
 #endif

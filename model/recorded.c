@@ -65,7 +65,7 @@ enum ltn_status ltn_forward(const struct ltn_model *model, struct ltn_workspace 
     return ltn_forward_ids(model, ws, ws->ids, rows, seqs, n_seqs, want, tap, err);
 }
 
-/* ---- greedy decoding on the device ------------------------------------------------------------------- */
+/* ---- many steps on the device ------------------------------------------------------------------------- */
 
 bool ltn_stepper_possible(const struct ltn_backend *be)
 {
@@ -79,8 +79,8 @@ static enum ltn_status step(struct ltn_stepper *s, struct ltn_error *err)
 
     LTN_TRY(
         ltn_forward_ids(model, s->ws, s->ws->ids, s->n_seqs, s->seqs, s->n_seqs, LTN_WANT_LAST, NULL, err));
-    return be->ops->greedy(be, s->ws->ids, s->ws->logits, s->n_seqs, model->config.vocab_size, s->steps,
-                           s->log, s->max_steps, err);
+    return be->ops->sample(be, s->ws->ids, s->ws->logits, s->n_seqs, model->config.vocab_size, &s->choice,
+                           s->draws, s->adjusted, s->steps, s->log, s->max_steps, err);
 }
 
 /* Nothing of a recorded step runs, so that the states stay as they are. */
@@ -94,15 +94,33 @@ static enum ltn_status record_steps(struct ltn_stepper *s, struct ltn_error *err
     return status != LTN_OK ? status : ended;
 }
 
+static size_t align_up(size_t bytes)
+{
+    return (bytes + 63) / 64 * 64;
+}
+
 static enum ltn_status prepare(struct ltn_stepper *s, const struct ltn_seq *seqs, struct ltn_error *err)
 {
     struct ltn_backend *be = s->model->be;
-    size_t log_bytes = (size_t)s->max_steps * (size_t)s->n_seqs * sizeof *s->log;
+    const size_t n = (size_t)s->n_seqs, bias_bytes = (size_t)s->choice.n_bias * sizeof *s->choice.bias;
+    const size_t adjusted_bytes = ltn_has_penalties(&s->choice) || s->choice.n_bias
+                                      ? n * (size_t)s->model->config.vocab_size * sizeof *s->adjusted
+                                      : 0;
+    const size_t parts[] = {64, align_up(n * sizeof *s->draws),
+                            align_up((size_t)s->max_steps * n * sizeof *s->log), align_up(bias_bytes)};
+    const size_t bytes = parts[0] + parts[1] + parts[2] + parts[3];
 
-    LTN_TRY(be->ops->alloc(be, &s->memory, 64 + log_bytes, err));
-    LTN_TRY(be->ops->zero(be, s->memory, 64 + log_bytes, err));
-    s->steps = s->memory;
-    s->log = (int32_t *)((uint8_t *)s->memory + 64);
+    LTN_TRY(be->ops->alloc(be, &s->memory, bytes + adjusted_bytes, err));
+    LTN_TRY(be->ops->zero(be, s->memory, bytes, err));
+    uint8_t *at = s->memory;
+    s->steps = (int64_t *)at;
+    s->draws = (struct ltn_draws *)(at += parts[0]);
+    s->log = (int32_t *)(at += parts[1]);
+    at += parts[2];
+    if (bias_bytes)
+        LTN_TRY(be->ops->upload(be, at, s->choice.bias, bias_bytes, err));
+    s->choice.bias = (const struct ltn_bias *)at;
+    s->adjusted = adjusted_bytes ? (float *)(at + parts[3]) : NULL;
     for (int32_t i = 0; i < s->n_seqs; i++)
         s->seqs[i] = (struct ltn_seq){seqs[i].state, seqs[i].pos, i, 1};
     return record_steps(s, err);
@@ -110,9 +128,10 @@ static enum ltn_status prepare(struct ltn_stepper *s, const struct ltn_seq *seqs
 
 enum ltn_status ltn_stepper_create(struct ltn_stepper *s, const struct ltn_model *model,
                                    struct ltn_workspace *ws, const struct ltn_seq *seqs, int32_t n_seqs,
-                                   int32_t max_steps, struct ltn_error *err)
+                                   int32_t max_steps, const struct ltn_choice *choice, struct ltn_error *err)
 {
     *s = (struct ltn_stepper){.model = model, .ws = ws, .n_seqs = n_seqs, .max_steps = max_steps};
+    s->choice = choice ? *choice : (struct ltn_choice){.temperature = 0};
     if (!ltn_stepper_possible(model->be))
         return ltn_fail(err, LTN_ERR_UNSUPPORTED, "%s: cannot record steps of decoding", model->be->name);
     if (n_seqs < 1 || n_seqs > ws->max_rows || n_seqs > ws->max_logits || max_steps < 1)
@@ -127,8 +146,14 @@ enum ltn_status ltn_stepper_create(struct ltn_stepper *s, const struct ltn_model
     return status;
 }
 
-enum ltn_status ltn_stepper_run(struct ltn_stepper *s, const int32_t *ids, int32_t n_steps, int32_t *out,
-                                struct ltn_error *err)
+enum ltn_status ltn_stepper_seek(struct ltn_stepper *s, int64_t steps, struct ltn_error *err)
+{
+    s->done = steps;
+    return s->model->be->ops->upload(s->model->be, s->steps, &steps, sizeof steps, err);
+}
+
+enum ltn_status ltn_stepper_run(struct ltn_stepper *s, const int32_t *ids, const struct ltn_draws *draws,
+                                int32_t n_steps, int32_t *out, struct ltn_error *err)
 {
     struct ltn_backend *be = s->model->be;
     const size_t row = (size_t)s->n_seqs;
@@ -138,6 +163,8 @@ enum ltn_status ltn_stepper_run(struct ltn_stepper *s, const int32_t *ids, int32
                         s->max_steps);
     if (ids)
         LTN_TRY(be->ops->upload(be, s->ws->ids, ids, row * sizeof *ids, err));
+    if (draws)
+        LTN_TRY(be->ops->upload(be, s->draws, draws, row * sizeof *draws, err));
     for (int32_t i = 0; i < n_steps; i++)
         LTN_TRY(be->ops->replay(be, s->recording, err));
     /* The log is a ring. */

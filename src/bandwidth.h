@@ -5,7 +5,7 @@
 #include "kernels/ops.h"
 
 struct ltn_bandwidth {
-    double read_gbps; /* 1e9 bytes read a second; 0: not measured on this kind of device */
+    double read_gbps; /* 1e9 bytes read a second */
     double copy_gbps; /* 1e9 bytes a second, read and written bytes both counted */
 };
 

@@ -109,6 +109,8 @@ enum ltn_status ltn_batch_step(struct ltn_batch *b, struct ltn_session *const *s
             return ltn_fail(err, why.status, "batch: session %zu: %.400s", i, why.text);
     }
     for (size_t i = 0; i < n; i++)
+        LTN_TRY(ltn_ahead_end(sessions[i], err));
+    for (size_t i = 0; i < n; i++)
         if (sessions[i]->n_pending > b->ws.max_rows) /* it has longer chunks, and the room for them */
             LTN_TRY(ltn_session_settle(sessions[i], err));
     for (size_t i = 0; i < n; i++) {

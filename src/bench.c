@@ -153,7 +153,7 @@ cJSON *ltn_bench_json(const struct ltn_bench_head *head)
     else
         cJSON_AddNullToObject(json, "commit");
     cJSON_AddStringToObject(json, "command", head->command);
-    ltn_bench_number(json, "read_gbps", head->bandwidth.read_gbps > 0 ? head->bandwidth.read_gbps : NAN);
+    ltn_bench_number(json, "read_gbps", head->bandwidth.read_gbps);
     ltn_bench_number(json, "copy_gbps", head->bandwidth.copy_gbps);
     ltn_bench_number(json, "gemm_tflops", head->gemm_tflops > 0 ? head->gemm_tflops : NAN);
     return json;

@@ -108,9 +108,11 @@ static enum ltn_status next(struct ltn_generation *g, struct ltn_error *err)
     const struct ltn_generate_options *o = g->options;
     const struct ltn_sampling *sampling = o->sampling ? o->sampling : &ltn_sampling_default;
     struct ltn_session *s = g->session;
+    const int64_t left = o->max_tokens < 0 ? INT64_MAX : o->max_tokens - g->result.n_tokens;
     int32_t id;
 
-    LTN_TRY(ltn_session_sample(s, sampling, &id, err));
+    /* who looks at the logits of every token wants them of each, not of the last of many */
+    LTN_TRY(ltn_session_draw(s, sampling, o->drawn ? 1 : left, &id, err));
     if (id == s->engine->info.eos_id && !o->ignore_eos) {
         end(g, LTN_END_EOS);
         return LTN_OK;

@@ -184,11 +184,9 @@ static void print_stats(const struct run *run, int64_t n_prompt, const struct lt
     if (made->n_tokens > 1) { /* between the first token and the last lie n - 1 steps */
         double tok_s = (double)(made->n_tokens - 1) / (run->last_token - run->first_token);
         double gbps = 1e-9 * tok_s * (double)info->decode_bytes;
-        if (ltn_measure_bandwidth(&bandwidth, run->engine->be, info->n_threads, NULL) == LTN_OK) {
-            double peak = bandwidth.read_gbps > 0 ? bandwidth.read_gbps : bandwidth.copy_gbps;
-            snprintf(share, sizeof share, ", %.1f %% of the %.1f GB/s measured here (%s)", 100 * gbps / peak,
-                     peak, bandwidth.read_gbps > 0 ? "read" : "copy");
-        }
+        if (ltn_measure_bandwidth(&bandwidth, run->engine->be, info->n_threads, NULL) == LTN_OK)
+            snprintf(share, sizeof share, ", %.1f %% of the %.1f GB/s measured here",
+                     100 * gbps / bandwidth.read_gbps, bandwidth.read_gbps);
         snprintf(decode, sizeof decode, "; decode %.1f tok/s, %.2f GB/s", tok_s, gbps);
     }
     ltn_cli_note("%s: prefill %lld tokens, %.1f tok/s%s%s", info->backend, (long long)n_prompt,

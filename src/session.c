@@ -72,6 +72,7 @@ void ltn_session_free(struct ltn_session *s)
     ltn_encoder_free(s->encoder);
     ltn_detokenizer_free(s->detokenizer);
     ltn_sampler_free(&s->sampler);
+    ltn_ahead_free(s);
     s->engine->be->ops->free(s->engine->be, s->state);
     ltn_workspace_free(&s->own);
     free(s->pending);
@@ -93,6 +94,7 @@ static void drop_text(struct ltn_session *s)
 void ltn_session_forget(struct ltn_session *s)
 {
     drop_text(s);
+    ltn_ahead_forget(s);
     s->detokenizer_current = false;
     s->n_pending = 0;
     s->logits_where = LTN_NOWHERE;
@@ -143,6 +145,7 @@ static enum ltn_status run(struct ltn_session *s, const int32_t *ids, int32_t ro
                            struct ltn_error *err)
 {
     const struct ltn_seq seq = {s->state, s->pos, 0, rows};
+    LTN_TRY(ltn_ahead_end(s, err));
     enum ltn_status status = ltn_forward(&s->engine->model, s->ws, ids, rows, &seq, 1, want, NULL, err);
     if (status != LTN_OK) {
         s->failed = true;
@@ -232,6 +235,7 @@ enum ltn_status ltn_session_logits(struct ltn_session *s, const float **logits, 
 
     LTN_TRY(ltn_session_ready(s, err));
     LTN_TRY(run_pending(s, LTN_WANT_LAST, err));
+    LTN_TRY(ltn_ahead_end(s, err));
     if (s->logits_where == LTN_NOWHERE)
         return ltn_fail(err, LTN_ERR_INPUT, "session: no logits before the first token");
     if (s->logits_where == LTN_ON_BACKEND) {
@@ -280,18 +284,36 @@ enum ltn_status ltn_session_score(struct ltn_session *s, const int32_t *ids, siz
     return LTN_OK;
 }
 
-enum ltn_status ltn_session_sample(struct ltn_session *s, const struct ltn_sampling *sampling, int32_t *id,
-                                   struct ltn_error *err)
+/* From the logits as they are on the host. */
+static enum ltn_status draw_here(struct ltn_session *s, const struct ltn_sampling *sampling, int32_t *id,
+                                 struct ltn_error *err)
 {
     int32_t recent[LTN_RECENT_IDS], n = 0;
     const float *logits;
     LTN_TRY(ltn_session_logits(s, &logits, err));
-    LTN_TRY(ltn_sampling_check(sampling, err)); /* repeat_last, before it is used */
     for (; ltn_sampling_has_penalties(sampling) && n < sampling->repeat_last && n < s->pos; n++)
         recent[n] = s->recent[(s->pos - 1 - n) % LTN_RECENT_IDS];
-    LTN_TRY(ltn_sample(&s->sampler, logits, sampling, recent, n, ltn_uniform(s->seed, s->draw), id, err));
+    return ltn_sample(&s->sampler, logits, sampling, recent, n, ltn_uniform(s->seed, s->draw), id, err);
+}
+
+enum ltn_status ltn_session_draw(struct ltn_session *s, const struct ltn_sampling *sampling, int64_t most,
+                                 int32_t *id, struct ltn_error *err)
+{
+    LTN_TRY(ltn_session_ready(s, err));
+    LTN_TRY(ltn_sampling_check(sampling, s->engine->info.vocab_size, err));
+    bool found = ltn_ahead_next(s, sampling, id);
+    if (!found && most > 1 && ltn_ahead_possible(s))
+        LTN_TRY(ltn_ahead_begin(s, sampling, most, id, &found, err));
+    if (!found)
+        LTN_TRY(draw_here(s, sampling, id, err));
     s->draw++;
     return LTN_OK;
+}
+
+enum ltn_status ltn_session_sample(struct ltn_session *s, const struct ltn_sampling *sampling, int32_t *id,
+                                   struct ltn_error *err)
+{
+    return ltn_session_draw(s, sampling, 1, id, err);
 }
 
 /* ---- copies -------------------------------------------------------------------------------------------- */

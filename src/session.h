@@ -2,14 +2,16 @@
 #ifndef LTN_SESSION_H
 #define LTN_SESSION_H
 
+#include "src/ahead.h"
 #include "src/engine.h"
 #include "src/sampling.h"
 
-/* The last ids of the timeline are kept, in session files too (src/session_file.h): penalties look at them,
- * and a fresh detokenizer finds its way back into the text from the last few. */
-enum { LTN_RECENT_IDS = LTN_MAX_REPEAT_LAST };
+/* The last LTN_RECENT_IDS ids of the timeline are kept, in session files too (src/session_file.h): penalties
+ * look at them, and a fresh detokenizer finds its way back into the text from the last few. */
+_Static_assert((int)LTN_RECENT_IDS == (int)LTN_MAX_REPEAT_LAST, "what sessions keep is what penalties need");
 
-enum ltn_where { LTN_NOWHERE, LTN_ON_BACKEND, LTN_ON_HOST };
+/* LTN_BEHIND_BACKEND: the backend has gone on past them (src/ahead.h). */
+enum ltn_where { LTN_NOWHERE, LTN_BEHIND_BACKEND, LTN_ON_BACKEND, LTN_ON_HOST };
 
 struct ltn_session {
     const struct ltn_engine *engine;
@@ -27,6 +29,7 @@ struct ltn_session {
 
     struct ltn_sampler sampler;
     uint64_t seed, draw;
+    struct ltn_ahead ahead;
 
     int32_t recent[LTN_RECENT_IDS];      /* id number i of the timeline at i % LTN_RECENT_IDS */
     struct ltn_encoder *encoder;         /* NULL until the first text */
@@ -38,6 +41,11 @@ struct ltn_session {
 
 /* Refuses where the session cannot go on: after a failure, or amid a text. */
 enum ltn_status ltn_session_ready(const struct ltn_session *session, struct ltn_error *err);
+
+/* As ltn_session_sample, for a caller who will feed what it gets and ask again, `most` times in all, this one
+ * counted: there is no harm in stopping before, nor in doing something else. */
+enum ltn_status ltn_session_draw(struct ltn_session *session, const struct ltn_sampling *sampling,
+                                 int64_t most, int32_t *id, struct ltn_error *err);
 
 /* Brings everything up to date and the logits, where there are any, to the host: wherever the position is not
  * 0, they are there afterwards. */

@@ -9,10 +9,12 @@
 
 #include <cmocka.h>
 
+#include "kernels/ops.h"
 #include "src/logprobs.h"
 #include "src/rng.h"
 #include "src/sampling.h"
 #include "src/stop.h"
+#include "tests/choices.h"
 #include "tests/support.h"
 #include "tests/text_model.h"
 
@@ -230,6 +232,64 @@ static void test_sample_against_sort(void **state)
     }
 }
 
+/* The operation of the plain backend chooses the same, from the same draws, to the last id. */
+static void test_sample_against_operation(void **state)
+{
+    static const int32_t sizes[] = {1, 2, 17, 360, 5003};
+    struct test_rng rng = {13};
+    struct ltn_backend *be;
+    (void)state;
+    assert_int_equal(ltn_reference_open(&be, NULL), LTN_OK);
+    for (int round = 0; round < 3000; round++) {
+        const int32_t n = sizes[test_below(&rng, 5)];
+        float *logits = malloc(2 * (size_t)n * sizeof *logits);
+        struct ltn_bias bias[TEST_BIASES];
+        struct ltn_logit_bias same[TEST_BIASES];
+        int32_t n_bias, id, log = 0, found, recent[LTN_RECENT_IDS], n_recent = 0;
+        int64_t steps = 7;
+        struct ltn_sampler sampler;
+        assert_non_null(logits);
+        assert_int_equal(ltn_sampler_create(&sampler, n, NULL), LTN_OK);
+        test_logits(&rng, logits, n);
+        struct ltn_choice choice = test_choice(&rng, n, bias, &n_bias);
+        struct ltn_draws draws = test_draws(&rng, n);
+        const struct ltn_draws before = draws;
+        choice.bias = bias;
+        choice.n_bias = n_bias;
+        for (int i = 0; i < n_bias; i++)
+            same[i] = (struct ltn_logit_bias){bias[i].id, bias[i].value};
+        const struct ltn_sampling s = {.temperature = choice.temperature,
+                                       .top_k = choice.top_k,
+                                       .top_p = choice.top_p,
+                                       .min_p = choice.min_p,
+                                       .typical = choice.typical,
+                                       .repeat_last = choice.repeat_last,
+                                       .repeat_penalty = choice.repeat_penalty,
+                                       .presence_penalty = choice.presence_penalty,
+                                       .frequency_penalty = choice.frequency_penalty,
+                                       .bias = same,
+                                       .n_bias = (size_t)n_bias};
+        for (; n_recent < s.repeat_last && n_recent < before.position; n_recent++)
+            recent[n_recent] = before.recent[(before.position - 1 - n_recent) % LTN_RECENT_IDS];
+        assert_int_equal(
+            be->ops->sample(be, &id, logits, 1, n, &choice, &draws, logits + n, &steps, &log, 1, NULL),
+            LTN_OK);
+        assert_int_equal(id, log < 0 ? 0 : log);
+        assert_int_equal(steps, 8);
+        assert_int_equal(draws.position, before.position + 1);
+        assert_int_equal(draws.draw, before.draw + 1);
+        assert_int_equal(draws.recent[before.position % LTN_RECENT_IDS], id);
+        enum ltn_status status = ltn_sample(&sampler, logits, &s, recent, n_recent,
+                                            ltn_uniform(before.seed, before.draw), &found, NULL);
+        assert_int_equal(status, log < 0 ? LTN_ERR_INPUT : LTN_OK);
+        if (log >= 0)
+            assert_int_equal(found, id);
+        ltn_sampler_free(&sampler);
+        free(logits);
+    }
+    be->ops->close(be);
+}
+
 /* The paper's formula and ours differ in rounding, so ties and near ties must not count: distances are drawn
  * such that the nearest two are told apart by far more. */
 static void test_typical_against_sort(void **state)
@@ -427,7 +487,7 @@ static void test_bad_logits_and_parameters(void **state)
                                        {.top_p = 1, .bias = not_a_number, .n_bias = 1},
                                        {.top_p = 1, .bias = infinite, .n_bias = 1}};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
-        assert_int_equal(ltn_sampling_check(&bad[i], &err), LTN_ERR_INPUT);
+        assert_int_equal(ltn_sampling_check(&bad[i], 4, &err), LTN_ERR_INPUT);
     ltn_sampler_free(&sampler);
 }
 
@@ -710,6 +770,7 @@ int main(void)
         cmocka_unit_test(test_philox),
         cmocka_unit_test(test_uniform_draws),
         cmocka_unit_test(test_sample_against_sort),
+        cmocka_unit_test(test_sample_against_operation),
         cmocka_unit_test(test_typical_against_sort),
         cmocka_unit_test(test_typical_by_hand),
         cmocka_unit_test(test_penalties_by_hand),

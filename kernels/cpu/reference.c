@@ -5,6 +5,7 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 static void reference_close(struct ltn_backend *be)
 {
@@ -205,6 +206,164 @@ static enum ltn_status reference_lightning(struct ltn_backend *be, void *o, cons
     return LTN_OK;
 }
 
+/* ---- choosing a token ---------------------------------------------------------------------------------- */
+
+struct chooser {
+    const float *logits; /* [n] after penalties and biases */
+    int32_t n;
+    float largest;
+    double scale;
+    uint32_t mean;    /* distance, for nearness */
+    uint64_t last[2]; /* of each order: the place of the last token kept */
+    uint64_t least;   /* weight that is kept */
+};
+
+enum order { BY_LOGIT, BY_NEARNESS };
+
+static uint64_t place_of(const struct chooser *c, enum order order, int32_t i)
+{
+    const uint32_t distance = ltn_distance(c->logits[i], c->largest, c->scale);
+    return ltn_place(order == BY_LOGIT ? ltn_logit_key(c->logits[i]) : ltn_nearness_key(distance, c->mean),
+                     i);
+}
+
+/* 0: the token is out. */
+static uint64_t weight_of(const struct chooser *c, int32_t i)
+{
+    const uint64_t weight = ltn_token_weight(ltn_distance(c->logits[i], c->largest, c->scale));
+    return weight >= c->least && place_of(c, BY_LOGIT, i) <= c->last[BY_LOGIT] &&
+                   place_of(c, BY_NEARNESS, i) <= c->last[BY_NEARNESS]
+               ? weight
+               : 0;
+}
+
+/* How many tokens, or how much weight, are kept up to a place in the order. */
+static uint64_t amount_to(const struct chooser *c, enum order order, uint64_t last, bool weights)
+{
+    uint64_t sum = 0;
+    for (int32_t i = 0; i < c->n; i++) {
+        const uint64_t weight = place_of(c, order, i) <= last ? weight_of(c, i) : 0;
+        sum += weights ? weight : weight > 0;
+    }
+    return sum;
+}
+
+/* Keeps the fewest first tokens of the order that reach the amount: the least place at which it is reached is
+ * found by halving. */
+static void keep_first(struct chooser *c, enum order order, uint64_t amount, bool weights)
+{
+    uint64_t low = 0, high = UINT64_MAX;
+    while (low < high) {
+        uint64_t middle = low + (high - low) / 2;
+        if (amount_to(c, order, middle, weights) >= amount)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    c->last[order] = high;
+}
+
+static void keep_typical(struct chooser *c, double share)
+{
+    uint64_t high = 0, low = 0, total = amount_to(c, BY_LOGIT, UINT64_MAX, true);
+    for (int32_t i = 0; i < c->n; i++) {
+        const uint64_t weight = weight_of(c, i);
+        const uint64_t product = weight ? weight * ltn_distance(c->logits[i], c->largest, c->scale) : 0;
+        high += product >> 32;
+        low += product & 0xffffffffu;
+    }
+    c->mean = ltn_mean_distance(high, low, total);
+    keep_first(c, BY_NEARNESS, ltn_share_of(share, total), true);
+}
+
+static int32_t draw(struct chooser *c, const struct ltn_choice *choice, double u)
+{
+    uint64_t heaviest = 0, sum = 0;
+    if (choice->top_k > 0)
+        keep_first(c, BY_LOGIT, (uint64_t)choice->top_k, false);
+    if (choice->typical > 0 && choice->typical < 1)
+        keep_typical(c, choice->typical);
+    if (choice->top_p < 1)
+        keep_first(c, BY_LOGIT, ltn_share_of(choice->top_p, amount_to(c, BY_LOGIT, UINT64_MAX, true)), true);
+    for (int32_t i = 0; i < c->n; i++)
+        heaviest = weight_of(c, i) > heaviest ? weight_of(c, i) : heaviest;
+    c->least = ltn_share_of(choice->min_p, heaviest);
+    const uint64_t threshold = ltn_threshold(u, amount_to(c, BY_LOGIT, UINT64_MAX, true));
+    int32_t i = 0;
+    while (sum += weight_of(c, i), sum <= threshold)
+        i++;
+    return i;
+}
+
+static int32_t choose(const float *logits, int32_t n, const struct ltn_choice *choice,
+                      const struct ltn_draws *draws)
+{
+    int32_t best = 0;
+    for (int32_t i = 0; i < n; i++) {
+        if (isnan(logits[i]) || logits[i] == INFINITY)
+            return ltn_bad_logit(i);
+        best = logits[i] > logits[best] ? i : best;
+    }
+    if (logits[best] == -INFINITY)
+        return LTN_NO_TOKEN;
+    if (choice->temperature == 0)
+        return best;
+    struct chooser c = {.logits = logits,
+                        .n = n,
+                        .largest = logits[best],
+                        .scale = ltn_distance_scale(choice->temperature),
+                        .last = {UINT64_MAX, UINT64_MAX},
+                        .least = 1};
+    return draw(&c, choice, ltn_uniform(draws->seed, draws->draw));
+}
+
+static void penalise(float *logits, const struct ltn_choice *choice, const struct ltn_draws *draws)
+{
+    const int64_t position = draws->position;
+    const int64_t first = position > choice->repeat_last ? position - choice->repeat_last : 0;
+    for (int64_t i = first; i < position; i++) {
+        const int32_t id = draws->recent[i % LTN_RECENT_IDS];
+        int32_t count = 0;
+        bool seen = false; /* before */
+        for (int64_t j = first; j < position; j++) {
+            const bool same = draws->recent[j % LTN_RECENT_IDS] == id;
+            count += same;
+            seen = seen || (same && j < i);
+        }
+        if (!seen)
+            logits[id] = ltn_penalised(logits[id], count, choice);
+    }
+}
+
+static enum ltn_status reference_sample(struct ltn_backend *be, int32_t *ids, const float *logits,
+                                        int32_t rows, int32_t cols, const struct ltn_choice *choice,
+                                        struct ltn_draws *draws, float *adjusted, int64_t *steps,
+                                        int32_t *log, int32_t log_rows, struct ltn_error *err)
+{
+    (void)be, (void)err;
+    for (int32_t r = 0; r < rows; r++) {
+        struct ltn_draws *d = &draws[r];
+        const float *row = logits + (size_t)r * cols;
+        if (ltn_has_penalties(choice) || choice->n_bias > 0) {
+            float *changed = adjusted + (size_t)r * cols;
+            memcpy(changed, row, (size_t)cols * sizeof *changed);
+            if (ltn_has_penalties(choice))
+                penalise(changed, choice, d);
+            for (int32_t i = 0; i < choice->n_bias; i++)
+                changed[choice->bias[i].id] += choice->bias[i].value;
+            row = changed;
+        }
+        const int32_t id = choose(row, cols, choice, d);
+        log[*steps % log_rows * rows + r] = id;
+        ids[r] = id < 0 ? 0 : id;
+        d->recent[d->position % LTN_RECENT_IDS] = ids[r];
+        d->position++;
+        d->draw++;
+    }
+    ++*steps;
+    return LTN_OK;
+}
+
 static const struct ltn_ops reference_ops = {
     LTN_HOST_MEMORY_OPS,
     .close = reference_close,
@@ -217,6 +376,7 @@ static const struct ltn_ops reference_ops = {
     .activation = reference_activation,
     .multiply = reference_multiply,
     .lightning = reference_lightning,
+    .sample = reference_sample,
 };
 
 enum ltn_status ltn_reference_open(struct ltn_backend **out, struct ltn_error *err)

@@ -148,6 +148,33 @@ static enum ltn_status cuda_download(struct ltn_backend *base, void *host, const
     return LTN_OK;
 }
 
+static __global__ void __launch_bounds__(512) sum_kernel(uint64_t *out, const ulonglong2 *src, size_t n)
+{
+    const size_t stride = (size_t)gridDim.x * blockDim.x;
+    uint64_t sum = 0;
+    let_next_start();
+    wait_for_previous();
+#pragma unroll 8
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) {
+        const ulonglong2 v = __ldcs(src + i);
+        sum += v.x + v.y;
+    }
+    for (int offset = 16; offset > 0; offset /= 2)
+        sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (threadIdx.x % 32 == 0)
+        atomicAdd((unsigned long long *)out, (unsigned long long)sum);
+}
+
+static enum ltn_status cuda_sum(struct ltn_backend *base, uint64_t *out, const void *src, size_t bytes,
+                                struct ltn_error *err)
+{
+    struct cuda_backend *be = cuda_of(base);
+    struct turn turn(be);
+    CUDA_TRY(be, err, cudaMemsetAsync(out, 0, sizeof *out, be->stream));
+    LAUNCH(be, err, sum_kernel, dim3(4 * be->n_sms), dim3(512), 0, out, (const ulonglong2 *)src, bytes / 16);
+    return LTN_OK;
+}
+
 /* ---- attention: by sequences -----------------------------------------------------------------------------
  */
 
@@ -201,6 +228,7 @@ static const struct ltn_ops cuda_ops = {
     .download = cuda_download,
     .copy = cuda_copy,
     .sync = cuda_sync,
+    .sum = cuda_sum,
     .embed = cuda_embed,
     .norm = cuda_norm,
     .gated_norm = cuda_gated_norm,
@@ -215,7 +243,7 @@ static const struct ltn_ops cuda_ops = {
     .gated_linear_add = cuda_gated_linear_add,
     .norm_logits = cuda_norm_logits,
     .step = cuda_step,
-    .greedy = cuda_greedy,
+    .sample = cuda_sample,
     .record = cuda_record,
     .recorded = cuda_recorded,
     .replay = cuda_replay,

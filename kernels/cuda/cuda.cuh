@@ -74,24 +74,40 @@ enum ltn_status cuda_fail(struct cuda_backend *be, struct ltn_error *err, const 
             return cuda_fail(be, err, #call, __FILE__, __LINE__, cuda_try_code_);                            \
     } while (0)
 
+/* cluster: blocks of each; 1: none. */
 template <typename... P, typename... A>
-static cudaError_t launch(struct cuda_backend *be, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
-                          A... args)
+static cudaError_t launch_cluster(struct cuda_backend *be, void (*kernel)(P...), unsigned cluster, dim3 grid,
+                                  dim3 block, size_t shared, A... args)
 {
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = be->stream;
-    config.attrs = &overlap;
-    config.numAttrs = be->overlaps ? 1 : 0;
+    config.attrs = attributes;
+    if (be->overlaps) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs].val.clusterDim.x = cluster;
+        attributes[config.numAttrs].val.clusterDim.y = 1;
+        attributes[config.numAttrs++].val.clusterDim.z = 1;
+    }
     return cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
 }
 
+template <typename... P, typename... A>
+static cudaError_t launch(struct cuda_backend *be, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
+                          A... args)
+{
+    return launch_cluster(be, kernel, 1, grid, block, shared, args...);
+}
+
 #define LAUNCH(be, err, kernel, ...) CUDA_TRY(be, err, launch(be, kernel, __VA_ARGS__))
+#define LAUNCH_CLUSTER(be, err, kernel, ...) CUDA_TRY(be, err, launch_cluster(be, kernel, __VA_ARGS__))
 
 static inline __device__ void let_next_start()
 {
@@ -356,10 +372,13 @@ enum ltn_status cuda_step(struct ltn_backend *be, const struct ltn_network *net,
                           const int32_t *id, float *logits, float *x, void *qkv, void *o, void *h,
                           struct ltn_error *err);
 
-/* record.cu */
-enum ltn_status cuda_greedy(struct ltn_backend *be, int32_t *ids, const float *logits, int32_t rows,
-                            int32_t cols, int64_t *steps, int32_t *log, int32_t log_rows,
+/* sample.cu */
+enum ltn_status cuda_sample(struct ltn_backend *be, int32_t *ids, const float *logits, int32_t rows,
+                            int32_t cols, const struct ltn_choice *choice, struct ltn_draws *draws,
+                            float *adjusted, int64_t *steps, int32_t *log, int32_t log_rows,
                             struct ltn_error *err);
+
+/* record.cu */
 enum ltn_status cuda_record(struct ltn_backend *be, const int64_t *steps, struct ltn_error *err);
 enum ltn_status cuda_recorded(struct ltn_backend *be, struct ltn_recording **out, struct ltn_error *err);
 enum ltn_status cuda_replay(struct ltn_backend *be, struct ltn_recording *recording, struct ltn_error *err);

@@ -133,10 +133,10 @@ static void test_stepper(void **state)
             seqs[i] = (struct ltn_seq){r.state[i], 1000, 0, 0};
         }
         zero_states(&r);
-        CHECK(ltn_stepper_create(&stepper, &r.model, &r.ws, seqs, n, LOG, &err));
+        CHECK(ltn_stepper_create(&stepper, &r.model, &r.ws, seqs, n, LOG, NULL, &err));
         for (int done = 0; done < STEPS;) {
             int m = done == 0 ? 1 : done + 10 <= STEPS ? 10 : STEPS - done;
-            CHECK(ltn_stepper_run(&stepper, done ? NULL : first, m, a + done * n, &err));
+            CHECK(ltn_stepper_run(&stepper, done ? NULL : first, NULL, m, a + done * n, &err));
             done += m;
         }
         CHECK(r.be->ops->download(r.be, la, r.ws.logits, (size_t)n * VOCAB * sizeof(float), &err));

@@ -4,6 +4,7 @@
  * first, must agree bit for bit between the runs, must leave what lies behind them alone, and must be close
  * to the reference, which works on the same (rounded) inputs. */
 #include "kernels/ops.h"
+#include "tests/choices.h"
 #include "tests/cuda/device.h"
 #include "tests/support.h"
 
@@ -456,8 +457,8 @@ static void test_embed(void **state)
                 ids[r] = r == 1 ? VOCAB - 1 : test_below(&rng, VOCAB);
             c.table = make((size_t)VOCAB * cols[i], weights, 1);
             c.x = make((size_t)rows[j] * cols[i], LTN_F32, 1);
-            c.m = (struct ltn_matrix){c.table.device, weights, VOCAB, cols[i]};
-            struct ltn_matrix host = {c.table.host, LTN_F32, VOCAB, cols[i]};
+            c.m = (struct ltn_matrix){c.table.device, weights, VOCAB, cols[i], NULL};
+            struct ltn_matrix host = {c.table.host, LTN_F32, VOCAB, cols[i], NULL};
             CHECK(be->ops->alloc(be, (void **)&c.ids, sizeof ids, &err));
             CHECK(be->ops->upload(be, c.ids, ids, sizeof ids, &err));
             CHECK(ref->ops->embed(ref, c.x.host, &host, ids, rows[j], 1.7f, &err));
@@ -553,44 +554,89 @@ static void test_lightning(void **state)
 
 /* ---- the rest ----------------------------------------------------------------------------------------- */
 
-static void test_greedy(void **state)
+/* The device chooses what the plain reference does, to the last id, over all kinds of logits and rules. */
+static void test_sample(void **state)
 {
     (void)state;
-    static const int32_t sizes[] = {1, 7, 1000, 64000};
+    static const int32_t sizes[] = {1, 2, 3, 31, 1000, 1023, 8193, 64000, 100003};
+    enum { MOST_ROWS = 5, LOG = 2 };
+    const int rounds = weights == LTN_F32 ? 400 : 20; /* weights have no part in it */
     struct ltn_error err = {0};
-    enum { ROWS = 3, LOG = 2 };
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
-        const int32_t n = sizes[i];
-        snprintf(what, sizeof what, "greedy of %d", n);
-        struct values logits = make((size_t)ROWS * n, LTN_F32, 1);
-        struct {
-            int64_t steps;
-            int32_t ids[ROWS], log[LOG * ROWS];
-        } * device, host = {.steps = 4};
-        int32_t expected[ROWS] = {0};
-        for (int r = 0; r < ROWS; r++) {
-            float *row = logits.host + (size_t)r * n;
-            if (r == 1) /* the largest twice: the first one counts */
-                row[n / 2] = row[n - 1] = 9;
-            for (int c = 1; c < n; c++)
-                if (row[c] > row[expected[r]])
-                    expected[r] = c;
+    struct device {
+        int64_t steps;
+        struct ltn_draws draws[MOST_ROWS];
+        int32_t ids[MOST_ROWS], log[LOG * MOST_ROWS];
+        struct ltn_bias bias[TEST_BIASES];
+    } * device, *found = malloc(sizeof *found), *host = calloc(1, sizeof *host);
+    assert_true(found && host);
+    CHECK(be->ops->alloc(be, (void **)&device, sizeof *device, &err));
+    for (int round = 0; round < rounds; round++) {
+        /* the reference looks at every token for every bit of a place: large rows come seldom */
+        const int32_t n = sizes[test_below(&rng, round % 40 == 0 ? 9 : 6)];
+        const int32_t rows = n > 2000 ? 1 : 1 + test_below(&rng, MOST_ROWS);
+        struct values logits = make((size_t)n * (size_t)rows, LTN_F32, 1);
+        struct values adjusted = make(logits.n, LTN_F32, 1);
+        for (int32_t r = 0; r < rows; r++) {
+            test_logits(&rng, logits.host + (size_t)r * (size_t)n, n);
+            host->draws[r] = test_draws(&rng, n);
         }
+        int32_t n_bias;
+        struct ltn_choice choice = test_choice(&rng, n, host->bias, &n_bias), there;
+        choice.n_bias = n_bias;
+        snprintf(
+            what, sizeof what,
+            "sample of %d x %d, temperature %g, top_k %d, typical %g, top_p %g, min_p %g, last %d, bias %d",
+            rows, n, choice.temperature, choice.top_k, choice.typical, choice.top_p, choice.min_p,
+            choice.repeat_last, choice.n_bias);
+        host->steps = round;
+        there = choice;
+        choice.bias = host->bias;
+        there.bias = device->bias;
         send(&logits);
-        CHECK(be->ops->alloc(be, (void **)&device, sizeof host, &err));
-        CHECK(be->ops->upload(be, device, &host, sizeof host, &err));
-        for (int step = 0; step < 3; step++)
-            CHECK(be->ops->greedy(be, device->ids, (float *)logits.device, ROWS, n, &device->steps,
-                                  device->log, LOG, &err));
-        CHECK(be->ops->download(be, &host, device, sizeof host, &err));
-        assert_int_equal(host.steps, 7);
-        for (int r = 0; r < ROWS; r++) {
-            assert_int_equal(host.ids[r], expected[r]);
-            assert_int_equal(host.log[r], expected[r]);
-            assert_int_equal(host.log[ROWS + r], expected[r]);
+        CHECK(be->ops->upload(be, device, host, sizeof *host, &err));
+        for (int step = 0; step < 2; step++) {
+            CHECK(be->ops->sample(be, device->ids, (float *)logits.device, rows, n, &there, device->draws,
+                                  (float *)adjusted.device, &device->steps, device->log, LOG, &err));
+            CHECK(ref->ops->sample(ref, host->ids, logits.host, rows, n, &choice, host->draws, adjusted.host,
+                                   &host->steps, host->log, LOG, &err));
         }
-        be->ops->free(be, device);
+        CHECK(be->ops->download(be, found, device, sizeof *device, &err));
+        for (int i = 0; i < LOG * rows; i++)
+            if (found->log[i] != host->log[i])
+                fail_msg("%s: chose %d, expected %d", what, found->log[i], host->log[i]);
+        assert_memory_equal(found->ids, host->ids, (size_t)rows * sizeof *host->ids);
+        assert_memory_equal(found->draws, host->draws, (size_t)rows * sizeof *host->draws);
+        assert_int_equal(found->steps, host->steps);
+        uint8_t *raw;
+        free(fetch(&adjusted, &raw)); /* nothing was written behind it */
+        free(raw);
         drop(&logits);
+        drop(&adjusted);
+    }
+    be->ops->free(be, device);
+    free(host);
+    free(found);
+}
+
+static void test_sum(void **state)
+{
+    (void)state;
+    static const size_t sizes[] = {16, 48, 4096 + 16, 5000 * 16, 1 << 22};
+    struct ltn_error err = {0};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        struct values v = make(sizes[i] / sizeof(float), LTN_F32, 1);
+        uint64_t expected = 0, *out, found;
+        for (size_t k = 0; k < v.n; k += 2) {
+            uint64_t word;
+            memcpy(&word, v.host + k, sizeof word);
+            expected += word;
+        }
+        CHECK(be->ops->alloc(be, (void **)&out, sizeof *out, &err));
+        CHECK(be->ops->sum(be, out, v.device, sizes[i], &err));
+        CHECK(be->ops->download(be, &found, out, sizeof found, &err));
+        assert_true(found == expected);
+        be->ops->free(be, out);
+        drop(&v);
     }
 }
 
@@ -635,7 +681,7 @@ static void test_errors(void **state)
     assert_non_null(strstr(err.text, "free"));
     CHECK(be->ops->sync(be, &err)); /* the failure is over */
     /* weights of a type that the backend was not opened for */
-    struct ltn_matrix m = {NULL, weights == LTN_F32 ? LTN_BF16 : LTN_F32, 8, 8};
+    struct ltn_matrix m = {NULL, weights == LTN_F32 ? LTN_BF16 : LTN_F32, 8, 8, NULL};
     assert_int_equal(be->ops->logits(be, NULL, NULL, &m, 1, &err), LTN_ERR_UNSUPPORTED);
 }
 
@@ -644,7 +690,7 @@ static void test_fused_present(void **state)
     (void)state;
     const struct ltn_ops *o = be->ops;
     assert_true(o->norm_linear && o->norm_glu && o->gated_linear_add && o->norm_logits && o->step &&
-                o->greedy && o->record && o->recorded && o->replay && o->recording_free);
+                o->sample && o->sum && o->record && o->recorded && o->replay && o->recording_free);
 }
 
 static const struct {
@@ -667,7 +713,8 @@ static const struct {
     {"gated_linear_add", test_maps, GATED_ADD},
     {"norm_logits", test_maps, NORM_LOGITS},
     {"lightning", test_lightning, 0},
-    {"greedy", test_greedy, 0},
+    {"sample", test_sample, 0},
+    {"sum", test_sum, 0},
 };
 enum { N_TABLE = sizeof table / sizeof *table };
 

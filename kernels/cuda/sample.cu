@@ -1,0 +1,529 @@
+/* Choosing the next token on the device (kernels/sample.h).
+ *
+ * A cluster of blocks shares a row: each takes a run of the vocabulary, and reads of it again in every pass
+ * what the L2 cache holds anyway. Sums of a cluster are sums of integers, so their order is free. A cut in an
+ * order is found by a histogram over the distance and one over the bucket in which the cut lies; by then few
+ * tokens are left, and these are ranked against each other. Should many still be left, equal logits say,
+ * further histograms over the digits of their places go on until few are. */
+#include "kernels/cuda/cuda.cuh"
+
+enum {
+    THREADS = 1024,
+    WARPS = THREADS / 32,
+    PARTS = 8, /* blocks in a cluster */
+    BINS = 1024,
+    COARSE = LTN_DISTANCE_BITS - 4, /* bits of distance inside a bin of the first histogram, */
+    FINE = COARSE - 10,             /* and of the second */
+    DIGITS_FROM = 2,                /* the histogram from which on places are told apart, by 8 bits each */
+    LAST_LEVEL = DIGITS_FROM + 7,
+    CANDIDATES = 512, /* most that are ranked */
+    RUN = 8,          /* tokens in a row that a thread looks at for the draw */
+};
+static_assert(LTN_FARTHEST >> COARSE < BINS && THREADS == BINS, "a thread for each bin");
+
+enum order { BY_LOGIT, BY_NEARNESS };
+
+struct candidate {
+    uint64_t place, amount;
+};
+
+struct shared {
+    uint64_t weight[BINS];
+    uint32_t count[BINS];
+    struct candidate own[CANDIDATES], all[CANDIDATES];
+    uint32_t n_own;
+    int32_t recent[LTN_RECENT_IDS];
+    uint64_t warps[WARPS], total;
+    uint64_t exchange[2]; /* in turns: by the time one is written again, every block has read it */
+    uint32_t turn;
+    struct {
+        uint32_t bin, count;
+        uint64_t before;
+    } found;
+};
+
+/* A row as its cluster sees it; the same in every thread, but for the run of its block. */
+struct row {
+    const float *logits;
+    uint64_t seed, number; /* of the draw */
+    int64_t position;
+    int32_t first, end; /* this block's run */
+    uint32_t part, parts;
+    float largest;
+    double scale;
+    uint32_t mean;    /* distance, for nearness */
+    uint64_t last[2]; /* of each order: the place of the last token kept */
+    uint64_t least;   /* weight that is kept */
+};
+
+/* ---- sums over a block and over a cluster -------------------------------------------------------------- */
+
+static __device__ __forceinline__ void sync_cluster()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+/* Where another block of the cluster has what is at p here. */
+template <typename T> static __device__ __forceinline__ const T *of_part(const T *p, uint32_t part)
+{
+#if __CUDA_ARCH__ >= 900
+    uint64_t at;
+    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(at) : "l"(p), "r"(part));
+    return reinterpret_cast<const T *>(at);
+#else
+    return p;
+#endif
+}
+
+struct add {
+    static const uint64_t none = 0;
+    static __device__ uint64_t join(uint64_t a, uint64_t b)
+    {
+        return a + b;
+    }
+};
+
+struct least {
+    static const uint64_t none = UINT64_MAX;
+    static __device__ uint64_t join(uint64_t a, uint64_t b)
+    {
+        return a < b ? a : b;
+    }
+};
+
+struct most {
+    static const uint64_t none = 0;
+    static __device__ uint64_t join(uint64_t a, uint64_t b)
+    {
+        return a > b ? a : b;
+    }
+};
+
+template <typename J> static __device__ __forceinline__ uint64_t warp_join(uint64_t v)
+{
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2)
+        v = J::join(v, __shfl_xor_sync(0xffffffffu, v, offset));
+    return v;
+}
+
+/* Of all threads of the cluster. before: of the blocks before this one, if wanted. */
+template <typename J>
+static __device__ uint64_t cluster_join(const struct row *r, struct shared *s, uint64_t v,
+                                        uint64_t *before = NULL)
+{
+    v = warp_join<J>(v);
+    const uint32_t turn = s->turn;
+    if (threadIdx.x % 32 == 0)
+        s->warps[threadIdx.x / 32] = v;
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        v = warp_join<J>(s->warps[threadIdx.x]);
+        if (threadIdx.x == 0) {
+            s->exchange[turn] = v;
+            s->turn = turn ^ 1;
+        }
+    }
+    sync_cluster();
+    v = J::none;
+    for (uint32_t p = 0; p < r->parts; p++) {
+        if (before && p == r->part)
+            *before = v;
+        v = J::join(v, *of_part(&s->exchange[turn], p));
+    }
+    return v;
+}
+
+/* The sum of v over the threads up to this one; s->total: of all. */
+static __device__ uint64_t block_scan(struct shared *s, uint64_t v)
+{
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        uint64_t other = __shfl_up_sync(0xffffffffu, v, offset);
+        v += lane >= offset ? other : 0;
+    }
+    __syncthreads(); /* the last scan's readers are done */
+    if (lane == 31)
+        s->warps[warp] = v;
+    __syncthreads();
+    if (warp == 0) {
+        const uint64_t own = s->warps[lane];
+        uint64_t sum = own;
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+            uint64_t other = __shfl_up_sync(0xffffffffu, sum, offset);
+            sum += lane >= offset ? other : 0;
+        }
+        s->warps[lane] = sum - own;
+        if (lane == 31)
+            s->total = sum;
+    }
+    __syncthreads();
+    return v + s->warps[warp];
+}
+
+/* ---- tokens -------------------------------------------------------------------------------------------- */
+
+struct token {
+    uint32_t distance; /* LTN_FAR: out */
+    uint64_t place[2];
+};
+
+static __device__ __forceinline__ struct token look(const struct row *r, int32_t i)
+{
+    const float logit = load_fresh(r->logits + i);
+    struct token t;
+    t.distance = ltn_distance(logit, r->largest, r->scale);
+    t.place[BY_LOGIT] = ltn_place(ltn_logit_key(logit), i);
+    t.place[BY_NEARNESS] = ltn_place(ltn_nearness_key(t.distance, r->mean), i);
+    if (t.place[BY_LOGIT] > r->last[BY_LOGIT] || t.place[BY_NEARNESS] > r->last[BY_NEARNESS])
+        t.distance = LTN_FAR;
+    return t;
+}
+
+static __device__ __forceinline__ uint64_t weigh(const struct row *r, int32_t i)
+{
+    const uint64_t weight = ltn_token_weight(look(r, i).distance);
+    return weight >= r->least ? weight : 0;
+}
+
+/* ---- a cut in an order --------------------------------------------------------------------------------- */
+
+/* The bins chosen so far, level by level. */
+struct path {
+    enum order order;
+    int level;
+    uint32_t near;   /* of the distance or nearness: first COARSE, then FINE bits are cut off */
+    uint64_t digits; /* of the place */
+};
+
+static __device__ __forceinline__ uint32_t nearness(const struct row *r, const struct path *p,
+                                                    const struct token *t)
+{
+    return p->order == BY_LOGIT ? t->distance : ltn_nearness_key(t->distance, r->mean);
+}
+
+static __device__ __forceinline__ bool on_path(const struct row *r, const struct path *p,
+                                               const struct token *t)
+{
+    if (t->distance == LTN_FAR)
+        return false;
+    if (p->level == 0)
+        return true;
+    if (p->level == 1)
+        return nearness(r, p, t) >> COARSE == p->near;
+    if (nearness(r, p, t) >> FINE != p->near)
+        return false;
+    return p->level == DIGITS_FROM || t->place[p->order] >> (64 - 8 * (p->level - DIGITS_FROM)) == p->digits;
+}
+
+static __device__ __forceinline__ uint32_t bin_of(const struct row *r, const struct path *p,
+                                                  const struct token *t)
+{
+    if (p->level == 0)
+        return nearness(r, p, t) >> COARSE;
+    if (p->level == 1)
+        return nearness(r, p, t) >> FINE & (BINS - 1);
+    return (uint32_t)(t->place[p->order] >> (56 - 8 * (p->level - DIGITS_FROM))) & 255;
+}
+
+static __device__ void go_into(struct path *p, uint32_t bin)
+{
+    if (p->level < DIGITS_FROM)
+        p->near = p->level == 0 ? bin : p->near << (COARSE - FINE) | bin;
+    else
+        p->digits = p->digits << 8 | bin;
+    p->level++;
+}
+
+static __device__ void histogram(const struct row *r, struct shared *s, const struct path *p, bool weights)
+{
+    s->weight[threadIdx.x] = 0;
+    s->count[threadIdx.x] = 0;
+    __syncthreads();
+#pragma unroll 4
+    for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS) {
+        const struct token t = look(r, i);
+        if (!on_path(r, p, &t))
+            continue;
+        const uint32_t bin = bin_of(r, p, &t);
+        atomicAdd(&s->count[bin], 1);
+        if (weights)
+            atomicAdd((unsigned long long *)&s->weight[bin],
+                      (unsigned long long)ltn_token_weight(t.distance));
+    }
+    sync_cluster();
+}
+
+/* Ranks what is left, each block its share; the place at which the amount is reached. */
+static __device__ uint64_t rank(const struct row *r, struct shared *s, const struct path *p, uint64_t amount,
+                                bool weights)
+{
+    uint64_t last = UINT64_MAX;
+    uint32_t n = 0;
+    if (threadIdx.x == 0)
+        s->n_own = 0;
+    __syncthreads();
+#pragma unroll 4
+    for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS) {
+        const struct token t = look(r, i);
+        if (on_path(r, p, &t))
+            s->own[atomicAdd(&s->n_own, 1)] = {t.place[p->order], weights ? ltn_token_weight(t.distance) : 1};
+    }
+    sync_cluster();
+    for (uint32_t part = 0; part < r->parts; part++) {
+        const uint32_t n_part = *of_part(&s->n_own, part);
+        for (uint32_t i = threadIdx.x; i < n_part; i += THREADS)
+            s->all[n + i] = *of_part(&s->own[i], part);
+        n += n_part;
+    }
+    __syncthreads();
+    for (uint32_t i = r->part + r->parts * (threadIdx.x / 32); i < n; i += r->parts * WARPS) {
+        const struct candidate c = s->all[i];
+        uint64_t sum = 0;
+        for (uint32_t j = threadIdx.x % 32; j < n; j += 32)
+            sum += s->all[j].place <= c.place ? s->all[j].amount : 0;
+        sum = warp_join<add>(sum);
+        if (sum >= amount && sum - c.amount < amount)
+            last = c.place;
+    }
+    return cluster_join<least>(r, s, last);
+}
+
+/* Keeps the fewest first tokens of the order that reach the amount: so many tokens, or this share of the
+ * weight. */
+static __device__ void keep_first(struct row *r, struct shared *s, enum order order, bool weights,
+                                  uint64_t amount, double share)
+{
+    struct path path = {order, 0, 0, 0};
+    for (;;) {
+        uint32_t count = 0;
+        uint64_t weight = 0;
+        histogram(r, s, &path, weights);
+        for (uint32_t p = 0; p < r->parts; p++) {
+            count += *of_part(&s->count[threadIdx.x], p);
+            if (weights)
+                weight += *of_part(&s->weight[threadIdx.x], p);
+        }
+        const uint64_t own = weights ? weight : count, sum = block_scan(s, own), total = s->total;
+        if (path.level == 0) {
+            if (weights)
+                amount = ltn_share_of(share, total);
+            if (amount > total) { /* there are fewer tokens than that */
+                sync_cluster();
+                return;
+            }
+        }
+        if (sum >= amount && sum - own < amount) {
+            s->found.bin = threadIdx.x;
+            s->found.count = count;
+            s->found.before = sum - own;
+        }
+        sync_cluster(); /* the histograms have been read */
+        amount -= s->found.before;
+        go_into(&path, s->found.bin);
+        if (s->found.count <= CANDIDATES || path.level > LAST_LEVEL)
+            break;
+    }
+    r->last[order] = rank(r, s, &path, amount, weights);
+}
+
+static __device__ void keep_typical(struct row *r, struct shared *s, double share)
+{
+    uint64_t total = 0, high = 0, low = 0;
+    for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS) {
+        const uint32_t distance = look(r, i).distance;
+        const uint64_t weight = ltn_token_weight(distance), product = weight * distance;
+        total += weight;
+        high += product >> 32;
+        low += product & 0xffffffffu;
+    }
+    total = cluster_join<add>(r, s, total);
+    high = cluster_join<add>(r, s, high);
+    low = cluster_join<add>(r, s, low);
+    r->mean = ltn_mean_distance(high, low, total);
+    keep_first(r, s, BY_NEARNESS, true, 0, share);
+}
+
+/* ---- penalties and biases ------------------------------------------------------------------------------ */
+
+static __device__ void adjust(const struct row *r, struct shared *s, float *adjusted,
+                              const struct ltn_choice *choice, const struct ltn_draws *draws)
+{
+    const int64_t position = r->position;
+    int32_t n = ltn_has_penalties(choice) ? choice->repeat_last : 0;
+    n = n < position ? n : (int32_t)position;
+#pragma unroll 4
+    for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS)
+        adjusted[i] = load_fresh(r->logits + i);
+    for (int32_t i = threadIdx.x; i < n; i += THREADS)
+        s->recent[i] = __ldcg(&draws->recent[(position - 1 - i) % LTN_RECENT_IDS]);
+    __syncthreads();
+    for (int32_t i = threadIdx.x; i < n; i += THREADS) {
+        const int32_t id = s->recent[i];
+        int32_t count = 0;
+        bool seen = false; /* by a thread before */
+        if (id < r->first || id >= r->end)
+            continue;
+        for (int32_t j = 0; j < n; j++) {
+            count += s->recent[j] == id;
+            seen = seen || (j < i && s->recent[j] == id);
+        }
+        if (!seen)
+            adjusted[id] = ltn_penalised(adjusted[id], count, choice);
+    }
+    __syncthreads();
+    for (int32_t i = threadIdx.x; i < choice->n_bias; i += THREADS) {
+        const int32_t id = choice->bias[i].id;
+        if (id < r->first || id >= r->end || (i > 0 && choice->bias[i - 1].id == id))
+            continue;
+        float logit = adjusted[id];
+        for (int32_t j = i; j < choice->n_bias && choice->bias[j].id == id; j++)
+            logit += choice->bias[j].value;
+        adjusted[id] = logit;
+    }
+    __syncthreads();
+}
+
+/* ---- the choice ---------------------------------------------------------------------------------------- */
+
+/* *id in the thread that found it, and in that one alone; true there. */
+static __device__ bool draw(struct row *r, struct shared *s, const struct ltn_choice *choice, int32_t *id)
+{
+    const double u = ltn_uniform(r->seed, r->number);
+    uint64_t sum = 0, before = 0;
+    if (choice->top_k > 0)
+        keep_first(r, s, BY_LOGIT, false, (uint64_t)choice->top_k, 0);
+    if (choice->typical > 0 && choice->typical < 1)
+        keep_typical(r, s, choice->typical);
+    if (choice->top_p < 1)
+        keep_first(r, s, BY_LOGIT, true, 0, choice->top_p);
+    if (choice->min_p > 0) {
+        uint64_t heaviest = 0;
+        for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS)
+            heaviest = most::join(heaviest, weigh(r, i));
+        r->least = ltn_share_of(choice->min_p, cluster_join<most>(r, s, heaviest));
+    }
+#pragma unroll 4
+    for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS)
+        sum += weigh(r, i);
+    const uint64_t total = cluster_join<add>(r, s, sum, &before);
+    const uint64_t threshold = ltn_threshold(u, total);
+    if (threshold < before)
+        return false;
+    for (int32_t first = r->first; first < r->end && before <= threshold; first += RUN * THREADS) {
+        const int32_t mine = first + RUN * threadIdx.x;
+        sum = 0;
+#pragma unroll
+        for (int i = 0; i < RUN; i++)
+            sum += mine + i < r->end ? weigh(r, mine + i) : 0;
+        const uint64_t to_here = before + block_scan(s, sum);
+        if (to_here > threshold && to_here - sum <= threshold) {
+            sum = to_here - sum;
+            for (*id = mine; sum += weigh(r, *id), sum <= threshold; ++*id)
+                ;
+            return true; /* the others' loop ends too: before passes the threshold */
+        }
+        before += s->total;
+    }
+    return false;
+}
+
+/* The cluster's first block and thread alone give the likeliest out. */
+static __device__ bool choose(struct row *r, struct shared *s, const struct ltn_choice *choice, int32_t *id)
+{
+    uint64_t best = UINT64_MAX, bad = UINT64_MAX; /* a place; an id */
+#pragma unroll 4
+    for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS) {
+        const float logit = load_fresh(r->logits + i);
+        best = least::join(best, ltn_place(ltn_logit_key(logit), i));
+        if (!(logit < INFINITY))
+            bad = least::join(bad, (uint64_t)i);
+    }
+    best = cluster_join<least>(r, s, best);
+    bad = cluster_join<least>(r, s, bad);
+    const bool leads = r->part == 0 && threadIdx.x == 0;
+    if (bad != UINT64_MAX) {
+        *id = ltn_bad_logit((int32_t)bad);
+        return leads;
+    }
+    *id = (int32_t)(uint32_t)best;
+    r->largest = load_fresh(r->logits + *id);
+    if (r->largest == -INFINITY)
+        *id = LTN_NO_TOKEN;
+    if (choice->temperature == 0 || r->largest == -INFINITY)
+        return leads;
+    r->scale = ltn_distance_scale(choice->temperature);
+    return draw(r, s, choice, id);
+}
+
+static __global__ void __launch_bounds__(THREADS)
+    sample_kernel(int32_t *ids, const float *logits, int32_t cols, uint32_t parts, struct ltn_choice choice,
+                  struct ltn_draws *draws, float *adjusted, int64_t *steps, int32_t *log, int32_t log_rows)
+{
+    __shared__ struct shared s;
+    const uint32_t n = blockIdx.x / parts;
+    const int32_t run = (int32_t)((cols + parts - 1) / parts);
+    struct row r = {.logits = logits + (int64_t)n * cols, .part = blockIdx.x % parts, .parts = parts};
+    int32_t id;
+
+    r.first = (int32_t)min((int64_t)r.part * run, (int64_t)cols);
+    r.end = (int32_t)min((int64_t)r.first + run, (int64_t)cols);
+    r.last[BY_LOGIT] = r.last[BY_NEARNESS] = UINT64_MAX;
+    r.least = 1;
+    draws += n;
+    if (threadIdx.x == 0)
+        s.turn = 0;
+    let_next_start();
+    wait_for_previous();
+    __syncthreads();
+    const int64_t done = __ldcg(steps);
+    r.seed = __ldcg(&draws->seed);
+    r.number = __ldcg(&draws->draw);
+    r.position = __ldcg(&draws->position);
+    if (adjusted) {
+        adjusted += (int64_t)n * cols;
+        adjust(&r, &s, adjusted, &choice, draws);
+        r.logits = adjusted;
+    }
+    if (choose(&r, &s, &choice, &id)) {
+        log[done % log_rows * (gridDim.x / parts) + n] = id;
+        id = id < 0 ? 0 : id;
+        ids[n] = id;
+        draws->recent[r.position % LTN_RECENT_IDS] = id;
+        draws->position = r.position + 1;
+        draws->draw = r.number + 1;
+        if (gridDim.x == parts)
+            *steps = done + 1;
+    }
+    sync_cluster(); /* no block's memory goes while another may read it */
+}
+
+/* With several rows, when all have read it. */
+static __global__ void count_kernel(int64_t *steps)
+{
+    let_next_start();
+    wait_for_previous();
+    *steps = __ldcg(steps) + 1;
+}
+
+enum ltn_status cuda_sample(struct ltn_backend *base, int32_t *ids, const float *logits, int32_t rows,
+                            int32_t cols, const struct ltn_choice *choice, struct ltn_draws *draws,
+                            float *adjusted, int64_t *steps, int32_t *log, int32_t log_rows,
+                            struct ltn_error *err)
+{
+    struct cuda_backend *be = cuda_of(base);
+    struct turn turn(be);
+    const uint32_t parts = be->overlaps ? PARTS : 1; /* clusters came with the same generation */
+    const bool changes = ltn_has_penalties(choice) || choice->n_bias > 0;
+    LAUNCH_CLUSTER(be, err, sample_kernel, parts, dim3(rows * parts), dim3(THREADS), 0, ids, logits, cols,
+                   parts, *choice, draws, changes ? adjusted : NULL, steps, log, log_rows);
+    if (rows > 1)
+        LAUNCH(be, err, count_kernel, dim3(1), dim3(1), 0, steps);
+    return LTN_OK;
+}
