@@ -273,8 +273,8 @@ static enum ltn_status run(struct cuda_backend *be, const struct product *p, str
     const int32_t n_chunks = (p->cols + COLS - 1) / COLS;
     struct batch_maps maps;
     int splits = 1;
-    /* Up to 256 blocks, which all have room at once, none with fewer than two stages. */
-    while (splits < MAX_SPLITS && tiles * splits * 2 <= 256 && splits * 4 <= n_chunks)
+    /* Up to 128 blocks, so that half of the shared memory is left to the next kernel, none with fewer than two stages. */
+    while (splits < MAX_SPLITS && tiles * splits * 2 <= 128 && splits * 4 <= n_chunks)
         splits *= 2;
     memset(&maps, 0, sizeof maps);
     if (!encode(&maps.w, p->w, p->outs, p->cols, 64) ||

@@ -318,7 +318,7 @@ static __global__ void __launch_bounds__(THREADS + STREAMERS, 1)
         if (threadIdx.x < THREADS + 32)
             stream<W>(a, m);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 120;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
         consume<W, CHUNKS>(a, m);
     }
 #endif
