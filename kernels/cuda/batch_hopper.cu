@@ -273,8 +273,11 @@ static enum ltn_status run(struct cuda_backend *be, const struct product *p, str
     const int32_t n_chunks = (p->cols + COLS - 1) / COLS;
     struct batch_maps maps;
     int splits = 1;
-    /* Up to 128 blocks, so that half of the shared memory is left to the next kernel, none with fewer than two stages. */
-    while (splits < MAX_SPLITS && tiles * splits * 2 <= 128 && splits * 4 <= n_chunks)
+    /* Up to 128 blocks, which leave half of the shared memory to the next kernel, so that it can fetch; where
+     * tiles alone come near that number, twice as many, as one block an SM does not keep the memory busy. No
+     * block with fewer than two stages. */
+    const int32_t most = tiles > 64 ? 256 : 128;
+    while (splits < MAX_SPLITS && tiles * splits * 2 <= most && splits * 4 <= n_chunks)
         splits *= 2;
     memset(&maps, 0, sizeof maps);
     if (!encode(&maps.w, p->w, p->outs, p->cols, 64) ||
