@@ -33,11 +33,11 @@ TOOL_OBJ := $(patsubst %,$(B)/%.o,$(filter-out tools/convert.c,$(wildcard tools/
 TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c tests/typist.c
 TEST_BIN := $(TEST_SRC:tests/%.c=$(B)/tests/%)
 TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c))) $(B)/tests/cuda/device.c.o
-CUDA_BIN := $(B)/tests/cuda/test_ops $(B)/tests/cuda/test_decode $(B)/tests/cuda/bench_decode $(B)/tests/cuda/test_conv
-# The tensor-core attention stands by itself so far, with a test and bench of its own.
+CUDA_BIN := $(B)/tests/cuda/test_ops $(B)/tests/cuda/test_decode $(B)/tests/cuda/test_prefill $(B)/tests/cuda/bench_decode \
+            $(B)/tests/cuda/test_conv
 ATTN_SRC := kernels/cuda/lightning_mma.cu kernels/cuda/lightning_hopper.cu
+CUDA_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/cuda/*.cu))
 CONV_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/conv/*.cu) kernels/conv/shape.c kernels/conv/fused_plan.c kernels/status.c)
-CUDA_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(ATTN_SRC),$(wildcard kernels/cuda/*.cu)))
 PROGRAMS := $(patsubst src/%.c,$(BIN)/ltn-%,$(MAINS)) $(BIN)/tools/convert
 NAMES    := $(MAINS:src/%.c=ltn-%) ltn-convert
 BENCHES  := $(patsubst src/bench_%.c,ltn-bench-%,$(filter-out src/bench_model.c,$(BENCH_SRC)))
@@ -79,15 +79,17 @@ test-cuda: setup ## run the tests that need a GPU
 	$(B)/tests/cuda/attention test
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_ops
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_decode
+	LTN_BIN=$(BIN) $(B)/tests/cuda/test_prefill
 	LD_LIBRARY_PATH=$(BIN):$$LD_LIBRARY_PATH $(B)/tests/cuda/test_conv
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
 
-bench-gpu: setup ## measure decoding, reading and attention on the GPU, beside PyTorch's, into tools/results
+bench-gpu: setup ## measure decoding, reading, attention and convolution on the GPU, beside their peers, into tools/results
 	@$(MAKE) --no-print-directory -j$(JOBS) all $(B)/tests/cuda/bench_decode $(B)/tests/cuda/libattention.so
 	@mkdir -p tools/results
 	LTN_BIN=$(BIN) $(B)/tests/cuda/bench_decode --batches 1,8,64,256 --positions 0,10000,1000000 --json tools/results/decode.json
 	python3 tools/bench_attention_peers.py --ltn $(B)/tests/cuda/libattention.so -o tools/results/attention.json
 	python3 tools/bench_prefill.py --bench $(BIN)/ltn-bench -o tools/results/prefill.json
+	$(BIN)/ltn-bench conv --device cuda --format json >tools/results/conv.json
 
 programs: $(PROGRAMS) $(B)/libltn.a $(BIN)/libltn.so
 

@@ -55,7 +55,8 @@ PIECE_FN = ctypes.CFUNCTYPE(c_int, c_void_p, c_int32, POINTER(c_char), c_size_t,
 
 class EngineOptions(ctypes.Structure):
     c_name = "ltn_engine_options"
-    _fields_ = [("device", c_char_p), ("n_threads", c_int), ("progress", PROGRESS_FN), ("progress_ctx", c_void_p)]
+    _fields_ = [("device", c_char_p), ("n_threads", c_int), ("progress", PROGRESS_FN), ("progress_ctx", c_void_p),
+                ("prefill", c_char_p)]
 
 
 class EngineInfo(ctypes.Structure):
@@ -209,17 +210,18 @@ class _Handle:
 
 class Engine(_Handle):
     """A model. device: "auto", "cpu", "cuda", "cuda:N"; n_threads of the CPU, 0: one per core; progress(done,
-    total) is called with bytes while it loads."""
+    total) is called with bytes while it loads; prefill: "exact", "fp8" (see ltn.h)."""
     _close = "ltn_engine_close"
 
-    def __init__(self, path, device="auto", n_threads=0, progress=None):
+    def __init__(self, path, device="auto", n_threads=0, progress=None, prefill="exact"):
         super().__init__()
         self._sessions = weakref.WeakSet()
         with _Guard() as guard:
             def tell(_, done, total):
                 progress(done, total)
             report = PROGRESS_FN(guard.wrap(tell)) if progress else PROGRESS_FN()
-            options = EngineOptions(device.encode(), _whole("n_threads", n_threads), report, None)
+            options = EngineOptions(device.encode(), _whole("n_threads", n_threads), report, None,
+                                    prefill.encode())
             _call("ltn_engine_open", byref(self._pointer), _path(path), byref(options))
 
     def close(self):

@@ -47,7 +47,8 @@ struct ltn_matrix {
 
 struct ltn_linear {
     struct ltn_matrix w;
-    const float *bias; /* [w.rows] or NULL */
+    const float *bias;     /* [w.rows] or NULL */
+    struct ltn_matrix fp8; /* w as LTN_FP8, for products of many rows in e4m3; data NULL: they run in w */
 };
 
 /* weight == NULL: SimpleRMSNorm, x / sqrt(mean(x^2) + 1e-6), no parameters (TransNormerLLM, arXiv 2307.14995,
@@ -208,6 +209,14 @@ struct ltn_ops {
     enum ltn_status (*norm_logits)(struct ltn_backend *be, float *out, const float *x,
                                    const struct ltn_norm *norm, const struct ltn_matrix *w, int32_t rows,
                                    void *scratch, struct ltn_error *err);
+
+    /* out = w as LTN_FP8: out->data [w->rows, w->cols] and out->scales f32 [w->rows], a row's largest
+     * magnitude over 448. w: LTN_BF16 or LTN_F16. LTN_ERR_UNSUPPORTED: the device has no e4m3 products. Where
+     * a linear map has its fp8 set, prefill rounds activations to e4m3 too, each row under a scale of its
+     * own.
+     */
+    enum ltn_status (*matrix_fp8)(struct ltn_backend *be, const struct ltn_matrix *out,
+                                  const struct ltn_matrix *w, struct ltn_error *err);
 
     /* One token of one stream through the whole network: its logits, and its state advanced. id: [1]; logits:
      * f32 [V]; x: f32 [D]; qkv: act [4H]; o: act [H]; h: act [G]; all backend memory, and x .. h hold nothing

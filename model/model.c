@@ -368,10 +368,82 @@ enum ltn_status ltn_model_random(struct ltn_model *model, const struct ltn_confi
     return status;
 }
 
+/* ---- fp8 for prefill ----------------------------------------------------------------------------------- */
+
+/* The maps that prefill spends its time in. TNL3's low-rank gate is not worth it. */
+enum { FP8_MAPS = 5 };
+
+static void fp8_maps(struct ltn_linear *maps[FP8_MAPS], struct ltn_layer *layer)
+{
+    maps[0] = &layer->qkv;
+    maps[1] = &layer->out;
+    maps[2] = &layer->l1;
+    maps[3] = &layer->l2;
+    maps[4] = &layer->l3;
+}
+
+static size_t fp8_bytes(const struct ltn_matrix *w)
+{
+    return w->dtype == LTN_FP8
+               ? 0
+               : align_up((size_t)w->rows * (size_t)w->cols) + align_up((size_t)w->rows * sizeof(float));
+}
+
+static enum ltn_status fill_fp8(struct ltn_model *model, struct ltn_error *err)
+{
+    struct ltn_linear *maps[FP8_MAPS];
+    uint8_t *next = model->fp8_arena;
+
+    for (int32_t l = 0; l < model->config.n_layers; l++) {
+        fp8_maps(maps, &model->layers[l]);
+        for (int i = 0; i < FP8_MAPS; i++) {
+            const struct ltn_matrix *w = &maps[i]->w;
+            if (w->dtype == LTN_FP8) {
+                maps[i]->fp8 = *w;
+                continue;
+            }
+            const struct ltn_matrix fp8 = {next, LTN_FP8, w->rows, w->cols,
+                                           next + align_up((size_t)w->rows * (size_t)w->cols)};
+            LTN_TRY(model->be->ops->matrix_fp8(model->be, &fp8, w, err));
+            maps[i]->fp8 = fp8;
+            next += fp8_bytes(w);
+        }
+    }
+    return model->be->ops->sync(model->be, err);
+}
+
+enum ltn_status ltn_model_prefill_fp8(struct ltn_model *model, struct ltn_error *err)
+{
+    struct ltn_linear *maps[FP8_MAPS];
+    size_t bytes = 0;
+
+    if (!model->be->ops->matrix_fp8)
+        return ltn_fail(err, LTN_ERR_UNSUPPORTED, "prefill in fp8: %s does not have it", model->be->name);
+    for (int32_t l = 0; l < model->config.n_layers; l++) {
+        fp8_maps(maps, &model->layers[l]);
+        for (int i = 0; i < FP8_MAPS; i++)
+            bytes += fp8_bytes(&maps[i]->w);
+    }
+    LTN_TRY(model->be->ops->alloc(model->be, &model->fp8_arena, bytes, err));
+    enum ltn_status status = fill_fp8(model, err);
+    if (status != LTN_OK) {
+        for (int32_t l = 0; l < model->config.n_layers; l++) {
+            fp8_maps(maps, &model->layers[l]);
+            for (int i = 0; i < FP8_MAPS; i++)
+                maps[i]->fp8 = (struct ltn_matrix){0};
+        }
+        model->be->ops->free(model->be, model->fp8_arena);
+        model->fp8_arena = NULL;
+    }
+    return status;
+}
+
 void ltn_model_free(struct ltn_model *model)
 {
-    if (model->be)
+    if (model->be) {
         model->be->ops->free(model->be, model->arena);
+        model->be->ops->free(model->be, model->fp8_arena);
+    }
     free(model->layers);
     *model = (struct ltn_model){0};
 }

@@ -114,8 +114,7 @@ static void name_device(struct ltn_bench_head *head, const struct ltn_backend *b
         fclose(cpuinfo);
 }
 
-enum ltn_status ltn_bench_begin(struct ltn_bench_head *head, struct ltn_backend *be, int n_threads, int argc,
-                                char **argv, struct ltn_error *err)
+void ltn_bench_note(struct ltn_bench_head *head, int argc, char **argv)
 {
     time_t t = time(NULL);
     struct tm tm;
@@ -126,6 +125,12 @@ enum ltn_status ltn_bench_begin(struct ltn_bench_head *head, struct ltn_backend 
         snprintf(head->command + used, sizeof head->command - used, " %s", argv[i]);
     }
     strftime(head->date, sizeof head->date, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&t, &tm));
+}
+
+enum ltn_status ltn_bench_begin(struct ltn_bench_head *head, struct ltn_backend *be, int n_threads, int argc,
+                                char **argv, struct ltn_error *err)
+{
+    ltn_bench_note(head, argc, argv);
     name_device(head, be);
     return ltn_measure_bandwidth(&head->bandwidth, be, n_threads, err);
 }
@@ -179,6 +184,7 @@ static const struct command {
     {"model", ltn_bench_model},
     {"attention", ltn_bench_attention},
     {"prefill", ltn_bench_prefill},
+    {"conv", ltn_bench_conv},
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 

@@ -17,8 +17,10 @@
 int ltn_bench_model(int argc, char **argv);
 int ltn_bench_attention(int argc, char **argv);
 int ltn_bench_prefill(int argc, char **argv);
+int ltn_bench_conv(int argc, char **argv);
 
-#define LTN_BENCH_COMMANDS "model|attention|prefill" /* the words of the table in bench.c, "|" between */
+/* the words of the table in bench.c, "|" between */
+#define LTN_BENCH_COMMANDS "model|attention|prefill|conv"
 
 int ltn_bench_cores(void);  /* that this process may use */
 double ltn_bench_now(void); /* seconds, of a clock that only goes forward */
@@ -45,7 +47,9 @@ struct ltn_bench_head {
     double gemm_tflops; /* 0: not measured */
 };
 
-/* Names device, date and command ("ltn-bench" and the words of argv), and measures the bandwidth. */
+/* Clears the head and notes date and command ("ltn-bench" and the words of argv). */
+void ltn_bench_note(struct ltn_bench_head *head, int argc, char **argv);
+/* The same, names the device, and measures the bandwidth. */
 enum ltn_status ltn_bench_begin(struct ltn_bench_head *head, struct ltn_backend *be, int n_threads, int argc,
                                 char **argv, struct ltn_error *err);
 

@@ -6,9 +6,9 @@
  * three times), so that both see the same clocks and the same heat.
  *
  * Results also carry {backend, threads}; gemm_tflops is that of the last row. A row is {impl, model, dtype,
- * n, chunk, tok_s, share, gemm_tok_s, gemm_tflops, extra_bytes, samples, gemm_samples}: tok_s and gemm_tok_s
- * the medians of the samples, in tokens/s; share = tok_s / gemm_tok_s; extra_bytes: workspace and state, all
- * that reading takes beside the weights.
+ * prefill, n, chunk, tok_s, share, gemm_tok_s, gemm_tflops, extra_bytes, samples, gemm_samples}: tok_s and
+ * gemm_tok_s the medians of the samples, in tokens/s; share = tok_s / gemm_tok_s; extra_bytes: workspace and
+ * state, all that reading takes beside the weights.
  */
 #include "src/bench.h"
 
@@ -23,7 +23,7 @@
 enum { MOST_SAMPLES = 512, LEAST_SAMPLES = 3 };
 
 struct options {
-    const char *device, *format, *shape, *dtype;
+    const char *device, *format, *shape, *dtype, *prefill;
     struct ltn_ints lengths;
     int64_t chunk, threads;
     double seconds;
@@ -164,6 +164,7 @@ static enum ltn_status print_json(const struct bench *b, struct ltn_error *err)
         cJSON_AddStringToObject(row, "impl", "ltn");
         cJSON_AddStringToObject(row, "model", b->options->shape);
         cJSON_AddStringToObject(row, "dtype", b->options->dtype);
+        cJSON_AddStringToObject(row, "prefill", b->options->prefill);
         cJSON_AddNumberToObject(row, "n", (double)r->n);
         cJSON_AddNumberToObject(row, "chunk", b->chunk);
         cJSON_AddNumberToObject(row, "tok_s", r->model.summary.median);
@@ -193,6 +194,8 @@ static enum ltn_status prepare(struct bench *b, struct ltn_error *err)
 
     LTN_TRY(ltn_config_released(&config, o->shape, err));
     LTN_TRY(ltn_model_random(&b->model, &config, dtype_of(o->dtype), be, err));
+    if (strcmp(o->prefill, "fp8") == 0)
+        LTN_TRY(ltn_model_prefill_fp8(&b->model, err));
     b->chunk = o->chunk ? (int32_t)o->chunk : be->chunk_rows;
     LTN_TRY(ltn_workspace_create(&b->ws, &b->model, b->chunk, 1, err));
     b->state_bytes = ltn_state_offset(&config, config.n_layers) * sizeof(float);
@@ -235,6 +238,7 @@ int ltn_bench_prefill(int argc, char **argv)
                         .format = "table",
                         .shape = "385m",
                         .dtype = "bf16",
+                        .prefill = "exact",
                         .lengths = {{2048, 8192, 32768}, 3},
                         .seconds = 3};
     // clang-format off
@@ -249,6 +253,8 @@ int ltn_bench_prefill(int argc, char **argv)
          .help = "tokens that go through the model at once; 0: what suits the device"},
         {.name = "dtype", .argument = "DTYPE", .kind = LTN_FLAG_CHOICE, .target = &o.dtype, .choices = "bf16|f16|f32",
          .help = "element type of the weights"},
+        {.name = "prefill", .argument = "HOW", .kind = LTN_FLAG_CHOICE, .target = &o.prefill, .choices = "exact|fp8",
+         .help = "fp8: products in e4m3, the bare ones too"},
         {.name = "format", .argument = "FORMAT", .kind = LTN_FLAG_CHOICE, .target = &o.format,
          .choices = "table|json", .help = "table or json; json keeps every sample"},
         {.letter = 't', .argument = "THREADS", .kind = LTN_FLAG_INT, .target = &o.threads, .max = 1024,

@@ -1,14 +1,12 @@
 #include "src/engine.h"
 
 #include <dlfcn.h>
-#include <limits.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
+#include "kernels/library.h"
 #include "src/session_file.h"
 
 const char *ltn_version(void)
@@ -20,47 +18,11 @@ const char *ltn_version(void)
 
 #define CUDA_LIBRARY "libltn_cuda.so"
 
-/* Where the library may lie, seen from the folder of the running executable. */
-static const char *const cuda_places[] = {"", "../lib/", "../lib/ltn/"};
-
-/* Opens the CUDA library. *present: there is such a library, whether it opened or not. */
-static void *open_cuda_library(bool *present, struct ltn_error *err)
-{
-    char exe[PATH_MAX], path[2 * PATH_MAX];
-    ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
-    struct stat st;
-
-    *present = true;
-    for (size_t i = 0; n > 0 && i < sizeof cuda_places / sizeof *cuda_places; i++) {
-        exe[n] = 0;
-        snprintf(path, sizeof path, "%.*s/%s%s", (int)(strrchr(exe, '/') - exe), exe, cuda_places[i],
-                 CUDA_LIBRARY);
-        if (stat(path, &st) != 0)
-            continue;
-        void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-        if (!library)
-            ltn_fail(err, LTN_ERR_DEVICE, "%s", dlerror());
-        return library;
-    }
-    void *library = dlopen(CUDA_LIBRARY, RTLD_NOW | RTLD_LOCAL);
-    if (!library) {
-        const char *why = dlerror();
-        /* the loader's way of saying that the library itself, not one that it needs, is nowhere */
-        *present = strncmp(why, CUDA_LIBRARY ": cannot open", strlen(CUDA_LIBRARY ": cannot open")) != 0;
-        if (*present)
-            ltn_fail(err, LTN_ERR_DEVICE, "%s", why);
-        else
-            ltn_fail(err, LTN_ERR_UNSUPPORTED, CUDA_LIBRARY " was not found: built without CUDA?");
-    }
-    return library;
-}
-
-/* The library stays loaded for as long as the process lives: CUDA does not unload cleanly. */
 static enum ltn_status open_cuda(struct ltn_backend **out, int device, enum ltn_dtype dtype, bool *present,
                                  struct ltn_error *err)
 {
     struct ltn_error why = {0};
-    void *library = open_cuda_library(present, &why);
+    void *library = ltn_library_open(CUDA_LIBRARY, present, &why);
     if (!library)
         return ltn_fail(err, why.status, "CUDA: %s", why.text);
     ltn_cuda_open_fn *open;
@@ -70,24 +32,10 @@ static enum ltn_status open_cuda(struct ltn_backend **out, int device, enum ltn_
     return open(out, device, dtype, err);
 }
 
-/* "cuda" is device 0, "cuda:N" device N. */
-static bool parse_cuda(const char *text, int *device)
-{
-    char *end;
-    *device = 0;
-    if (strcmp(text, "cuda") == 0)
-        return true;
-    if (strncmp(text, "cuda:", 5) != 0 || text[5] < '0' || text[5] > '9')
-        return false;
-    long n = strtol(text + 5, &end, 10);
-    *device = (int)n;
-    return *end == 0 && n < 1024;
-}
-
 enum ltn_status ltn_device_check(const char *device, struct ltn_error *err)
 {
     int index;
-    if (strcmp(device, "auto") == 0 || strcmp(device, "cpu") == 0 || parse_cuda(device, &index))
+    if (strcmp(device, "auto") == 0 || strcmp(device, "cpu") == 0 || ltn_cuda_device(device, &index))
         return LTN_OK;
     return ltn_fail(err, LTN_ERR_INPUT, "device: expected auto, cpu, cuda or cuda:N, found '%s'", device);
 }
@@ -104,7 +52,7 @@ enum ltn_status ltn_backend_open(struct ltn_backend **out, const char *device, e
     if (n_threads < 0)
         return ltn_fail(err, LTN_ERR_INPUT, "threads: expected 0 or more, found %d", n_threads);
     LTN_TRY(ltn_device_check(device, err));
-    parse_cuda(device, &index);
+    ltn_cuda_device(device, &index);
     if (strcmp(device, "cpu") != 0) {
         struct ltn_error why = {0};
         if (open_cuda(out, index, dtype, &present, &why) == LTN_OK)
@@ -161,11 +109,21 @@ static void fill_info(struct ltn_engine *engine, int n_threads)
     info->checksum = cp->checksum;
 }
 
+static enum ltn_status parse_prefill(const char *text, bool *fp8, struct ltn_error *err)
+{
+    *fp8 = text && strcmp(text, "fp8") == 0;
+    if (text && !*fp8 && strcmp(text, "exact") != 0)
+        return ltn_fail(err, LTN_ERR_INPUT, "prefill: expected \"exact\" or \"fp8\", found \"%.40s\"", text);
+    return LTN_OK;
+}
+
 static enum ltn_status open_all(struct ltn_engine *engine, const char *path,
                                 const struct ltn_engine_options *options, struct ltn_error *err)
 {
     struct ltn_checkpoint *cp = &engine->checkpoint;
+    bool fp8;
 
+    LTN_TRY(parse_prefill(options->prefill, &fp8, err));
     LTN_TRY(ltn_checkpoint_open(cp, path, err));
     if (cp->tokenizer) {
         struct ltn_error why = {0};
@@ -181,6 +139,8 @@ static enum ltn_status open_all(struct ltn_engine *engine, const char *path,
                              options->n_threads, &engine->notice, err));
     engine->info.notice = *engine->notice ? engine->notice : NULL;
     LTN_TRY(ltn_model_load(&engine->model, cp, engine->be, options->progress, options->progress_ctx, err));
+    if (fp8)
+        LTN_TRY(ltn_model_prefill_fp8(&engine->model, err));
     fill_info(engine, options->n_threads);
     return ltn_session_file_size(&engine->info.session_bytes, engine, err);
 }

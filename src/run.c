@@ -420,7 +420,8 @@ static enum ltn_status open_all(struct run *run, struct ltn_error *err)
 {
     const struct ltn_run_options *o = run->options;
     struct ltn_progress progress = {"loading the model", -1};
-    struct ltn_engine_options options = {.device = o->device, .n_threads = (int)o->threads};
+    struct ltn_engine_options options = {
+        .device = o->device, .n_threads = (int)o->threads, .prefill = o->prefill};
     char path[4096];
 
     if (!o->quiet) {

@@ -22,7 +22,7 @@ struct ltn_run_options {
     struct ltn_strings stop;
     bool ignore_eos, echo, stats, quiet;
     int64_t threads;
-    const char *device;
+    const char *device, *prefill;
     const char *save, *load, *prefix_cache;
     int64_t prefix_mb;
     bool ingest;

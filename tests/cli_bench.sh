@@ -27,7 +27,7 @@ try "$LTN_BIN/ltn-bench" model --device cpu -m "$m" -l 16 -r 1 -n 2 --format csv
 pass "the command by its name" exited 0
 pass "the command by its name: the same rows" is "$(wc -l <"$tmp/out")" 3
 try "$LTN_BIN/ltn-bench" frob
-pass "no such command" refused 2 "frob: no such command, expected one of model|attention|prefill"
+pass "no such command" refused 2 "frob: no such command, expected one of model|attention|prefill|conv"
 
 attention="$LTN_BIN/ltn-bench attention --device cpu --head-dim 24 -l 30,70 -r 2 --check 100"
 try $attention --heads 1,3
@@ -51,6 +51,21 @@ done
 pass "prefill: a share of the products' speed" awk '/"share":/ && $2 + 0 > 0.05 && $2 + 0 < 5 { n++ } END { exit n != 2 }' "$tmp/out"
 try "$LTN_BIN/ltn-bench" prefill --shape 13b
 pass "prefill: no such shape" refused 2 "--shape: expected one of 385m|1b|7b, found '13b'"
+
+conv="$LTN_BIN/ltn-bench conv --device cpu -l 6,12 -n 1 -r 2"
+try $conv
+pass "conv: a table" exited 0
+pass "conv: a line for each layer and layout, with errors below 1e-6" awk '/ im2win / && $11 + 0 > 0 && $11 + 0 < 1e-6 && $8 > 0 { n++ } END { exit n != 4 }' "$tmp/out"
+try $conv --format json
+for key in device date command images rows layer impl variant dtype layout transform_us kernel_us total_us tflops workspace_bytes rel_l2 samples; do
+    pass "conv: JSON: $key" grep -q "\"$key\":" "$tmp/out"
+done
+try $conv --format csv --impl im2win
+pass "conv: CSV" is "$(wc -l <"$tmp/out")" 5
+try "$LTN_BIN/ltn-bench" conv --impl im2win --impl gemm
+pass "conv: no such implementation" refused 2 "--impl: expected im2win, im2win-fused, im2col-cublas, direct or cudnn, found 'gemm'"
+try "$LTN_BIN/ltn-bench" conv -l 13
+pass "conv: no such layer" refused 2 "found '13'"
 
 refuses_usage() {
     text=$1

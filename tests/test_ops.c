@@ -300,7 +300,7 @@ static void test_matrix_products(void **state)
             (enum ltn_dtype)((i + i / LENGTH(some_rows)) % 3 + i / (LENGTH(sizes) * LENGTH(some_rows)) * 3);
         size_t n = (size_t)rows * outs;
         float *x = normal((size_t)rows * cols), *bias = normal((size_t)outs), *residual = normal(n);
-        struct ltn_linear l = {matrix(outs, cols, dtype), bias};
+        struct ltn_linear l = {.w = matrix(outs, cols, dtype), .bias = bias};
         float *first = NULL;
         for (int kind = 0; kind < 5; kind++) {
             l.bias = kind & 1 ? bias : NULL;

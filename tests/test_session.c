@@ -398,6 +398,12 @@ static void test_engine_refuses(void **state)
         assert_int_equal(ltn_device_check(bad[i], &err), LTN_ERR_INPUT);
     options = (struct ltn_engine_options){.device = "cpu", .n_threads = -1};
     assert_int_equal(ltn_engine_open(&engine, token_model, &options, &err), LTN_ERR_INPUT);
+    options = (struct ltn_engine_options){.device = "cpu", .prefill = "fp9"};
+    assert_int_equal(ltn_engine_open(&engine, token_model, &options, &err), LTN_ERR_INPUT);
+    assert_non_null(strstr(err.text, "expected \"exact\" or \"fp8\", found \"fp9\""));
+    options.prefill = "fp8";
+    assert_int_equal(ltn_engine_open(&engine, token_model, &options, &err), LTN_ERR_UNSUPPORTED);
+    assert_non_null(strstr(err.text, "CPU"));
     CHECK(ltn_engine_open(&engine, token_model, NULL, &err)); /* auto always finds something */
     assert_int_equal(ltn_engine_info(engine)->vocab_size, 360);
     assert_false(ltn_engine_info(engine)->has_tokenizer);

@@ -111,13 +111,15 @@ void ltn_conv2d_free(struct ltn_conv2d *op); /* NULL is allowed */
 
 struct ltn_conv2d_info {
     enum ltn_conv_algo algo; /* never LTN_CONV_AUTO */
+    bool has_parts;          /* transform and kernel can be run apart */
     size_t workspace_bytes;  /* what run needs beyond x and y */
     size_t filter_bytes;     /* packed */
     char variant[96];        /* for people: tile, library algorithm */
 };
 const struct ltn_conv2d_info *ltn_conv2d_info(const struct ltn_conv2d *op);
 
-/* For measuring, the two parts can be run apart; after the whole, each part finds what it needs. */
+/* For measuring, the two parts can be run apart where info says so: after the whole, each finds what it
+ * needs. Elsewhere the transform is nothing, and the kernel the whole. */
 enum ltn_conv_part { LTN_CONV_TRANSFORM = 1, LTN_CONV_KERNEL = 2, LTN_CONV_ALL = 3 };
 
 /* x, y, workspace: device memory of the shape's elements and workspace_bytes, 256-byte aligned; workspace may

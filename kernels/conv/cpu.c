@@ -19,12 +19,15 @@ struct cpu_conv {
     int n_threads;
 };
 
+enum { SHORT = 512 }; /* products of a sum */
+
 struct cpu_op {
     struct ltn_conv2d base;
-    float *filter; /* [groups][pieces][co / groups][piece] */
+    bool across;   /* vectors go across output channels */
+    int runs;      /* 1, or with dilation across one for each column of the filter */
+    int run;       /* elements of one: wf hf ci / groups, or hf ci / groups */
+    float *filter; /* [groups][runs][co / groups][run], or across [groups][runs][run][co / groups] */
     float *bias;   /* [co] or NULL */
-    int pieces;    /* 1, or with dilation across one for each column of the filter */
-    int piece;     /* elements of one: wf hf ci / groups, or hf ci / groups */
     size_t strip;  /* floats of one thread: its strip, then its outputs [wo][co / groups] */
     size_t scratch;
 };
@@ -47,15 +50,17 @@ static void cpu_free_op(struct ltn_conv2d *op)
 static void pack_filter(struct cpu_op *op, const float *filter)
 {
     const struct ltn_conv_shape *s = &op->base.shape;
-    const int cg = s->ci / s->groups, og = s->co / s->groups;
-    float *to = op->filter;
-    for (int g = 0; g < s->groups; g++)
-        for (int p = 0; p < op->pieces; p++)
-            for (int o = 0; o < og; o++)
-                for (int v = op->pieces > 1 ? p : 0; v < (op->pieces > 1 ? p + 1 : s->wf); v++)
-                    for (int u = 0; u < s->hf; u++)
-                        for (int c = 0; c < cg; c++)
-                            *to++ = filter[conv_filter_at(s, g * og + o, c, u, v)];
+    const size_t cg = (size_t)(s->ci / s->groups), og = (size_t)(s->co / s->groups), run = (size_t)op->run;
+    for (int32_t o = 0; o < s->co; o++)
+        for (int32_t v = 0; v < s->wf; v++)
+            for (int32_t u = 0; u < s->hf; u++)
+                for (int32_t c = 0; c < (int32_t)cg; c++) {
+                    const size_t at = ((size_t)v * (size_t)s->hf + (size_t)u) * cg + (size_t)c, k = at % run;
+                    const size_t first = ((size_t)o / og * (size_t)op->runs + at / run) * run * og,
+                                 in = (size_t)o % og;
+                    op->filter[first + (op->across ? k * og + in : in * run + k)] =
+                        filter[conv_filter_at(s, o, c, u, v)];
+                }
 }
 
 static enum ltn_status cpu_create(struct ltn_conv2d **out, struct ltn_conv *conv,
@@ -74,8 +79,9 @@ static enum ltn_status cpu_create(struct ltn_conv2d **out, struct ltn_conv *conv
     if (op) {
         op->base.conv = conv;
         op->base.shape = *s;
-        op->pieces = s->dw == 1 ? 1 : s->wf;
-        op->piece = (int)(s->dw == 1 ? column * s->wf : column);
+        op->runs = s->dw == 1 ? 1 : s->wf;
+        op->run = (int)(s->dw == 1 ? column * s->wf : column);
+        op->across = column * s->wf < SHORT;
         op->filter = aligned_alloc(64, (elements * sizeof(float) + 63) & ~(size_t)63);
         op->bias = bias ? malloc((size_t)s->co * sizeof(float)) : NULL;
     }
@@ -146,18 +152,28 @@ static void row_task(void *ctx, int64_t task, int worker)
     const int g = (int)(task % s->groups), m = (int)(task / s->groups % job->ho);
     const int n = (int)(task / s->groups / job->ho);
     const size_t column = (size_t)s->hf * (size_t)cg;
+    const struct micro *micro = cpu_of(op->base.conv)->micro;
+    const float *bias = op->bias ? op->bias + g * og : NULL;
     float *strip = job->scratch + (size_t)worker * op->scratch;
     const bool in_place = s->layout == LTN_NHWC;
     float *y = in_place ? job->y + conv_y_at(s, job->ho, wo, n, g * og, m, 0) : strip + op->strip;
     const size_t ldy = (size_t)(in_place ? s->co : og);
 
     lay_strip(strip, s, job->x, n, m, g * cg, cg);
-    for (int p = 0; p < op->pieces; p++)
-        cpu_of(op->base.conv)
-            ->micro->dots[LTN_F32](y, ldy, strip + (size_t)p * (size_t)s->dw * column, (size_t)s->sw * column,
-                                   op->filter + (size_t)(g * op->pieces + p) * (size_t)og * (size_t)op->piece,
-                                   NULL, wo, og, op->piece, p > 0,
-                                   p == 0 && op->bias ? op->bias + g * og : NULL);
+    if (op->across) /* which adds to what is there */
+        for (int j = 0; j < wo; j++)
+            for (int o = 0; o < og; o++)
+                y[(size_t)j * ldy + (size_t)o] = bias ? bias[o] : 0;
+    for (int r = 0; r < op->runs; r++) {
+        const float *w = op->filter + (size_t)(g * op->runs + r) * (size_t)og * (size_t)op->run;
+        const float *windows = strip + (size_t)r * (size_t)s->dw * column;
+        const size_t step = (size_t)s->sw * column;
+        if (op->across)
+            micro->outer(y, ldy, windows, step, 1, w, (size_t)og, wo, og, op->run, 0);
+        else
+            micro->dots[LTN_F32](y, ldy, windows, step, w, NULL, wo, og, op->run, r > 0,
+                                 r == 0 ? bias : NULL);
+    }
     if (s->relu)
         for (int j = 0; j < wo; j++)
             for (int o = 0; o < og; o++)

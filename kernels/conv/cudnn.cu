@@ -362,7 +362,7 @@ static enum ltn_status try_all(struct conv_device *dev, struct chosen *c, struct
     LTN_TRY(dev->base.ops->normal(&dev->base, t->x, s->type, ltn_conv_x_elements(s), 3, err));
     CONV_TRY(dev, err, cudaEventCreate(&t->begin));
     CONV_TRY(dev, err, cudaEventCreate(&t->end));
-    for (cudnnBackendHeurMode_t mode : {CUDNN_HEUR_MODE_A, CUDNN_HEUR_MODE_B, CUDNN_HEUR_MODE_FALLBACK})
+    for (cudnnBackendHeurMode_t mode : {CUDNN_HEUR_MODE_A, CUDNN_HEUR_MODE_FALLBACK})
         search(dev, c, op, t, mode, &best);
     cudaGetLastError(); /* of plans that did not run */
     return c->parts[PLAN]

@@ -13,12 +13,16 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { BK = 8, STAGES = 4, PAD = 4 /* floats behind each row of windows, against bank conflicts */ };
+enum {
+    BK = 16,
+    FETCH_K = 8 /* neighbours in k fetched at once */,
+    PAD = 4 /* floats behind each row of windows, against bank conflicts */
+};
 
 /* ---- the window tensor ------------------------------------------------------------------------------------
  */
 
-enum { LAY_THREADS = 256, LAY_EACH = 8 };
+enum { LAY_THREADS = 256, LAY_EACH = 4 };
 
 struct lay {
     struct ltn_conv_shape s;
@@ -28,7 +32,8 @@ struct lay {
     struct conv_divisor by_row, by_hf, by_ho;
 };
 
-/* A block writes LAY_THREADS * LAY_EACH elements that follow one another. */
+/* A block writes LAY_THREADS * LAY_EACH elements that follow one another, a thread LAY_EACH of them, 16
+ * bytes: places come from divisions once, and from counting on. */
 static __global__ void __launch_bounds__(LAY_THREADS)
     lay_kernel(float *to, const float *x, const __grid_constant__ struct lay l)
 {
@@ -36,6 +41,7 @@ static __global__ void __launch_bounds__(LAY_THREADS)
     __shared__ uint32_t base_m, base_q;
     const struct ltn_conv_shape &s = l.s;
     const int64_t first = (int64_t)blockIdx.x * (LAY_THREADS * LAY_EACH);
+    const uint32_t at = threadIdx.x * LAY_EACH;
 
     if (threadIdx.x == 0) {
         const int64_t r = first / l.row;
@@ -44,22 +50,40 @@ static __global__ void __launch_bounds__(LAY_THREADS)
         base_m = (uint32_t)(r - base_channel * l.ho);
     }
     __syncthreads();
-    const int64_t channel0 = base_channel;
-    const uint32_t m0 = base_m, q0 = base_q;
+    if (first + at >= l.total)
+        return;
+    float v[LAY_EACH];
+    uint32_t q = 0, u = 0;
+    int64_t h = 0;
+    int32_t w = 0;
+    const float *image = x;
 #pragma unroll
     for (int i = 0; i < LAY_EACH; i++) {
-        const uint32_t at = (uint32_t)(i * LAY_THREADS) + threadIdx.x;
-        if (first + at >= l.total)
-            return;
-        const uint32_t rows = divide(q0 + at, l.by_row), q = q0 + at - rows * (uint32_t)l.row;
-        const uint32_t k = divide(q, l.by_hf), u = q - k * (uint32_t)s.hf;
-        const uint32_t channels = divide(m0 + rows, l.by_ho), m = m0 + rows - channels * (uint32_t)l.ho;
-        const int64_t h = (int64_t)m * s.sh + (int64_t)u * s.dh - s.pt;
-        const int32_t w = (int32_t)k - s.pl;
-        to[first + at] = h >= 0 && h < s.hi && w >= 0 && w < s.wi
-                             ? __ldg(x + ((channel0 + channels) * s.hi + h) * s.wi + w)
-                             : 0;
+        if (i == 0 || q == (uint32_t)l.row) { /* a row begins */
+            const uint32_t from = base_q + at + (uint32_t)i, rows = divide(from, l.by_row);
+            q = from - rows * (uint32_t)l.row;
+            const uint32_t k = divide(q, l.by_hf), channels = divide(base_m + rows, l.by_ho);
+            u = q - k * (uint32_t)s.hf;
+            h = (int64_t)(base_m + rows - channels * (uint32_t)l.ho) * s.sh + (int64_t)u * s.dh - s.pt;
+            w = (int32_t)k - s.pl;
+            image = x + (base_channel + channels) * s.hi * s.wi;
+        }
+        const bool inside = h >= 0 && h < s.hi && w >= 0 && w < s.wi && first + at + i < l.total;
+        v[i] = inside ? __ldg(image + h * s.wi + w) : 0;
+        q++;
+        u++;
+        h += s.dh;
+        if (u == (uint32_t)s.hf) { /* the next column */
+            u = 0;
+            h -= (int64_t)s.hf * s.dh;
+            w++;
+        }
     }
+    if (first + at + LAY_EACH <= l.total)
+        *reinterpret_cast<float4 *>(to + first + at) = make_float4(v[0], v[1], v[2], v[3]);
+    else
+        for (int i = 0; i < LAY_EACH && first + at + i < l.total; i++)
+            to[first + at + i] = v[i];
 }
 
 /* ---- the product ------------------------------------------------------------------------------------------
@@ -68,11 +92,12 @@ static __global__ void __launch_bounds__(LAY_THREADS)
 struct windows {
     const float *t;         /* window tensor */
     const float *filter;    /* [groups][k padded][og padded] */
-    const int64_t *offsets; /* [k padded] from a column's start; -1: zero */
+    const int64_t *offsets; /* [k padded] from a column's start */
     const float *bias;
     float *y;
     int32_t ci_group, co, og, ho, wo, groups;
-    int32_t k_tiles, og_padded;
+    int32_t k, k_tiles, og_padded;
+    struct conv_divisor by_places, by_wo;
     int64_t columns; /* n ho wo */
     int64_t image, channel, row,
         step;          /* elements of t: an image, a channel, a row of windows, from column to column */
@@ -99,11 +124,12 @@ static __global__ void __launch_bounds__(BM *BN / 64, 512 / (BM * BN / 64))
     product_kernel(const __grid_constant__ struct windows p)
 {
     constexpr int THREADS = BM * BN / 64, WARPS_N = BN / 64;
-    constexpr int LD = BN + PAD, STAGE = BK * (BM + LD);
-    constexpr int ROWS_AT_ONCE = THREADS / BK; /* columns of the tile that one round fetches */
+    constexpr int LD = BN + PAD, STAGE = BK * (BM + LD), K_ROUNDS = BK / FETCH_K;
+    constexpr int ROWS_AT_ONCE = THREADS / FETCH_K; /* columns of the tile that one round fetches */
     constexpr int ROUNDS = (BN + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-    constexpr int FILTER_VECTORS = BK * BM / 4;
-    __shared__ __align__(16) float shared[STAGES * STAGE];
+    constexpr int FILTER_VECTORS = BK * BM / 4, FILTER_ROUNDS = (FILTER_VECTORS + THREADS - 1) / THREADS;
+    static_assert(THREADS % (BM / 4) == 0, "a round of filters is whole rows");
+    __shared__ __align__(16) float shared[2 * STAGE];
 
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const int64_t column0 = (int64_t)(blockIdx.x / p.row_tiles) * BN;
@@ -111,50 +137,67 @@ static __global__ void __launch_bounds__(BM *BN / 64, 512 / (BM * BN / 64))
     const uint32_t shared0 = (uint32_t)__cvta_generic_to_shared(shared);
 
     /* windows: thread (k, column), k fastest, as the elements of a window are neighbours */
-    const int fetch_k = tid % BK, fetch_column = tid / BK;
+    const int fetch_k = tid % FETCH_K, fetch_column = tid / FETCH_K;
     I starts[ROUNDS];
     const int64_t places = (int64_t)p.ho * p.wo, image0 = column0 / places;
     const float *const t = p.t + image0 * p.image + (int64_t)g * p.ci_group * p.channel;
+    const uint32_t place0 = (uint32_t)(column0 - image0 * places);
+    const uint32_t last = p.columns - column0 < BN ? (uint32_t)(p.columns - column0) - 1 : BN - 1;
 #pragma unroll
     for (int i = 0; i < ROUNDS; i++) {
-        int64_t column = column0 + fetch_column + i * ROWS_AT_ONCE;
-        column = column < p.columns ? column : p.columns - 1;
-        const int64_t n = column / places;
-        const int32_t place = (int32_t)(column - n * places), m = place / p.wo, j = place - m * p.wo;
-        starts[i] = (I)((n - image0) * p.image + m * p.row + j * p.step);
+        const uint32_t at = place0 + min((uint32_t)(fetch_column + i * ROWS_AT_ONCE), last);
+        const uint32_t n = divide(at, p.by_places), place = at - n * (uint32_t)places;
+        const uint32_t m = divide(place, p.by_wo), j = place - m * (uint32_t)p.wo;
+        starts[i] = (I)n * (I)p.image + (I)m * (I)p.row + (I)j * (I)p.step;
     }
-    const float *filter = p.filter + (int64_t)g * p.k_tiles * BK * p.og_padded + o0;
-    I offset = (I)p.offsets[fetch_k]; /* of the next tile to fetch */
+    const float *filter = p.filter + ((int64_t)g * p.k_tiles * BK + tid / (BM / 4)) * p.og_padded + o0 +
+                          tid % (BM / 4) * 4; /* of the next tile to fetch */
+    const int64_t *next_offsets = p.offsets + fetch_k;
+    I offsets[K_ROUNDS]; /* likewise */
+#pragma unroll
+    for (int r = 0; r < K_ROUNDS; r++)
+        offsets[r] = (I)next_offsets[r * FETCH_K];
 
     auto fetch = [&](int tile) {
-        if (tile < p.k_tiles) {
-            const uint32_t stage = shared0 + (uint32_t)(tile % STAGES * STAGE) * 4;
-            for (int i = tid; i < FILTER_VECTORS; i += THREADS)
-                copy16(stage + (uint32_t)i * 16,
-                       filter + ((int64_t)tile * BK + i / (BM / 4)) * p.og_padded + i % (BM / 4) * 4);
-            const bool inside = offset != (I)-1;
+        const uint32_t stage = shared0 + (uint32_t)(tile % 2 * STAGE) * 4;
+#pragma unroll
+        for (int i = 0; i < FILTER_ROUNDS; i++)
+            if ((i + 1) * THREADS <= FILTER_VECTORS || tid + i * THREADS < FILTER_VECTORS)
+                copy16(stage + (uint32_t)(tid + i * THREADS) * 16,
+                       filter + (int64_t)(i * THREADS / (BM / 4)) * p.og_padded);
+        filter += (int64_t)BK * p.og_padded;
+#pragma unroll
+        for (int r = 0; r < K_ROUNDS; r++) {
+            const int k = fetch_k + r * FETCH_K;
+            const bool inside = tile * BK + k < p.k;
 #pragma unroll
             for (int i = 0; i < ROUNDS; i++) {
                 const int column = fetch_column + i * ROWS_AT_ONCE;
                 if (BN % ROWS_AT_ONCE == 0 || column < BN)
-                    copy4(stage + (uint32_t)(BK * BM + fetch_k * LD + column) * 4,
-                          t + (inside ? starts[i] + offset : 0), inside);
+                    copy4(stage + (uint32_t)(BK * BM + k * LD + column) * 4, t + (starts[i] + offsets[r]),
+                          inside);
             }
-            if (tile + 1 < p.k_tiles)
-                offset = (I)p.offsets[(tile + 1) * BK + fetch_k];
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
+        next_offsets += BK;
+        if (tile + 1 < p.k_tiles)
+#pragma unroll
+            for (int r = 0; r < K_ROUNDS; r++)
+                offsets[r] = (I)next_offsets[r * FETCH_K];
     };
-    for (int tile = 0; tile < STAGES - 1; tile++)
-        fetch(tile);
+    fetch(0);
 
-    const int tm = warp / WARPS_N * 32 + lane / 8 * 4, tn = warp % WARPS_N * 64 + lane % 8 * 4;
+    /* 4 x 8 threads so that of any eight neighbours, which are served together, pairs share windows and fours
+     * filters */
+    const int lane_m = (lane & 1) | (lane >> 2 & 2), lane_n = (lane >> 1 & 3) | (lane >> 2 & 4);
+    const int tm = warp / WARPS_N * 32 + lane_m * 4, tn = warp % WARPS_N * 64 + lane_n * 4;
     float acc[8][8] = {};
     for (int tile = 0; tile < p.k_tiles; tile++) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
         __syncthreads(); /* the tile is there for all, and the one before it is used up */
-        fetch(tile + STAGES - 1);
-        const float *const a = shared + tile % STAGES * STAGE + tm, *const b = a - tm + BK * BM + tn;
+        if (tile + 1 < p.k_tiles)
+            fetch(tile + 1);
+        const float *const a = shared + tile % 2 * STAGE + tm, *const b = a - tm + BK * BM + tn;
         float4 fa[2][2], fb[2][2];
         fa[0][0] = *reinterpret_cast<const float4 *>(a);
         fa[0][1] = *reinterpret_cast<const float4 *>(a + 16);
@@ -183,9 +226,8 @@ static __global__ void __launch_bounds__(BM *BN / 64, 512 / (BM * BN / 64))
 
     /* Each warp turns its tile over in shared memory, half by half, so that stores are whole rows of 64
      * columns. */
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncthreads();
-    static_assert(THREADS / 32 * 16 * 64 <= STAGES * STAGE, "the halves of all warps fit");
+    static_assert(THREADS / 32 * 16 * 64 <= 2 * STAGE, "the halves of all warps fit");
     float *const half = shared + warp * (16 * 64);
     int64_t to[2];
 #pragma unroll
@@ -197,7 +239,7 @@ static __global__ void __launch_bounds__(BM *BN / 64, 512 / (BM * BN / 64))
     for (int h = 0; h < 2; h++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            float *const row = half + (lane / 8 * 4 + i) * 64 + lane % 8 * 4;
+            float *const row = half + (lane_m * 4 + i) * 64 + lane_n * 4;
             *reinterpret_cast<float4 *>(row) =
                 make_float4(acc[4 * h + i][0], acc[4 * h + i][1], acc[4 * h + i][2], acc[4 * h + i][3]);
             *reinterpret_cast<float4 *>(row + 32) =
@@ -229,7 +271,7 @@ struct tile {
         bm, bn, product_kernel<bm, bn, uint32_t>, product_kernel<bm, bn, int64_t>                            \
     }
 static const struct tile tiles[] = {
-    TILE(128, 128), TILE(96, 128), TILE(64, 256), TILE(64, 128), TILE(32, 128),
+    TILE(128, 128), TILE(128, 64), TILE(96, 128), TILE(64, 256), TILE(64, 128), TILE(32, 128),
 };
 #undef TILE
 static int64_t n_columns(const struct ltn_conv_shape *s)
@@ -247,17 +289,18 @@ static int64_t n_tiles(const struct ltn_conv_shape *s, const struct tile &t)
     return (n_columns(s) + t.bn - 1) / t.bn * ((s->co / s->groups + t.bm - 1) / t.bm);
 }
 
-/* The tile whose blocks, spread over WAVE places, take the least time: a block's time goes with its area, and
- * smaller tiles fetch more for each product. Constants, not the device's count: though any choice gives the
- * same bits. */
+/* The tile whose blocks, spread over WAVE places, take the least time: a block's time goes with its area,
+ * smaller tiles fetch more for each product, and the starts and ends of large blocks are long where sums are
+ * short. Constants, not the device's count: though any choice gives the same bits. */
 static const struct tile &choose_tile(const struct ltn_conv_shape *s)
 {
     enum { WAVE = 132 };
     const struct tile *best = NULL;
     double least = 0;
     for (const struct tile &t : tiles) {
-        const double waves = (double)((n_tiles(s, t) * s->groups + WAVE - 1) / WAVE);
-        const double cost = waves * t.bm * t.bn * (1 + 8.0 / t.bm + 4.0 / t.bn);
+        const double waves = (double)((n_tiles(s, t) * s->groups + WAVE - 1) / WAVE), area = t.bm * t.bn;
+        const double cost =
+            waves * area * (1 + 24.0 / t.bm + 8.0 / t.bn) * (1 + area / 256 / (double)k_padded(s));
         if (!best || cost < least) {
             best = &t;
             least = cost;
@@ -271,8 +314,10 @@ static const char *im2win_refuse(const struct conv_device *, const struct ltn_co
     const int64_t row = conv_window_row(s);
     if (s->type != LTN_CONV_F32 || s->layout != LTN_NCHW)
         return "explicit im2win is for f32 in NCHW";
-    if (row + LAY_THREADS * LAY_EACH > INT32_MAX || s->groups > 65535 || k_padded(s) > INT32_MAX / 2)
-        return "rows, groups or windows beyond 2^31, 65,535 or 2^30";
+    const int64_t places = (int64_t)ltn_conv_ho(s) * ltn_conv_wo(s);
+    if (row + LAY_THREADS * LAY_EACH > INT32_MAX || places > INT32_MAX - 1024 || s->groups > 65535 ||
+        k_padded(s) > INT32_MAX / 2)
+        return "rows, places, groups or windows beyond 2^31, 2^31, 65,535 or 2^30";
     if (conv_window_elements(s, ltn_conv_ho(s)) / (LAY_THREADS * LAY_EACH) >= INT32_MAX ||
         n_columns(s) / 128 * (s->co / s->groups / 32 + 1) >= INT32_MAX)
         return "more than 2^31 blocks";
@@ -292,8 +337,6 @@ static enum ltn_status im2win_create(struct conv_device *dev, struct conv_op *op
     if (!packed)
         return ltn_fail(err, LTN_ERR_MEMORY, "convolution: no host memory for a filter of %zu bytes", bytes);
     int64_t *const offsets = (int64_t *)((uint8_t *)packed + weights);
-    for (int64_t k = 0; k < kp; k++)
-        offsets[k] = -1;
     for (int32_t c = 0; c < cg; c++)
         for (int32_t v = 0; v < s->wf; v++)
             for (int32_t u = 0; u < s->hf; u++) {
@@ -306,6 +349,7 @@ static enum ltn_status im2win_create(struct conv_device *dev, struct conv_op *op
     if (status == LTN_OK)
         status = dev->base.ops->upload(&dev->base, op->filter, packed, bytes, err);
     free(packed);
+    op->base.info.has_parts = true;
     op->base.info.filter_bytes = bytes;
     op->base.info.workspace_bytes = (size_t)conv_window_elements(s, ltn_conv_ho(s)) * sizeof(float);
     snprintf(op->base.info.variant, sizeof op->base.info.variant, "tiles of %d x %d x %d", t.bm, t.bn,
@@ -347,7 +391,10 @@ static enum ltn_status im2win_run(struct conv_device *dev, struct conv_op *op, v
         p.ho = ho;
         p.wo = wo;
         p.groups = s->groups;
+        p.k = p.ci_group * s->hf * s->wf;
         p.k_tiles = (int32_t)(kp / BK);
+        p.by_places = conv_divisor_of((int64_t)ho * wo);
+        p.by_wo = conv_divisor_of(wo);
         p.og_padded = (p.og + t.bm - 1) / t.bm * t.bm;
         p.offsets = (const int64_t *)((const uint8_t *)op->filter +
                                       (size_t)(s->groups * kp * p.og_padded) * sizeof(float));

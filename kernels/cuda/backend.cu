@@ -1,5 +1,7 @@
 /* Opening and closing the device, its memory, and the table of operations. */
 #include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/gemm_hopper.h"
+#include "kernels/cuda/lightning_mma.h"
 
 #include <new>
 #include <stdio.h>
@@ -148,6 +150,21 @@ static enum ltn_status cuda_download(struct ltn_backend *base, void *host, const
     return LTN_OK;
 }
 
+enum ltn_status make_room(struct cuda_backend *be, void **room, size_t *bytes, size_t needed,
+                          struct ltn_error *err)
+{
+    if (needed <= *bytes)
+        return LTN_OK;
+    CUDA_TRY(be, err, cudaStreamSynchronize(be->stream));
+    CUDA_TRY(be, err, cudaFree(*room));
+    *room = NULL;
+    *bytes = 0;
+    CUDA_TRY(be, err, cudaMalloc(room, needed));
+    *bytes = needed;
+    CUDA_TRY(be, err, cudaMemsetAsync(*room, 0, needed, be->stream));
+    return LTN_OK;
+}
+
 static __global__ void __launch_bounds__(512) sum_kernel(uint64_t *out, const ulonglong2 *src, size_t n)
 {
     const size_t stride = (size_t)gridDim.x * blockDim.x;
@@ -178,12 +195,44 @@ static enum ltn_status cuda_sum(struct ltn_backend *base, uint64_t *out, const v
 /* ---- attention: by sequences -----------------------------------------------------------------------------
  */
 
+/* *done: whether the tensor-core kernels took the call: for sequences of more than one row. */
+static enum ltn_status lightning_tensor(struct cuda_backend *be, struct ltn_lightning_call *call, bool *done,
+                                        struct ltn_error *err)
+{
+    const struct ltn_attention *a = call->a;
+    bool many = false;
+    *done = false;
+    for (int32_t i = 0; i < call->n_seqs; i++)
+        many = many || call->seqs[i].count > 1;
+    if (!many || be->base.act_dtype != LTN_BF16)
+        return LTN_OK;
+    const size_t needed = ltn_lightning_workspace(a->n_heads, a->head_dim, a->theta != NULL);
+    if (needed > be->lightning_bytes) {
+        cudaStreamCaptureStatus recording;
+        CUDA_TRY(be, err, cudaStreamIsCapturing(be->stream, &recording));
+        if (recording != cudaStreamCaptureStatusNone) /* nothing can be allocated now */
+            return LTN_OK;
+        LTN_TRY(make_room(be, &be->lightning_workspace, &be->lightning_bytes, needed, err));
+    }
+    call->workspace = be->lightning_workspace;
+    call->workspace_bytes = be->lightning_bytes;
+    *done = ltn_lightning_supports(call);
+    if (*done)
+        CUDA_TRY(be, err, ltn_lightning_prefill(be->stream, call));
+    return LTN_OK;
+}
+
 static enum ltn_status cuda_lightning(struct ltn_backend *base, void *o, const void *q, const void *k,
                                       const void *v, int32_t ld, const struct ltn_attention *a,
                                       const struct ltn_seq *seqs, int32_t n_seqs, struct ltn_error *err)
 {
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
+    struct ltn_lightning_call call = {o, q, k, v, ld, a, seqs, n_seqs, NULL, 0, 0, false, be->steps};
+    bool done;
+    LTN_TRY(lightning_tensor(be, &call, &done, err));
+    if (done)
+        return LTN_OK;
     /* Runs of sequences of one row each, and runs of longer ones. */
     for (int32_t i = 0; i < n_seqs;) {
         bool one = seqs[i].count == 1;
@@ -207,6 +256,8 @@ static void cuda_close(struct ltn_backend *base)
     if (be->stream)
         cudaStreamSynchronize(be->stream);
     gemm_close(be);
+    cudaFree(be->lightning_workspace);
+    cudaFree(be->fp8_workspace);
     cudaFree(be->partials);
     cudaFree(be->step_words);
     for (int i = 0; i < STAGES; i++) {
@@ -242,6 +293,7 @@ static const struct ltn_ops cuda_ops = {
     .norm_glu = cuda_norm_glu,
     .gated_linear_add = cuda_gated_linear_add,
     .norm_logits = cuda_norm_logits,
+    .matrix_fp8 = cuda_matrix_fp8,
     .step = cuda_step,
     .sample = cuda_sample,
     .record = cuda_record,
@@ -261,6 +313,7 @@ static enum ltn_status start(struct cuda_backend *be, struct ltn_error *err)
                         prop.name, prop.major, prop.minor);
     be->n_sms = prop.multiProcessorCount;
     be->overlaps = prop.major >= 9;
+    be->hopper = hopper_gemm_present(be->device);
     be->max_shared = prop.sharedMemPerBlockOptin;
     snprintf(be->base.name, sizeof be->base.name, "cuda:%d, %.60s, %d SMs", be->device, prop.name, be->n_sms);
     CUDA_TRY(be, err, cudaStreamCreateWithFlags(&be->stream, cudaStreamNonBlocking));
@@ -268,6 +321,10 @@ static enum ltn_status start(struct cuda_backend *be, struct ltn_error *err)
         CUDA_TRY(be, err, cudaMallocHost(&be->stage[i], STAGE_BYTES));
         CUDA_TRY(be, err, cudaEventCreateWithFlags(&be->staged[i], cudaEventDisableTiming));
     }
+    /* the attention of heads of up to 128; larger ones get more when they come */
+    if (be->base.act_dtype == LTN_BF16)
+        LTN_TRY(make_room(be, &be->lightning_workspace, &be->lightning_bytes,
+                          ltn_lightning_workspace(1, 128, true), err));
     LTN_TRY(batch_open(be, err));
     LTN_TRY(step_open(be, err));
     return gemv_open(be, err);

@@ -10,6 +10,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #include <math.h>
 #include <mutex>
@@ -34,6 +35,7 @@ struct cuda_backend {
     struct ltn_backend base;
     int device;
     int n_sms;
+    bool hopper;         /* gemm_hopper.cu has its kernels here */
     bool overlaps;       /* programmatic dependent launch works */
     bool batch_hopper;   /* so does batch_hopper.cu */
     size_t max_shared;   /* bytes of shared memory that a block may have */
@@ -44,6 +46,10 @@ struct cuda_backend {
     int next_stage;
     size_t stage_used; /* bytes of stage[next_stage] already given out */
     struct gemm_library *gemm;
+    void *lightning_workspace; /* device, [lightning_bytes]; NULL until the tensor-core attention is used */
+    size_t lightning_bytes;
+    void *fp8_workspace; /* device, [fp8_bytes]: activations in e4m3; NULL until they are used */
+    size_t fp8_bytes;
     uint8_t *partials;      /* device: batch.cu's partial sums and counters */
     void *step_words;      /* device: step.cu's words between blocks; NULL: the device cannot run it */
     const int64_t *steps;   /* while recording: what is added to positions; else NULL */
@@ -65,6 +71,11 @@ struct turn {
 
 enum ltn_status cuda_fail(struct cuda_backend *be, struct ltn_error *err, const char *what, const char *file,
                           int line, cudaError_t code);
+
+/* Makes *room, of *bytes, as large as needed, and then zero throughout: memory of the backend's own that only
+ * some models use. */
+enum ltn_status make_room(struct cuda_backend *be, void **room, size_t *bytes, size_t needed,
+                          struct ltn_error *err);
 
 /* Leaves the enclosing function with an error that names the call and its place. */
 #define CUDA_TRY(be, err, call)                                                                              \
@@ -344,6 +355,18 @@ enum ltn_status batch_hopper(struct cuda_backend *be, const struct product *p, s
 enum ltn_status gemm(struct cuda_backend *be, const struct product *p, enum ltn_dtype dtype,
                      struct ltn_error *err);
 void gemm_close(struct cuda_backend *be);
+
+/* rows.cu: e4m3 under a scale per row */
+enum { FP8_COLS = 6 * 8 * 256 }; /* the most columns */
+struct fp8_rows {
+    uint8_t *codes; /* [rows, cols] */
+    float *scales;  /* [rows] */
+};
+/* y = In(x) of a product; of IN_NORM and IN_GATED, SimpleRMSNorm alone. cols % 16 == 0 */
+enum ltn_status rows_to_fp8(struct cuda_backend *be, struct fp8_rows *y, const struct product *p,
+                            struct ltn_error *err);
+enum ltn_status cuda_matrix_fp8(struct ltn_backend *be, const struct ltn_matrix *out,
+                                const struct ltn_matrix *w, struct ltn_error *err);
 
 /* linear.cu */
 enum ltn_status cuda_linear(struct ltn_backend *be, void *y, const void *x, const struct ltn_linear *l,

@@ -1,9 +1,14 @@
 /* The linear maps and what is fused with them: which kernel takes which shape.
  *
- *   gemv.cu   one row, or a few where batch.cu cannot: everything fused, norms included
- *   batch.cu  up to 64 rows of 16-bit weights: feature map and second matrix fused, norms before it
- *   gemm.cu   the rest: nothing fused */
+ *   gemv.cu         one row, or a few where batch.cu cannot: everything fused, norms included
+ *   batch.cu        up to 64 rows of 16-bit weights: feature map and second matrix fused, norms before it
+ *   gemm_hopper.cu  many rows on Hopper: SiLU, product of two, sum into the residual fused, norms before it;
+ *                   in e4m3 where the map has its fp8: norms while rounding
+ *   gemm.cu         the rest: nothing fused */
 #include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/gemm_hopper.h"
+
+enum path { GEMV, BATCH, HOPPER_FP8, HOPPER, GEMM };
 
 static struct product product_of(const struct ltn_linear *l, int32_t rows, enum product_out out, void *y)
 {
@@ -18,10 +23,94 @@ static struct product product_of(const struct ltn_linear *l, int32_t rows, enum 
     return p;
 }
 
-static bool for_gemv(const struct cuda_backend *be, const struct product *p, enum ltn_dtype dtype)
+static bool for_hopper(const struct cuda_backend *be, const struct product *p)
 {
-    return (p->rows == 1 || (p->rows <= GEMV_ROWS && !batch_suits(be, p, dtype))) &&
-           gemv_fits(be, p->cols, p->rows);
+    return be->hopper && be->base.act_dtype == LTN_BF16 && !p->bias && !p->bias2 && p->out != OUT_F32 &&
+           p->cols % 8 == 0 && p->outs % 8 == 0 && p->act_cols % 8 == 0 && aligned16(p->w) &&
+           aligned16(p->w2) && aligned16(p->x) && aligned16(p->y);
+}
+
+/* Enough tiles of 256 x 256 to be worth such large ones; by constants, so that bits depend on sizes alone. */
+static bool enough_tiles(const struct product *p)
+{
+    enum { SIDE = 256, TILES = 48 };
+    return (((int64_t)p->rows + SIDE - 1) / SIDE) * ((p->outs + SIDE - 1) / SIDE) >= TILES;
+}
+
+static bool for_fp8(const struct product *p, const struct ltn_linear *l)
+{
+    enum { ROWS = 256 };
+    return l->fp8.data && p->rows >= ROWS && p->cols % 16 == 0 && p->cols <= FP8_COLS && !p->norm.weight &&
+           aligned16(p->gate) && p->ld_gate % 8 == 0;
+}
+
+/* between: where Norm(x) would go */
+static enum path path_of(const struct cuda_backend *be, const struct product *p, const struct ltn_linear *l,
+                         const void *between)
+{
+    const enum ltn_dtype dtype = l->w.dtype;
+    const bool batches = batch_suits(be, p, dtype) && aligned16(between);
+    if ((p->rows == 1 || (p->rows <= GEMV_ROWS && !batches)) && gemv_fits(be, p->cols, p->rows))
+        return GEMV;
+    if (batches)
+        return BATCH;
+    if (!for_hopper(be, p) || !aligned16(between))
+        return GEMM;
+    return for_fp8(p, l) ? HOPPER_FP8 : dtype == LTN_BF16 && enough_tiles(p) ? HOPPER : GEMM;
+}
+
+/* Whether the kernels of a path form what the product reads themselves. */
+static bool forms_input(enum path path)
+{
+    return path == GEMV || path == HOPPER_FP8;
+}
+
+/* l2: of a product of two, or NULL */
+static enum ltn_status hopper(struct cuda_backend *be, const struct product *p, const struct ltn_linear *l,
+                              const struct ltn_linear *l2, bool fp8, struct ltn_error *err)
+{
+    struct hopper_gemm g = {};
+    g.out = p->out == OUT_ADD ? HOPPER_ADD : l2 ? HOPPER_GLU : HOPPER_ACT;
+    g.w = p->w;
+    g.w2 = p->w2;
+    g.x = p->x;
+    g.y = p->y;
+    g.rows = p->rows;
+    g.outs = p->outs;
+    g.cols = p->cols;
+    g.act_cols = p->act_cols;
+    if (fp8) {
+        const size_t codes = (size_t)p->rows * p->cols;
+        LTN_TRY(
+            make_room(be, &be->fp8_workspace, &be->fp8_bytes, codes + (size_t)p->rows * sizeof(float), err));
+        struct fp8_rows x = {(uint8_t *)be->fp8_workspace, (float *)((uint8_t *)be->fp8_workspace + codes)};
+        LTN_TRY(rows_to_fp8(be, &x, p, err));
+        g.fp8 = true;
+        g.x = x.codes;
+        g.row_scale = x.scales;
+        g.w = l->fp8.data;
+        g.col_scale = (const float *)l->fp8.scales;
+        g.w2 = l2 ? l2->fp8.data : NULL;
+        g.col_scale2 = l2 ? (const float *)l2->fp8.scales : NULL;
+    }
+    CUDA_TRY(be, err, hopper_gemm_run(be->stream, be->n_sms, &g));
+    return LTN_OK;
+}
+
+static enum ltn_status run(struct cuda_backend *be, enum path path, const struct product *p,
+                           const struct ltn_linear *l, const struct ltn_linear *l2, struct ltn_error *err)
+{
+    switch (path) {
+    case GEMV:
+        return gemv(be, p, l->w.dtype, err);
+    case BATCH:
+        return batch(be, p, l->w.dtype, err);
+    case HOPPER_FP8:
+    case HOPPER:
+        return hopper(be, p, l, l2, path == HOPPER_FP8, err);
+    default:
+        return gemm(be, p, l->w.dtype, err);
+    }
 }
 
 static enum ltn_status plain(struct ltn_backend *base, enum product_out out, void *y, const void *x,
@@ -31,9 +120,7 @@ static enum ltn_status plain(struct ltn_backend *base, enum product_out out, voi
     struct turn turn(be);
     struct product p = product_of(l, rows, out, y);
     p.x = x;
-    if (for_gemv(be, &p, l->w.dtype))
-        return gemv(be, &p, l->w.dtype, err);
-    return batch_suits(be, &p, l->w.dtype) ? batch(be, &p, l->w.dtype, err) : gemm(be, &p, l->w.dtype, err);
+    return run(be, path_of(be, &p, l, NULL), &p, l, NULL, err);
 }
 
 enum ltn_status cuda_linear(struct ltn_backend *be, void *y, const void *x, const struct ltn_linear *l,
@@ -51,7 +138,7 @@ enum ltn_status cuda_linear_add(struct ltn_backend *be, float *x, const void *y,
 enum ltn_status cuda_logits(struct ltn_backend *be, float *out, const void *y, const struct ltn_matrix *w,
                             int32_t rows, struct ltn_error *err)
 {
-    const struct ltn_linear l = {*w, NULL};
+    const struct ltn_linear l = {*w, NULL, {}};
     return plain(be, OUT_F32, out, y, &l, rows, err);
 }
 
@@ -63,25 +150,23 @@ enum ltn_status cuda_norm_linear(struct ltn_backend *base, void *y, const float 
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
     struct product p = product_of(l, rows, OUT_ACT, y);
-    bool act_later = act == LTN_ACT_EXP; /* needs all of its group */
 
     p.act = act;
-    p.act_cols = act_later ? 0 : act_cols;
+    p.act_cols = act_cols;
     p.x = x;
-    if (for_gemv(be, &p, l->w.dtype)) {
-        p.in = IN_NORM;
-        p.norm = *norm;
-        LTN_TRY(gemv(be, &p, l->w.dtype, err));
-    } else {
+    p.in = IN_NORM;
+    p.norm = *norm;
+    const enum path path = path_of(be, &p, l, scratch);
+    /* LTN_ACT_EXP needs all of its group. */
+    const bool act_later = act == LTN_ACT_EXP || path == GEMM || (path >= HOPPER_FP8 && act != LTN_ACT_SILU);
+    if (act_later)
+        p.act_cols = 0;
+    if (!forms_input(path)) {
         LTN_TRY(cuda_norm(base, scratch, x, norm, rows, p.cols, err));
+        p.in = IN_ACT;
         p.x = scratch;
-        if (batch_suits(be, &p, l->w.dtype)) {
-            LTN_TRY(batch(be, &p, l->w.dtype, err));
-        } else {
-            LTN_TRY(cuda_linear(base, y, scratch, l, rows, err));
-            act_later = true;
-        }
     }
+    LTN_TRY(run(be, path, &p, l, NULL, err));
     if (!act_later || act_cols == 0)
         return LTN_OK;
     return cuda_activation(base, y, p.outs, rows, act_cols, group, act, err);
@@ -98,15 +183,16 @@ enum ltn_status cuda_norm_glu(struct ltn_backend *base, void *y, const float *x,
     p.w2 = l2->w.data;
     p.bias2 = l2->bias;
     p.x = x;
-    if (for_gemv(be, &p, l1->w.dtype)) {
-        p.in = IN_NORM;
-        p.norm = *norm;
-        return gemv(be, &p, l1->w.dtype, err);
+    p.in = IN_NORM;
+    p.norm = *norm;
+    const enum path path = path_of(be, &p, l1, scratch);
+    if (!forms_input(path)) {
+        LTN_TRY(cuda_norm(base, scratch, x, norm, rows, p.cols, err));
+        p.in = IN_ACT;
+        p.x = scratch;
     }
-    LTN_TRY(cuda_norm(base, scratch, x, norm, rows, p.cols, err));
-    p.x = scratch;
-    if (batch_suits(be, &p, l1->w.dtype))
-        return batch(be, &p, l1->w.dtype, err);
+    if (path != GEMM)
+        return run(be, path, &p, l1, l2, err);
     LTN_TRY(cuda_linear(base, y, scratch, l1, rows, err));
     LTN_TRY(cuda_linear(base, scratch2, scratch, l2, rows, err));
     return cuda_multiply(base, y, scratch2, (int64_t)rows * p.outs, err);
@@ -122,15 +208,17 @@ enum ltn_status cuda_gated_linear_add(struct ltn_backend *base, float *x, const 
     struct product p = product_of(l, rows, OUT_ADD, x);
 
     p.x = o;
-    if (for_gemv(be, &p, l->w.dtype)) {
-        p.in = IN_GATED;
-        p.gate = gate;
-        p.ld_gate = ld_gate;
-        p.norm = *norm;
-        return gemv(be, &p, l->w.dtype, err);
+    p.in = IN_GATED;
+    p.gate = gate;
+    p.ld_gate = ld_gate;
+    p.norm = *norm;
+    const enum path path = path_of(be, &p, l, scratch);
+    if (!forms_input(path)) {
+        LTN_TRY(cuda_gated_norm(base, scratch, o, gate, ld_gate, norm, rows, p.cols, err));
+        p.in = IN_ACT;
+        p.x = scratch;
     }
-    LTN_TRY(cuda_gated_norm(base, scratch, o, gate, ld_gate, norm, rows, p.cols, err));
-    return cuda_linear_add(base, x, scratch, l, rows, err);
+    return run(be, path, &p, l, NULL, err);
 }
 
 enum ltn_status cuda_norm_logits(struct ltn_backend *base, float *out, const float *x,
@@ -139,15 +227,17 @@ enum ltn_status cuda_norm_logits(struct ltn_backend *base, float *out, const flo
 {
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
-    const struct ltn_linear l = {*w, NULL};
+    const struct ltn_linear l = {*w, NULL, {}};
     struct product p = product_of(&l, rows, OUT_F32, out);
 
     p.x = x;
-    if (for_gemv(be, &p, w->dtype)) {
-        p.in = IN_NORM;
-        p.norm = *norm;
-        return gemv(be, &p, w->dtype, err);
+    p.in = IN_NORM;
+    p.norm = *norm;
+    const enum path path = path_of(be, &p, &l, scratch);
+    if (!forms_input(path)) {
+        LTN_TRY(cuda_norm(base, scratch, x, norm, rows, p.cols, err));
+        p.in = IN_ACT;
+        p.x = scratch;
     }
-    LTN_TRY(cuda_norm(base, scratch, x, norm, rows, p.cols, err));
-    return cuda_logits(base, out, scratch, w, rows, err);
+    return run(be, path, &p, &l, NULL, err);
 }

@@ -242,3 +242,146 @@ enum ltn_status cuda_multiply(struct ltn_backend *base, void *a, const void *b, 
                (const __nv_bfloat16 *)b, n);
     return LTN_OK;
 }
+
+/* ---- to e4m3 ---------------------------------------------------------------------------------------------
+ */
+
+static __device__ __forceinline__ void load8(float (&v)[8], const float *p)
+{
+    const float4 a = load_fresh4(p), b = load_fresh4(p + 4);
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+static __device__ __forceinline__ void load8(float (&v)[8], const __half *p)
+{
+    const uint4 u = __ldcg(reinterpret_cast<const uint4 *>(p));
+    const uint32_t w[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 pair = __half22float2(*reinterpret_cast<const __half2 *>(&w[i]));
+        v[2 * i] = pair.x;
+        v[2 * i + 1] = pair.y;
+    }
+}
+static __device__ __forceinline__ void load8(float (&v)[8], const __nv_bfloat16 *p)
+{
+    const uint4 u = __ldcg(reinterpret_cast<const uint4 *>(p));
+    const uint32_t w[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        v[2 * i] = __uint_as_float(w[i] << 16);
+        v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+    }
+}
+
+/* y scale = gate * x, or gate * Norm(x) with `norm`; scale: a row's largest magnitude over E4M3_MAX. One
+ * block a row, N eights a thread. */
+template <typename X, int N>
+static __global__ void __launch_bounds__(THREADS)
+    fp8_kernel(uint8_t *y, float *scale, const X *x, const __nv_bfloat16 *gate, int32_t ld_gate, int32_t cols,
+               bool norm)
+{
+    constexpr float E4M3_MAX = 448;
+    __shared__ float sums[THREADS / 32], tops[THREADS / 32];
+    const int64_t row = blockIdx.x;
+    float v[N][8] = {}, sum = 0, top = 0;
+    let_next_start();
+    wait_for_previous();
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int32_t c = (i * THREADS + threadIdx.x) * 8;
+        if (c < cols)
+            load8(v[i], x + row * cols + c);
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int32_t c = (i * THREADS + threadIdx.x) * 8;
+        float g[8];
+        if (gate && c < cols)
+            load8(g, gate + row * ld_gate + c);
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            sum += v[i][k] * v[i][k];
+            if (gate && c < cols)
+                v[i][k] *= g[k];
+            top = fmaxf(top, fabsf(v[i][k]));
+        }
+    }
+    sum = warp_sum(sum);
+    for (int offset = 16; offset > 0; offset /= 2)
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
+    if (threadIdx.x % 32 == 0) {
+        sums[threadIdx.x / 32] = sum;
+        tops[threadIdx.x / 32] = top;
+    }
+    __syncthreads();
+    sum = 0;
+#pragma unroll
+    for (int i = 0; i < THREADS / 32; i++) {
+        sum += sums[i];
+        top = fmaxf(top, tops[i]);
+    }
+    const float by = top > 0 ? E4M3_MAX / top : 0;
+    if (threadIdx.x == 0)
+        scale[row] = top / E4M3_MAX * (norm ? rsqrtf(sum / cols + 1e-6f) : 1);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int32_t c = (i * THREADS + threadIdx.x) * 8;
+        uint32_t codes[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            codes[k] = __nv_cvt_float2_to_fp8x2(make_float2(v[i][2 * k] * by, v[i][2 * k + 1] * by),
+                                                __NV_SATFINITE, __NV_E4M3);
+        if (c < cols)
+            *reinterpret_cast<uint2 *>(y + row * cols + c) =
+                make_uint2(codes[0] | codes[1] << 16, codes[2] | codes[3] << 16);
+    }
+}
+
+template <typename X>
+static enum ltn_status to_fp8(struct cuda_backend *be, struct fp8_rows *y, const X *x, const void *gate,
+                              int32_t ld_gate, bool norm, int32_t rows, int32_t cols, struct ltn_error *err)
+{
+    const __nv_bfloat16 *g = (const __nv_bfloat16 *)gate;
+#define FP8(N)                                                                                               \
+    LAUNCH(be, err, (fp8_kernel<X, N>), dim3(rows), dim3(THREADS), 0, y->codes, y->scales, x, g, ld_gate,    \
+           cols, norm)
+    if (cols <= 8 * THREADS)
+        FP8(1);
+    else if (cols <= 2 * 8 * THREADS)
+        FP8(2);
+    else if (cols <= 3 * 8 * THREADS)
+        FP8(3);
+    else
+        FP8(FP8_COLS / 8 / THREADS);
+#undef FP8
+    return LTN_OK;
+}
+
+enum ltn_status rows_to_fp8(struct cuda_backend *be, struct fp8_rows *y, const struct product *p,
+                            struct ltn_error *err)
+{
+    return p->in == IN_NORM ? to_fp8(be, y, (const float *)p->x, NULL, 0, true, p->rows, p->cols, err)
+           : p->in == IN_GATED
+               ? to_fp8(be, y, (const __nv_bfloat16 *)p->x, p->gate, p->ld_gate, true, p->rows, p->cols, err)
+               : to_fp8(be, y, (const __nv_bfloat16 *)p->x, NULL, 0, false, p->rows, p->cols, err);
+}
+
+enum ltn_status cuda_matrix_fp8(struct ltn_backend *base, const struct ltn_matrix *out,
+                                const struct ltn_matrix *w, struct ltn_error *err)
+{
+    struct cuda_backend *be = cuda_of(base);
+    struct turn turn(be);
+    struct fp8_rows y = {(uint8_t *)out->data, (float *)out->scales};
+    if (!be->hopper)
+        return ltn_fail(err, LTN_ERR_UNSUPPORTED,
+                        "%s: no products in fp8 here, they need compute capability 9.0", base->name);
+    if (w->cols % 16 != 0 || w->cols > FP8_COLS || (w->dtype != LTN_BF16 && w->dtype != LTN_F16))
+        return ltn_fail(
+            err, LTN_ERR_UNSUPPORTED,
+            "cuda:%d: a %s matrix of %d columns has no fp8 form: BF16 or F16, columns a multiple of 16 "
+            "and at most %d are needed",
+            be->device, ltn_dtype_name(w->dtype), w->cols, FP8_COLS);
+    return w->dtype == LTN_BF16
+               ? to_fp8(be, &y, (const __nv_bfloat16 *)w->data, NULL, 0, false, w->rows, w->cols, err)
+               : to_fp8(be, &y, (const __half *)w->data, NULL, 0, false, w->rows, w->cols, err);
+}

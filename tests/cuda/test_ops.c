@@ -174,6 +174,7 @@ struct map {
     enum kind kind;
     int32_t outs, cols, rows, ld_gate;
     struct values w, w2, bias, bias2, x, gate, norm_w, norm_b, y, scratch, scratch2;
+    struct ltn_matrix fp8, fp8_2; /* data NULL: none */
     bool has_bias, layer_norm;
     enum ltn_act act;
     int32_t act_cols, group;
@@ -184,9 +185,33 @@ static struct ltn_linear linear_of(const struct map *m, bool second, bool device
     const struct values *w = second ? &m->w2 : &m->w, *b = second ? &m->bias2 : &m->bias;
     struct ltn_linear l = {
         .w = {device ? (void *)w->device : w->host, device ? w->dtype : LTN_F32, m->outs, m->cols}};
+    if (device)
+        l.fp8 = second ? m->fp8_2 : m->fp8;
     if (m->has_bias)
         l.bias = device ? (const float *)b->device : b->host;
     return l;
+}
+
+/* What becomes of a row, or of a weight's row, in e4m3. */
+static float round_e4m3(float *row, int32_t cols)
+{
+    float top = 0;
+    for (int32_t i = 0; i < cols; i++)
+        top = fmaxf(top, fabsf(row[i]));
+    for (int32_t i = 0; i < cols; i++)
+        row[i] = ltn_e4m3_to_f32(ltn_f32_to_e4m3(row[i] * (448 / top))) * (top / 448);
+    return top / 448;
+}
+
+/* The reference's input of a product, rounded where the map under test rounds it. */
+static void *input(const struct map *m, void *from)
+{
+    if (!m->fp8.data)
+        return from;
+    memmove(m->scratch.host, from, m->scratch.n * sizeof(float));
+    for (int32_t r = 0; r < m->rows; r++)
+        round_e4m3(m->scratch.host + (size_t)r * m->cols, m->cols);
+    return m->scratch.host;
 }
 
 static void run_map_on(struct map *m, struct ltn_backend *on, bool device)
@@ -202,10 +227,10 @@ static void run_map_on(struct map *m, struct ltn_backend *on, bool device)
     int32_t rows = m->rows;
     switch (m->kind) {
     case LINEAR:
-        CHECK(ops->linear(on, y, x, &l, rows, &err));
+        CHECK(ops->linear(on, y, device ? x : input(m, x), &l, rows, &err));
         break;
     case LINEAR_ADD:
-        CHECK(ops->linear_add(on, y, x, &l, rows, &err));
+        CHECK(ops->linear_add(on, y, device ? x : input(m, x), &l, rows, &err));
         break;
     case LOGITS:
         CHECK(ops->logits(on, y, x, &l.w, rows, &err));
@@ -215,7 +240,7 @@ static void run_map_on(struct map *m, struct ltn_backend *on, bool device)
             CHECK(ops->norm_linear(on, y, x, &norm, &l, m->act, m->act_cols, m->group, rows, s, &err));
         } else {
             CHECK(ops->norm(on, s, x, &norm, rows, m->cols, &err));
-            CHECK(ops->linear(on, y, s, &l, rows, &err));
+            CHECK(ops->linear(on, y, input(m, s), &l, rows, &err));
             if (m->act_cols)
                 CHECK(ops->activation(on, y, m->outs, rows, m->act_cols, m->group, m->act, &err));
         }
@@ -225,7 +250,7 @@ static void run_map_on(struct map *m, struct ltn_backend *on, bool device)
             CHECK(ops->norm_glu(on, y, x, &norm, &l, &l2, rows, s, s2, &err));
         } else {
             CHECK(ops->norm(on, s, x, &norm, rows, m->cols, &err));
-            CHECK(ops->linear(on, y, s, &l, rows, &err));
+            CHECK(ops->linear(on, y, input(m, s), &l, rows, &err));
             CHECK(ops->linear(on, s2, s, &l2, rows, &err));
             CHECK(ops->multiply(on, y, s2, (int64_t)rows * m->outs, &err));
         }
@@ -235,7 +260,7 @@ static void run_map_on(struct map *m, struct ltn_backend *on, bool device)
             CHECK(ops->gated_linear_add(on, y, x, gate, m->ld_gate, &norm, &l, rows, s, &err));
         } else {
             CHECK(ops->gated_norm(on, s, x, gate, m->ld_gate, &norm, rows, m->cols, &err));
-            CHECK(ops->linear_add(on, y, s, &l, rows, &err));
+            CHECK(ops->linear_add(on, y, input(m, s), &l, rows, &err));
         }
         break;
     default:
@@ -254,7 +279,38 @@ static void run_map(void *ctx)
     run_map_on(ctx, be, true);
 }
 
-static void check_map(struct map m)
+/* w as fp8 on the device; on the host w becomes what it then means. */
+static struct ltn_matrix make_fp8(const struct map *m, struct values *w)
+{
+    struct ltn_error err = {0};
+    struct ltn_matrix from = {w->device, w->dtype, m->outs, m->cols, NULL}, to = from;
+    uint8_t *codes = malloc(w->n), *device;
+    float *scales = malloc((size_t)m->outs * sizeof *scales);
+    assert_true(codes && scales);
+    CHECK(be->ops->alloc(be, (void **)&device, w->n + (size_t)m->outs * sizeof *scales, &err));
+    to.data = device;
+    to.dtype = LTN_FP8;
+    to.scales = device + w->n;
+    CHECK(be->ops->matrix_fp8(be, &to, &from, &err));
+    CHECK(be->ops->download(be, codes, to.data, w->n, &err));
+    CHECK(be->ops->download(be, scales, to.scales, (size_t)m->outs * sizeof *scales, &err));
+    for (int32_t r = 0; r < m->outs; r++) {
+        float *row = w->host + (size_t)r * m->cols;
+        if (fabsf(round_e4m3(row, m->cols) - scales[r]) > 1e-6f * scales[r])
+            fail_msg("%s: fp8 scale of row %d is %g", what, r, (double)scales[r]);
+        for (int32_t i = 0; i < m->cols; i++) {
+            float found = ltn_e4m3_to_f32(codes[(size_t)r * m->cols + i]) * scales[r];
+            if (!(fabsf(found - row[i]) <= 0.07f * fabsf(row[i]) + 0.003f * scales[r]))
+                fail_msg("%s: fp8 of [%d, %d] is %g, expected %g", what, r, i, (double)found, (double)row[i]);
+            row[i] = found;
+        }
+    }
+    free(codes);
+    free(scales);
+    return to;
+}
+
+static void check_map(struct map m, bool fp8)
 {
     const bool adds = m.kind == LINEAR_ADD || m.kind == GATED_ADD;
     const bool f32_out = adds || m.kind == LOGITS || m.kind == NORM_LOGITS;
@@ -262,9 +318,9 @@ static void check_map(struct map m)
     const size_t in = (size_t)m.rows * m.cols, out = (size_t)m.rows * m.outs;
     const double spread = 1 / sqrt(m.cols);
 
-    snprintf(what, sizeof what, "%s, %s weights [%d, %d], %d rows%s%s", kind_names[m.kind],
-             ltn_dtype_name(weights), m.outs, m.cols, m.rows, m.has_bias ? ", bias" : "",
-             m.layer_norm ? ", LayerNorm" : "");
+    snprintf(what, sizeof what, "%s, %s weights%s [%d, %d], %d rows%s%s", kind_names[m.kind],
+             ltn_dtype_name(weights), fp8 ? " as fp8" : "", m.outs, m.cols, m.rows,
+             m.has_bias ? ", bias" : "", m.layer_norm ? ", LayerNorm" : "");
     m.ld_gate = m.cols + 24;
     m.w = make((size_t)m.outs * m.cols, weights, spread);
     m.w2 = make(m.kind == NORM_GLU ? m.w.n : 1, weights, spread);
@@ -278,10 +334,17 @@ static void check_map(struct map m)
     m.scratch = make(in, be->act_dtype, 1);
     m.scratch2 = make(out, be->act_dtype, 1);
     float *before = adds ? duplicate(&m.y) : NULL;
+    if (fp8) {
+        m.fp8 = make_fp8(&m, &m.w);
+        if (m.kind == NORM_GLU)
+            m.fp8_2 = make_fp8(&m, &m.w2);
+    }
     run_map_on(&m, ref, false);
     /* f32: a sum of `cols` products; 16 bits: the input of the product rounds too */
     verify(&m.y, run_map, &m, before, be->act_dtype == LTN_F32 ? 3e-6 : 8e-3);
     free(before);
+    be->ops->free(be, (void *)m.fp8.data);
+    be->ops->free(be, (void *)m.fp8_2.data);
     struct values *all[] = {&m.w,      &m.w2,     &m.bias, &m.bias2,   &m.x,       &m.gate,
                             &m.norm_w, &m.norm_b, &m.y,    &m.scratch, &m.scratch2};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
@@ -312,8 +375,38 @@ static void test_maps(void **state)
                 m.group = outs / 4;
                 m.act_cols = 2 * m.group;
             }
-            check_map(m);
+            check_map(m, false);
         }
+}
+
+/* Many rows of many columns, where the kernels with large tiles take over, up to odd edges. */
+static void wide_maps(enum kind kind, bool fp8)
+{
+    static const int32_t sizes[][3] = {
+        {12296, 72, 65}, {2568, 136, 1025}, {1288, 64, 2049}, {1281, 80, 2100}};
+    static const int32_t fp8_sizes[][3] = {
+        {2568, 144, 1025}, {1288, 64, 2049}, {264, 80, 300}, {72, 2816, 257}};
+    for (size_t i = 0; weights == LTN_BF16 && i < sizeof sizes / sizeof *sizes; i++) {
+        const int32_t *size = fp8 ? fp8_sizes[i] : sizes[i];
+        struct map m = {.kind = kind, .outs = size[0], .cols = size[1], .rows = size[2]};
+        m.has_bias = i == 2 && kind == NORM_LINEAR && !fp8;
+        if (kind == NORM_LINEAR) {
+            m.act = i == 1 ? LTN_ACT_ELU : LTN_ACT_SILU;
+            m.group = 8;
+            m.act_cols = m.outs / 24 * 8;
+        }
+        check_map(m, fp8);
+    }
+}
+
+static void test_wide_maps(void **state)
+{
+    wide_maps((enum kind)(intptr_t)*state, false);
+}
+
+static void test_fp8_maps(void **state)
+{
+    wide_maps((enum kind)(intptr_t)*state, true);
 }
 
 /* ---- row by row --------------------------------------------------------------------------------------- */
@@ -523,9 +616,10 @@ static void check_lightning(int32_t e, int32_t h, bool lrpe, double slope, const
     CHECK(ref->ops->lightning(ref, c.o.host, c.qkv.host, c.qkv.host + H, c.qkv.host + 2 * H, (int32_t)(4 * H),
                               &host, on_host, c.n_seqs, &err));
     verify(&c.o, run_lightning, C, NULL, be->act_dtype == LTN_F32 ? 1e-5 : 8e-3);
-    /* The state is f32 on either side. */
+    /* The state is f32 on either side, but the tensor-core kernels (bf16) add v to it as two bf16 numbers,
+     * and LRPE layers round the turned k. */
     snprintf(what + strlen(what), sizeof what - strlen(what), ", state");
-    verify(&c.state, run_lightning, C, c.state_before, 1e-5);
+    verify(&c.state, run_lightning, C, c.state_before, be->act_dtype == LTN_F32 ? 1e-5 : lrpe ? 3e-3 : 5e-5);
     free(c.state_before);
     drop(&c.o), drop(&c.qkv), drop(&c.state), drop(&c.slopes), drop(&c.theta);
 }
@@ -715,6 +809,16 @@ static const struct {
     {"norm_glu", test_maps, NORM_GLU},
     {"gated_linear_add", test_maps, GATED_ADD},
     {"norm_logits", test_maps, NORM_LOGITS},
+    {"wide linear", test_wide_maps, LINEAR},
+    {"wide linear_add", test_wide_maps, LINEAR_ADD},
+    {"wide norm_linear", test_wide_maps, NORM_LINEAR},
+    {"wide norm_glu", test_wide_maps, NORM_GLU},
+    {"wide gated_linear_add", test_wide_maps, GATED_ADD},
+    {"fp8 linear", test_fp8_maps, LINEAR},
+    {"fp8 linear_add", test_fp8_maps, LINEAR_ADD},
+    {"fp8 norm_linear", test_fp8_maps, NORM_LINEAR},
+    {"fp8 norm_glu", test_fp8_maps, NORM_GLU},
+    {"fp8 gated_linear_add", test_fp8_maps, GATED_ADD},
     {"lightning", test_lightning, 0},
     {"sample", test_sample, 0},
     {"sum", test_sum, 0},

@@ -1,0 +1,204 @@
+/* Reading on the CUDA backend: however a text is cut, the logits and the state are the same within rounding,
+ * through sizes at which other kernels take over; the same cut gives the same bits; e4m3 stays near. All
+ * memory between the operations is NaN beforehand. */
+#include "model/decoder.h"
+#include "tests/cuda/device.h"
+#include "tests/support.h"
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+enum { VOCAB = 500, CHUNK = 4096, LONGEST = 9001 };
+
+static const struct ltn_config shape = {.vocab_size = VOCAB,
+                                        .embed_dim = 512,
+                                        .hidden_dim = 512,
+                                        .n_layers = 3,
+                                        .n_heads = 4,
+                                        .glu_dim = 1416,
+                                        .act = LTN_ACT_SILU,
+                                        .tied = true,
+                                        .scale_embedding = true,
+                                        .bos_id = -1,
+                                        .eos_id = -1,
+                                        .pad_id = -1,
+                                        .lrpe = {1, 0, 0}};
+
+struct rig {
+    struct ltn_backend *be;
+    struct ltn_model model;
+    struct ltn_workspace ws;
+    float *state;
+    size_t state_bytes;
+};
+
+/* What a text leaves behind. */
+struct result {
+    float logits[VOCAB];
+    float *state;
+};
+
+static int32_t text[LONGEST];
+
+static void rig_open(struct rig *r, bool cuda, int32_t rows)
+{
+    struct ltn_error err = {0};
+    struct ltn_config config = shape;
+    memset(r, 0, sizeof *r);
+    CHECK(ltn_config_check(&config, &err));
+    if (cuda)
+        r->be = open_cuda(LTN_BF16);
+    else
+        CHECK(ltn_cpu_open(&r->be, 2, &err));
+    CHECK(ltn_model_random(&r->model, &config, LTN_BF16, r->be, &err));
+    CHECK(ltn_workspace_create(&r->ws, &r->model, rows, 1, &err));
+    r->state_bytes = ltn_state_offset(&config, config.n_layers) * sizeof(float);
+    CHECK(r->be->ops->alloc(r->be, (void **)&r->state, r->state_bytes, &err));
+}
+
+static void rig_close(struct rig *r)
+{
+    r->be->ops->free(r->be, r->state);
+    ltn_workspace_free(&r->ws);
+    ltn_model_free(&r->model);
+    r->be->ops->close(r->be);
+}
+
+static void poison(struct rig *r)
+{
+    struct ltn_error err = {0};
+    const size_t keep = (size_t)((uint8_t *)r->ws.x - (uint8_t *)r->ws.memory), bytes = r->ws.bytes - keep;
+    uint8_t *ones = malloc(bytes);
+    assert_non_null(ones);
+    memset(ones, 0xff, bytes);
+    CHECK(r->be->ops->upload(r->be, r->ws.x, ones, bytes, &err));
+    free(ones);
+}
+
+/* Reads n tokens in pieces of `most`, or at random of 1 to `most`. */
+static void read_text(struct rig *r, struct result *out, int32_t n, int32_t most, struct test_rng *rng)
+{
+    struct ltn_error err = {0};
+    CHECK(r->be->ops->zero(r->be, r->state, r->state_bytes, &err));
+    for (int32_t done = 0, rows; done < n; done += rows) {
+        rows = rng ? 1 + test_below(rng, test_below(rng, 3) ? most : 70) : most;
+        rows = rows < n - done ? rows : n - done;
+        const struct ltn_seq seq = {r->state, done, 0, rows};
+        poison(r);
+        CHECK(ltn_forward(&r->model, &r->ws, text + done, rows, &seq, 1, LTN_WANT_LAST, NULL, &err));
+    }
+    out->state = malloc(r->state_bytes);
+    assert_non_null(out->state);
+    CHECK(r->be->ops->download(r->be, out->logits, r->ws.logits, sizeof out->logits, &err));
+    CHECK(r->be->ops->download(r->be, out->state, r->state, r->state_bytes, &err));
+}
+
+/* rms of the difference over rms of b */
+static double apart(const float *a, const float *b, size_t n)
+{
+    double diff = 0, sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        diff += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+        sum += (double)b[i] * b[i];
+    }
+    return sqrt(diff / sum);
+}
+
+static void check_near(struct rig *r, const char *what, int32_t n, const struct result *a,
+                       const struct result *b, double bound)
+{
+    const double logits = apart(a->logits, b->logits, VOCAB),
+                 state = apart(a->state, b->state, r->state_bytes / sizeof(float));
+    print_message("# %s, %d tokens: logits %.2g, state %.2g apart\n", what, n, logits, state);
+    if (!(logits <= bound) || !(state <= bound))
+        fail_msg("%s, %d tokens: logits %g, state %g apart, at most %g expected", what, n, logits, state,
+                 bound);
+}
+
+static void test_splits(void **state)
+{
+    (void)state;
+    static const int32_t lengths[] = {2, 63, 65, 129, 255, 257, 1025, 4095, 4097, LONGEST};
+    struct test_rng rng = {11};
+    struct rig r;
+    rig_open(&r, true, CHUNK);
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+        struct result whole, again, cut;
+        const int32_t n = lengths[i];
+        read_text(&r, &whole, n, CHUNK, NULL);
+        read_text(&r, &again, n, CHUNK, NULL);
+        assert_memory_equal(whole.logits, again.logits, sizeof whole.logits);
+        assert_memory_equal(whole.state, again.state, r.state_bytes);
+        for (int k = 0; k < 2; k++) {
+            read_text(&r, &cut, n, k ? CHUNK : 600, &rng);
+            check_near(&r, "cut at random", n, &cut, &whole, 0.02);
+            free(cut.state);
+        }
+        free(whole.state);
+        free(again.state);
+    }
+    rig_close(&r);
+}
+
+static void test_against_cpu(void **state)
+{
+    (void)state;
+    struct rig cuda, cpu;
+    struct result found, expected;
+    const int32_t n = 1500;
+    rig_open(&cuda, true, CHUNK);
+    rig_open(&cpu, false, 256);
+    read_text(&cuda, &found, n, CHUNK, NULL);
+    read_text(&cpu, &expected, n, 256, NULL);
+    check_near(&cuda, "against the CPU", n, &found, &expected, 0.04);
+    free(found.state);
+    free(expected.state);
+    rig_close(&cuda);
+    rig_close(&cpu);
+}
+
+static void test_fp8(void **state)
+{
+    (void)state;
+    struct ltn_error err = {0};
+    struct rig r;
+    struct result exact, coarse, again;
+    rig_open(&r, true, CHUNK);
+    read_text(&r, &exact, LONGEST, CHUNK, NULL);
+    if (ltn_model_prefill_fp8(&r.model, &err) == LTN_ERR_UNSUPPORTED) {
+        rig_close(&r);
+        free(exact.state);
+        skip();
+    }
+    read_text(&r, &coarse, LONGEST, CHUNK, NULL);
+    read_text(&r, &again, LONGEST, CHUNK, NULL);
+    assert_memory_equal(coarse.logits, again.logits, sizeof again.logits);
+    check_near(&r, "fp8", LONGEST, &coarse, &exact, 0.2);
+    assert_true(apart(coarse.logits, exact.logits, VOCAB) > 1e-3); /* it did run in e4m3 */
+    free(again.state);
+    read_text(&r, &again, LONGEST, 3000, NULL);
+    check_near(&r, "fp8, cut otherwise", LONGEST, &again, &coarse, 0.2);
+    free(exact.state);
+    free(coarse.state);
+    free(again.state);
+    rig_close(&r);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_splits),
+        cmocka_unit_test(test_against_cpu),
+        cmocka_unit_test(test_fp8),
+    };
+    struct test_rng rng = {3};
+    for (int i = 0; i < LONGEST; i++)
+        text[i] = test_below(&rng, VOCAB);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
