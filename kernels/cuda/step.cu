@@ -25,28 +25,27 @@
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/* The warp that streams. */
+/* One of the warps that stream: a lane of each issues its share of every stage's rows. A copy costs its warp
+ * some hundred cycles, which is why they are several. */
 template <typename W> static __device__ void stream(const struct step_args &a, const struct room &m)
 {
-    const int lane = threadIdx.x % 32;
+    constexpr int EACH = ROWS / (STREAMERS / 32);
+    const int first = (threadIdx.x - THREADS) / 32 * EACH;
     struct position at = {0, 0};
     for (int32_t l = 0; l <= a.n_layers; l++) {
         for (int phase = 0; phase < (l == a.n_layers ? 1 : N_PHASES); phase++) {
             const struct share<W> s = share_of<W>(a, l, phase);
+            const int32_t row_bytes = s.cols * (int32_t)sizeof(W);
             for (int32_t dot = 0; dot < s.n_dots; dot += ROWS) {
                 const int32_t rows = min((int32_t)ROWS, s.n_dots - dot);
-                const uint8_t *row = (const uint8_t *)s.row(dot + min(lane, rows - 1));
-                for (int32_t j = 0; j < s.n_chunks; j++) {
-                    const uint32_t bytes =
-                        min((int32_t)ROW_BYTES, s.cols * (int32_t)sizeof(W) - j * ROW_BYTES);
-                    if (lane == 0) {
-                        barrier_wait(&m.empty[at.stage], at.parity ^ 1);
+                for (int32_t from = 0; from < row_bytes; from += ROW_BYTES) {
+                    const uint32_t bytes = min((int32_t)ROW_BYTES, row_bytes - from);
+                    barrier_wait(&m.empty[at.stage], at.parity ^ 1);
+                    if (first == 0)
                         barrier_arrive_expect(&m.full[at.stage], bytes * rows);
-                    }
-                    __syncwarp();
-                    if (lane < rows)
-                        bulk_load(m.ring + at.stage * STAGE_SIZE + lane * PITCH, row + j * ROW_BYTES, bytes,
-                                  &m.full[at.stage]);
+                    for (int32_t r = first; r < min(first + EACH, rows); r++)
+                        bulk_load(m.ring + at.stage * STAGE_SIZE + r * PITCH,
+                                  (const uint8_t *)s.row(dot + r) + from, bytes, &m.full[at.stage]);
                     at.next();
                 }
             }
@@ -121,7 +120,7 @@ struct mixer {
             uint64_t gate = 0;
             float4 sum = make_float4(0, 0, 0, 0);
             if (u < n_units) {
-                const float fade = (float)-expm1(-(double)l.slopes[u / per_head]);
+                const float fade = -expm1f(-l.slopes[u / per_head]);
                 const uint64_t *v_at = q + 2 * H + first + col;
                 ulonglong2 v0 = look2(v_at), v1 = look2(v_at + 2);
                 if (writes)
@@ -315,7 +314,7 @@ static __global__ void __launch_bounds__(THREADS + STREAMERS, 1)
     __syncthreads();
     if (threadIdx.x >= THREADS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-        if (threadIdx.x < THREADS + 32)
+        if (threadIdx.x % 32 == 0)
             stream<W>(a, m);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");

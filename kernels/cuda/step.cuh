@@ -9,9 +9,9 @@
 enum {
     WARPS = 16, /* that consume; one more streams */
     THREADS = 32 * WARPS,
-    STREAMERS = 128, /* threads of the warp that streams and its three idle neighbours */
-    DEPTH = 12,
-    ROWS = 8,
+    STREAMERS = 128,
+    DEPTH = 6,
+    ROWS = 16,
     ROW_BYTES = 2048,       /* of a row in a stage: 128 for each warp */
     PITCH = ROW_BYTES + 64, /* rows g and g + 1 in different banks */
     STAGE_SIZE = ROWS * PITCH,
@@ -347,7 +347,8 @@ template <typename W, int CHUNKS> struct worker {
         in.put(j, r, v, g & 1);
     }
 
-    /* The input from words of a value each. */
+    /* The input from words of a value each. Addresses are one register and constants: what the compiler would
+     * keep of them from layer to layer has no room. */
     __device__ __forceinline__ void gather(const uint64_t *words, int32_t cols, uint32_t tag)
     {
         constexpr int LOADS = G::PIECE / 2, TOGETHER = G::WIDE ? 1 : 2;
@@ -357,33 +358,32 @@ template <typename W, int CHUNKS> struct worker {
             if (j0 * G::CHUNK >= cols)
                 break;
             ulonglong2 v[TOGETHER][N_RUNS][LOADS];
+            const int32_t left = cols - column(j0, run_of(0));
+            const uint64_t *from = words + (column(j0, run_of(0)) - t * G::PIECE) + t * 2;
+            asm volatile("" : "+l"(from));
             bool again;
 #pragma unroll
             for (int j = 0; j < TOGETHER; j++)
 #pragma unroll
-                for (int r = 0; r < N_RUNS; r++) {
-                    const int32_t c = column(j0 + j, run_of(r));
+                for (int r = 0; r < N_RUNS; r++)
 #pragma unroll
                     for (int i = 0; i < LOADS; i++) {
                         v[j][r][i] = make_ulonglong2((uint64_t)tag << 32, (uint64_t)tag << 32);
-                        if (c < cols)
-                            v[j][r][i] = look2(words + (c - t * G::PIECE) + i * 8 + t * 2);
+                        if (j * G::CHUNK + r * G::RUN < left)
+                            v[j][r][i] = look2(from + j * G::CHUNK + r * G::RUN + i * 8);
                     }
-                }
             do {
                 again = false;
 #pragma unroll
                 for (int j = 0; j < TOGETHER; j++)
 #pragma unroll
-                    for (int r = 0; r < N_RUNS; r++) {
-                        const int32_t c = column(j0 + j, run_of(r));
+                    for (int r = 0; r < N_RUNS; r++)
 #pragma unroll
                         for (int i = 0; i < LOADS; i++)
                             if (stale(v[j][r][i].x, tag) || stale(v[j][r][i].y, tag)) {
-                                v[j][r][i] = look2(words + (c - t * G::PIECE) + i * 8 + t * 2);
+                                v[j][r][i] = look2(from + j * G::CHUNK + r * G::RUN + i * 8);
                                 again = true;
                             }
-                    }
             } while (again);
 #pragma unroll
             for (int j = 0; j < TOGETHER && j0 + j < CHUNKS; j++)
@@ -407,29 +407,28 @@ template <typename W, int CHUNKS> struct worker {
             if (j0 * G::CHUNK >= cols)
                 break;
             ulonglong2 v[TOGETHER][2];
+            const int32_t left = cols - column(j0, run_of(0));
+            const uint64_t *from = words + (column(j0, run_of(0)) - t * G::PIECE) / 2 + t * 2;
+            asm volatile("" : "+l"(from));
             bool again;
 #pragma unroll
-            for (int j = 0; j < TOGETHER; j++) {
-                const int32_t c = column(j0 + j, run_of(0));
+            for (int j = 0; j < TOGETHER; j++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     v[j][i] = make_ulonglong2((uint64_t)tag << 32, (uint64_t)tag << 32);
-                    if (c < cols)
-                        v[j][i] = look2(words + (c - t * G::PIECE) / 2 + i * 8 + t * 2);
+                    if (j * G::CHUNK < left)
+                        v[j][i] = look2(from + j * G::CHUNK / 2 + i * 8);
                 }
-            }
             do {
                 again = false;
 #pragma unroll
-                for (int j = 0; j < TOGETHER; j++) {
-                    const int32_t c = column(j0 + j, run_of(0));
+                for (int j = 0; j < TOGETHER; j++)
 #pragma unroll
                     for (int i = 0; i < 2; i++)
                         if (stale(v[j][i].x, tag) || stale(v[j][i].y, tag)) {
-                            v[j][i] = look2(words + (c - t * G::PIECE) / 2 + i * 8 + t * 2);
+                            v[j][i] = look2(from + j * G::CHUNK / 2 + i * 8);
                             again = true;
                         }
-                }
             } while (again);
 #pragma unroll
             for (int j = 0; j < TOGETHER && j0 + j < CHUNKS; j++)
@@ -462,34 +461,47 @@ template <typename W, int CHUNKS> struct worker {
         }
     }
 
-    /* Rows dot .. dot + n of the block's, n <= PASS, times the input: the warps' sums into m.parts, the sums
-     * of squares of their inputs into m.red; ends with a barrier. */
+    /* c += this lane's pieces of a row in a stage times the input; left: columns from its first on. */
+    __device__ __forceinline__ void multiply_row(float4 &c, uint32_t from, int j, int32_t left)
+    {
+        uint4 p = make_uint4(0, 0, 0, 0), q = p;
+        if (j * G::CHUNK < left)
+            p = load_piece(from);
+        if (j * G::CHUNK + G::RUN < left)
+            q = load_piece(from + 64);
+        multiply_unit(c, p, q, in, j);
+    }
+
+    /* n rows of the block's, n <= PASS, times the input: the warps' sums into m.parts, the sums of squares of
+     * their inputs into m.red; ends with a barrier. */
     __device__ __forceinline__ void multiply(int32_t n, int32_t cols, float sum_squares)
     {
         float *parts = m.parts + (buffer * WARPS + warp) * PASS;
-        const uint32_t here = m.ring + g * PITCH + warp * 128 + t * 16;
         for (int32_t dot = 0; dot < n; dot += ROWS) {
-            float4 c = make_float4(0, 0, 0, 0);
+            float4 c = make_float4(0, 0, 0, 0), c2 = c;
+            const bool both = n - dot > ROWS / 2;
+            int32_t left = cols - column(0, 0);
+            asm volatile("" : "+r"(left));
 #pragma unroll
             for (int j = 0; j < CHUNKS; j++) {
                 if (j * G::CHUNK >= cols)
                     break;
-                uint4 p = make_uint4(0, 0, 0, 0), q = p;
+                const uint32_t from = m.ring + at.stage * STAGE_SIZE + g * PITCH + warp * 128 + t * 16;
                 barrier_wait(&m.full[at.stage], at.parity);
-                const uint32_t from = here + at.stage * STAGE_SIZE;
-                if (column(j, 0) < cols)
-                    p = load_piece(from);
-                if (column(j, 1) < cols)
-                    q = load_piece(from + 64);
+                multiply_row(c, from, j, left);
+                if (both)
+                    multiply_row(c2, from + ROWS / 2 * PITCH, j, left);
                 __syncwarp();
                 if (lane == 0)
                     barrier_arrive(&m.empty[at.stage]);
-                multiply_unit(c, p, q, in, j);
                 at.next();
             }
-            const float v = row_sum<W>(c, lane);
-            if (t == 0)
+            const float v = row_sum<W>(c, lane), v2 = row_sum<W>(c2, lane);
+            if (t == 0) {
                 parts[dot + g] = v;
+                if (both)
+                    parts[dot + ROWS / 2 + g] = v2;
+            }
         }
         if (lane == 0)
             m.red[buffer * WARPS + warp] = sum_squares;
