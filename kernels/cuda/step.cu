@@ -44,7 +44,7 @@ template <typename W> static __device__ void stream(const struct step_args &a, c
                     if (first == 0)
                         barrier_arrive_expect(&m.full[at.stage], bytes * rows);
                     for (int32_t r = first; r < min(first + EACH, rows); r++)
-                        bulk_load(m.ring + at.stage * STAGE_SIZE + r * PITCH,
+                        bulk_load(m.ring + at.stage * STAGE_SIZE + r * ROW_BYTES,
                                   (const uint8_t *)s.row(dot + r) + from, bytes, &m.full[at.stage]);
                     at.next();
                 }

@@ -12,9 +12,8 @@ enum {
     STREAMERS = 128,
     DEPTH = 6,
     ROWS = 16,
-    ROW_BYTES = 2048,       /* of a row in a stage: 128 for each warp */
-    PITCH = ROW_BYTES + 64, /* rows g and g + 1 in different banks */
-    STAGE_SIZE = ROWS * PITCH,
+    ROW_BYTES = 2048, /* of a row in a stage: 128 for each warp */
+    STAGE_SIZE = ROWS * ROW_BYTES,
     PASS = 176, /* rows whose sums are held at once */
     MAX_LAYERS = 64,
     MAX_DIM = 8192, /* D and H */
@@ -223,9 +222,13 @@ template <typename W, int CHUNKS> struct input {
 };
 template <int CHUNKS> struct input<float, CHUNKS> {
     float4 run[CHUNKS][2];
-    __device__ __forceinline__ void put(int j, int r, const float (&v)[4], bool)
+    __device__ __forceinline__ void put(int j, int r, const float (&v)[4], bool low)
     {
-        run[j][r] = make_float4(v[0], v[1], v[2], v[3]);
+        const float4 f = make_float4(v[0], v[1], v[2], v[3]);
+        if (low)
+            run[j][1 - r] = f;
+        else
+            run[j][r] = f;
     }
 };
 
@@ -304,7 +307,7 @@ template <typename W> static __device__ __forceinline__ float row_sum(const floa
         v = (c.x + c.y) + (c.z + c.w);
         v += __shfl_xor_sync(0xffffffffu, v, 2);
     } else { /* lane 4 g: the first run's high and low columns; lane 4 g + 1: the second run's */
-        v = lane % 4 == 0 ? c.x + c.y : c.z + c.w;
+        v = (lane & 1) == (lane >> 2 & 1) ? c.x + c.y : c.z + c.w;
     }
     return v + __shfl_xor_sync(0xffffffffu, v, 1);
 }
@@ -461,14 +464,15 @@ template <typename W, int CHUNKS> struct worker {
         }
     }
 
-    /* c += this lane's pieces of a row in a stage times the input; left: columns from its first on. */
+    /* c += this lane's pieces of a row in a stage times the input; left: columns from its first on. Lanes of
+     * odd rows take their second run first: the rows lie in the same banks. */
     __device__ __forceinline__ void multiply_row(float4 &c, uint32_t from, int j, int32_t left)
     {
         uint4 p = make_uint4(0, 0, 0, 0), q = p;
-        if (j * G::CHUNK < left)
-            p = load_piece(from);
-        if (j * G::CHUNK + G::RUN < left)
-            q = load_piece(from + 64);
+        if (j * G::CHUNK + (g & 1) * G::RUN < left)
+            p = load_piece(from + (g & 1) * 64);
+        if (j * G::CHUNK + (~g & 1) * G::RUN < left)
+            q = load_piece(from + (~g & 1) * 64);
         multiply_unit(c, p, q, in, j);
     }
 
@@ -486,11 +490,11 @@ template <typename W, int CHUNKS> struct worker {
             for (int j = 0; j < CHUNKS; j++) {
                 if (j * G::CHUNK >= cols)
                     break;
-                const uint32_t from = m.ring + at.stage * STAGE_SIZE + g * PITCH + warp * 128 + t * 16;
+                const uint32_t from = m.ring + at.stage * STAGE_SIZE + g * ROW_BYTES + warp * 128 + t * 16;
                 barrier_wait(&m.full[at.stage], at.parity);
                 multiply_row(c, from, j, left);
                 if (both)
-                    multiply_row(c2, from + ROWS / 2 * PITCH, j, left);
+                    multiply_row(c2, from + ROWS / 2 * ROW_BYTES, j, left);
                 __syncwarp();
                 if (lane == 0)
                     barrier_arrive(&m.empty[at.stage]);
