@@ -250,10 +250,11 @@ struct ltn_ops {
 struct ltn_backend {
     const struct ltn_ops *ops;
     enum ltn_dtype act_dtype;
-    uint32_t dtypes;    /* bit 1 << t: takes matrices of ltn_dtype t */
-    bool host_memory;   /* backend memory is host memory: weights are used in place */
-    int32_t chunk_rows; /* rows per prefill call that suit this backend */
-    char name[96];      /* for people, e.g. "CPU, 8 threads, AVX-512" */
+    uint32_t dtypes;      /* bit 1 << t: takes matrices of ltn_dtype t */
+    bool host_memory;     /* backend memory is host memory: weights are used in place */
+    int32_t chunk_rows;   /* rows per prefill call that suit this backend, at most, */
+    int64_t chunk_values; /* and elements of the residual stream in them; 0: any number */
+    char name[96];        /* for people, e.g. "CPU, 8 threads, AVX-512" */
 };
 
 /* The plain reference: one thread, one loop per formula, f32 storage. The oracle of every other backend. */

@@ -368,6 +368,19 @@ enum ltn_status ltn_model_random(struct ltn_model *model, const struct ltn_confi
     return status;
 }
 
+/* ---- reading --------------------------------------------------------------------------------------------
+ */
+
+int32_t ltn_model_chunk_rows(const struct ltn_model *model)
+{
+    enum { WHOLE = 256 }; /* fewer rows than the backend's most come in multiples of this: whole tiles */
+    const int64_t most = model->be->chunk_rows, values = model->be->chunk_values;
+    const int64_t rows = values ? values / model->config.embed_dim : most;
+    if (rows >= most)
+        return (int32_t)most;
+    return (int32_t)(rows < 1 ? 1 : rows < WHOLE ? rows : rows / WHOLE * WHOLE);
+}
+
 /* ---- fp8 for prefill ----------------------------------------------------------------------------------- */
 
 /* The maps that prefill spends its time in. TNL3's low-rank gate is not worth it. */

@@ -25,6 +25,9 @@ enum ltn_status ltn_model_load(struct ltn_model *model, const struct ltn_checkpo
                                void (*progress)(void *ctx, uint64_t done, uint64_t total), void *ctx,
                                struct ltn_error *err);
 
+/* Rows of a prefill call that suit the model on its backend. */
+int32_t ltn_model_chunk_rows(const struct ltn_model *model);
+
 /* Gives the maps of all layers their fp8, on top of what they have: prefill then runs in e4m3, at about twice
  * the speed and with its rounding (kernels/cuda/PREFILL.md); decoding stays as it is. Maps that are stored as
  * LTN_FP8 are used as they are. LTN_ERR_UNSUPPORTED: the backend, or the weights' type or sizes, do not allow

@@ -196,7 +196,7 @@ static enum ltn_status prepare(struct bench *b, struct ltn_error *err)
     LTN_TRY(ltn_model_random(&b->model, &config, dtype_of(o->dtype), be, err));
     if (strcmp(o->prefill, "fp8") == 0)
         LTN_TRY(ltn_model_prefill_fp8(&b->model, err));
-    b->chunk = o->chunk ? (int32_t)o->chunk : be->chunk_rows;
+    b->chunk = o->chunk ? (int32_t)o->chunk : ltn_model_chunk_rows(&b->model);
     LTN_TRY(ltn_workspace_create(&b->ws, &b->model, b->chunk, 1, err));
     b->state_bytes = ltn_state_offset(&config, config.n_layers) * sizeof(float);
     LTN_TRY(be->ops->alloc(be, (void **)&b->state, b->state_bytes, err));

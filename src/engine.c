@@ -100,7 +100,7 @@ static void fill_info(struct ltn_engine *engine, int n_threads)
         if (c->tied || cp->specs[i].slot != LTN_SLOT_EMBED)
             info->decode_bytes += bytes;
     }
-    info->chunk_rows = engine->be->chunk_rows;
+    info->chunk_rows = ltn_model_chunk_rows(&engine->model);
     if (engine->be->host_memory)
         info->n_threads = n_threads > 0 ? n_threads : available_cores();
     info->has_tokenizer = engine->tokenizer != NULL;

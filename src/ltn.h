@@ -79,7 +79,7 @@ struct ltn_engine_info {
     int32_t chunk_rows;     /* tokens that one prefill step takes at once */
     int n_threads;          /* of the CPU backend; 0 on another */
     bool has_tokenizer;
-    const char *dtype;    /* of the matrices: "F32", "BF16", "F16" */
+    const char *dtype;    /* of the matrices: "F32", "BF16", "F16", "Q8", "FP8", "Q4" */
     const char *backend;  /* for people: "CPU, 8 threads, AVX-512" */
     const char *checksum; /* the model's identity, 32 hexadecimal digits */
     const char *notice;   /* one line that a program should show, e.g. why "auto" passed over CUDA; or NULL */

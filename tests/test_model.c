@@ -272,6 +272,24 @@ static bool find_case(char *path, size_t size, const char *name)
     return false;
 }
 
+static void test_chunk_rows(void **state)
+{
+    static const int32_t dims[][2] = {{16, 8192},   {2048, 8192},  {4096, 4096},
+                                      {5120, 3072}, {1 << 20, 16}, {1 << 30, 1}};
+    struct ltn_backend be = {.chunk_rows = 8192, .chunk_values = 4096 * 4096};
+    struct ltn_model model = {.be = &be};
+    (void)state;
+    for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) {
+        model.config.embed_dim = dims[i][0];
+        assert_int_equal(ltn_model_chunk_rows(&model), dims[i][1]);
+    }
+    be.chunk_values = 0;
+    assert_int_equal(ltn_model_chunk_rows(&model), 8192);
+    be = (struct ltn_backend){.chunk_rows = 100, .chunk_values = 50 << 20};
+    model.config.embed_dim = 1 << 20;
+    assert_int_equal(ltn_model_chunk_rows(&model), 50);
+}
+
 static void test_golden(void **state)
 {
     const struct golden_case *which = *state;
@@ -568,9 +586,10 @@ int main(void)
     enum { N_GOLDEN = sizeof golden / sizeof *golden };
     static struct golden_case cases[2 * N_GOLDEN];
     static char names[2 * N_GOLDEN + N_VARIANTS][96];
-    struct CMUnitTest tests[2 * N_GOLDEN + N_VARIANTS + 3] = {
-        cmocka_unit_test(test_slopes), cmocka_unit_test(test_config), cmocka_unit_test(test_packed)};
-    size_t n = 3;
+    struct CMUnitTest tests[2 * N_GOLDEN + N_VARIANTS + 4] = {
+        cmocka_unit_test(test_chunk_rows), cmocka_unit_test(test_slopes), cmocka_unit_test(test_config),
+        cmocka_unit_test(test_packed)};
+    size_t n = 4;
 
     if (getenv("LTN_TEST_CUDA")) {
         kinds[0] = CUDA;

@@ -3,7 +3,7 @@
 
     tools/bench_prefill.py --bench ./ltn-bench -o tools/results/prefill.json
 
-ltn: `ltn-bench prefill` for each shape. The peer is what a user of PyTorch would write today: bf16 products by cuBLAS,
+ltn: `ltn-bench prefill` for each shape, exactly and in fp8 (the rows' "prefill"). The peer is what a user of PyTorch would write today: bf16 products by cuBLAS,
 flash-linear-attention's `chunk_simple_gla` for the attention, the rest fused by torch.compile, all of it captured in a
 CUDA graph; the same shapes with random weights, from an empty state, up to the last token's logits. Needs torch, and
 for the peer fla-core; where that is missing, the peer is left out with a line on stderr.
@@ -106,42 +106,57 @@ def main():
     ap.add_argument("--bench", default="./ltn-bench", metavar="PROGRAM")
     ap.add_argument("-o", "--output", required=True, metavar="FILE")
     ap.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    ap.add_argument("-l", "--lengths", default="2048,8192,32768", help="of ltn, with commas between")
-    ap.add_argument("--peer-lengths", type=int, nargs="*", default=[8192, 32768])
-    ap.add_argument("--seconds", type=float, default=3, help="of each of ltn's passes and products")
-    ap.add_argument("--option", nargs="*", default=[], help="further options of ltn-bench prefill, without dashes")
+    ap.add_argument("-l", "--lengths", default="32768", help="of ltn, with commas between")
+    ap.add_argument("--seconds", type=float, default=3, help="of each of ltn's passes and products at these")
+    ap.add_argument("--brief-lengths", default="2048,8192", help="of ltn, measured more briefly")
+    ap.add_argument("--long", default="1048576", help="one more of these, for the shapes of --long-shapes")
+    ap.add_argument("--long-shapes", nargs="*", default=["385m"], choices=list(SHAPES))
+    ap.add_argument("--fp8-lengths", default="32768", help="of ltn in fp8, briefly")
+    ap.add_argument("--brief", type=float, default=0.5, help="seconds of these, and of the peer")
+    ap.add_argument("--peer-lengths", type=int, nargs="*", default=[32768])
     args = ap.parse_args()
+
+    def write():
+        with open(args.output, "w", encoding="utf-8") as f:
+            json.dump(result, f, indent=1)
+            f.write("\n")
 
     result = None
     for shape in args.shapes:
-        run = subprocess.run([args.bench, "prefill", "--shape", shape, "-l", args.lengths, "--seconds",
-                              str(args.seconds), "--device", "cuda", "--format", "json",
-                              *("--" + x for x in args.option)], stdout=subprocess.PIPE, check=True)
-        one = json.loads(run.stdout)
-        if result is None:
-            result = one
-        else:
-            result["rows"] += one["rows"]
-            result["gemm_tflops"] = one["gemm_tflops"]
-        for row in one["rows"]:
-            print(f"{row['impl']:16} {shape:5} {row['n']:8} {row['tok_s']:10.0f} tok/s, {100 * row['share']:.1f} % of "
-                  "the products alone", flush=True)
+        brief = args.brief_lengths + ("," + args.long if args.long and shape in args.long_shapes else "")
+        for prefill, lengths, seconds in (("exact", args.lengths, args.seconds), ("exact", brief, args.brief),
+                                          ("fp8", args.fp8_lengths, args.brief)):
+            if not lengths:
+                continue
+            run = subprocess.run([args.bench, "prefill", "--shape", shape, "-l", lengths, "--prefill", prefill,
+                                  "--seconds", str(seconds), "--device", "cuda", "--format", "json"],
+                                 stdout=subprocess.PIPE, check=True)
+            one = json.loads(run.stdout)
+            if result is None:
+                result = one
+                result["command"] = " ".join(["tools/bench_prefill.py", *sys.argv[1:]])
+            else:
+                result["rows"] += one["rows"]
+            if prefill == "exact" and lengths == args.lengths:
+                result["gemm_tflops"] = one["gemm_tflops"]
+            for row in one["rows"]:
+                print(f"{row['impl']:8} {prefill:7} {shape:5} {row['n']:8} {row['tok_s']:10.0f} tok/s, "
+                      f"{100 * row['share']:.1f} % of the products alone", flush=True)
+    write()
     for shape in args.shapes:
         for n in args.peer_lengths:
             try:
-                samples = time_peer(shape, n, args.seconds)
+                samples = time_peer(shape, n, args.brief)
             except Exception as error:  # a peer that is missing or broken must not stop the others
                 print(f"PyTorch + fla {shape} {n}: left out: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
             speed = statistics.median(samples)
-            bare = [r for r in result["rows"] if r["impl"] == "ltn" and r["model"] == shape and r["n"] == n]
+            bare = [r for r in result["rows"] if r["impl"] == "ltn" and r["model"] == shape and r["n"] == n
+                    and r["prefill"] == "exact"]
             result["rows"].append({"impl": "PyTorch + fla", "model": shape, "dtype": "bf16", "n": n, "tok_s": speed,
                                    "share": speed / bare[0]["gemm_tok_s"] if bare else None, "samples": samples})
             print(f"PyTorch + fla    {shape:5} {n:8} {speed:10.0f} tok/s", flush=True)
-    result["command"] = " ".join(["tools/bench_prefill.py", *sys.argv[1:]])
-    with open(args.output, "w", encoding="utf-8") as f:
-        json.dump(result, f, indent=1)
-        f.write("\n")
+    write()
 
 
 if __name__ == "__main__":

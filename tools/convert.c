@@ -82,7 +82,7 @@ int main(int argc, char **argv)
          .help = "with q8, fp8 or q4: round such that a reading of this text changes least; at least 4,096 "
                  "tokens of the kind that the model will read, of which up to 65,536 are used"},
         {.letter = 't', .argument = "THREADS", .kind = LTN_FLAG_INT, .target = &threads, .max = 1024,
-         .help = "CPU threads that read the text; 0: one per core"},
+         .help = "CPU threads for quantising; 0: one per core"},
     };
     // clang-format on
     const struct ltn_program program = {

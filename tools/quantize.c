@@ -1,13 +1,17 @@
 #include "tools/quantize.h"
 
+#include "kernels/cpu/pool.h"
 #include "kernels/quant.h"
 #include "tools/calibrate.h"
 
 #include <inttypes.h>
 #include <math.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+enum { ROWS_AT_ONCE = 256 };
 
 /* A quantised matrix on its way into the file. */
 struct made {
@@ -19,7 +23,9 @@ struct job {
     const struct ltn_quantize_options *options;
     struct ltn_calibration *calibration; /* NULL: to the nearest code */
     struct made *made;                   /* [n_specs] */
-    uint64_t done, total;                /* parameters */
+    struct pool *pool;
+    int n_threads;
+    uint64_t done, total; /* parameters */
     struct ltn_error *err;
 };
 
@@ -128,7 +134,8 @@ static bool quantise_row_with(enum ltn_dtype dtype, const float *r, float *w, si
 
 /* ---- a matrix ------------------------------------------------------------------------------------------ */
 
-static enum ltn_status read_row(const struct job *j, size_t spec, size_t row, float *out)
+static enum ltn_status read_row(const struct job *j, size_t spec, size_t row, float *out,
+                                struct ltn_error *err)
 {
     const struct ltn_st_tensor *t = j->src->tensors[spec];
     size_t cols = (size_t)t->shape[1], size = ltn_st_dtype_size(t->dtype);
@@ -143,27 +150,56 @@ static enum ltn_status read_row(const struct job *j, size_t spec, size_t row, fl
     size_t bad = ltn_first_not_finite(out, LTN_F32, cols);
     if (bad == cols)
         return LTN_OK;
-    return ltn_fail(j->err, LTN_ERR_INPUT, "%s: tensor \"%s\", element %zu: %g is not a finite number",
+    return ltn_fail(err, LTN_ERR_INPUT, "%s: tensor \"%s\", element %zu: %g is not a finite number",
                     j->src->file.path, t->name, row * cols + bad, (double)out[bad]);
 }
 
-static enum ltn_status quantise_rows(struct job *j, size_t spec, enum ltn_dtype dtype, const float *r,
-                                     float *w)
+/* A run of rows of one matrix, shared out among threads. */
+struct rows_job {
+    const struct job *job;
+    size_t spec;
+    enum ltn_dtype dtype;
+    const float *r;                       /* NULL: to the nearest code */
+    float *room;                          /* [n_threads, cols] */
+    size_t first;                         /* row of task 0 */
+    enum ltn_status status[ROWS_AT_ONCE]; /* of each row */
+    struct ltn_error errors[ROWS_AT_ONCE];
+};
+
+static enum ltn_status quantise_row(const struct rows_job *rj, size_t row, float *w, struct ltn_error *err)
 {
-    const struct ltn_tensor_spec *s = &j->src->specs[spec];
-    size_t rows = (size_t)s->shape[0], cols = (size_t)s->shape[1];
-    struct made *made = &j->made[spec];
-    for (size_t row = 0; row < rows; row++) {
-        uint8_t *codes = made->codes + row * ltn_row_bytes(dtype, cols);
-        uint8_t *scales = made->scales + row * ltn_row_scale_bytes(dtype, cols);
-        LTN_TRY(read_row(j, spec, row, w));
-        bool good = r ? quantise_row_with(dtype, r, w, cols, codes, scales)
-                      : ltn_quantise_row(dtype, w, cols, codes, scales);
-        if (!good)
-            return ltn_fail(j->err, LTN_ERR_INPUT,
-                            "%s: tensor \"%s\", row %zu: a weight is beyond the range of %s",
-                            j->src->file.path, s->name, row, ltn_dtype_name(dtype));
-        LTN_TRY(step(j, cols));
+    const struct ltn_tensor_spec *s = &rj->job->src->specs[rj->spec];
+    const struct made *made = &rj->job->made[rj->spec];
+    size_t cols = (size_t)s->shape[1];
+    uint8_t *codes = made->codes + row * ltn_row_bytes(rj->dtype, cols);
+    uint8_t *scales = made->scales + row * ltn_row_scale_bytes(rj->dtype, cols);
+    LTN_TRY(read_row(rj->job, rj->spec, row, w, err));
+    if (rj->r ? quantise_row_with(rj->dtype, rj->r, w, cols, codes, scales)
+              : ltn_quantise_row(rj->dtype, w, cols, codes, scales))
+        return LTN_OK;
+    return ltn_fail(err, LTN_ERR_INPUT, "%s: tensor \"%s\", row %zu: a weight is beyond the range of %s",
+                    rj->job->src->file.path, s->name, row, ltn_dtype_name(rj->dtype));
+}
+
+static void quantise_task(void *ctx, int64_t task, int worker)
+{
+    struct rows_job *rj = ctx;
+    float *w = rj->room + (size_t)worker * (size_t)rj->job->src->specs[rj->spec].shape[1];
+    rj->status[task] = quantise_row(rj, rj->first + (size_t)task, w, &rj->errors[task]);
+}
+
+static enum ltn_status quantise_rows(struct job *j, struct rows_job *rj)
+{
+    const struct ltn_tensor_spec *s = &j->src->specs[rj->spec];
+    size_t rows = (size_t)s->shape[0];
+    for (size_t first = 0; first < rows; first += ROWS_AT_ONCE) {
+        size_t n = rows - first < ROWS_AT_ONCE ? rows - first : ROWS_AT_ONCE;
+        rj->first = first;
+        pool_run(j->pool, (int64_t)n, quantise_task, rj);
+        for (size_t i = 0; i < n; i++)
+            if (rj->status[i] != LTN_OK)
+                return ltn_fail(j->err, rj->status[i], "%s", rj->errors[i].text);
+        LTN_TRY(step(j, n * (size_t)s->shape[1]));
     }
     return LTN_OK;
 }
@@ -173,12 +209,13 @@ static enum ltn_status make(struct job *j, size_t spec, enum ltn_dtype dtype)
     const struct ltn_tensor_spec *s = &j->src->specs[spec];
     size_t rows = (size_t)s->shape[0], cols = (size_t)s->shape[1];
     struct made *made = &j->made[spec];
+    struct rows_job *rj = calloc(1, sizeof *rj);
     const float *gram = NULL;
-    float *r = NULL, *w = malloc(cols * sizeof *w);
+    float *r = NULL, *room = malloc((size_t)j->n_threads * cols * sizeof *room);
     made->codes = malloc(rows * ltn_row_bytes(dtype, cols));
     made->scales = malloc(rows * ltn_row_scale_bytes(dtype, cols));
     enum ltn_status status = LTN_OK;
-    if (!w || !made->codes || !made->scales)
+    if (!rj || !room || !made->codes || !made->scales)
         status = ltn_fail(j->err, LTN_ERR_MEMORY, "no memory for tensor \"%s\"", s->name);
     if (status == LTN_OK && j->calibration && s->slot != LTN_SLOT_EMBED)
         status = ltn_calibration_gram(j->calibration, spec, &gram, j->err);
@@ -189,10 +226,17 @@ static enum ltn_status make(struct job *j, size_t spec, enum ltn_dtype dtype)
                               "calibration: tensor \"%s\": its inputs were all zero, or no memory for them",
                               s->name);
     }
-    if (status == LTN_OK)
-        status = quantise_rows(j, spec, dtype, r, w);
+    if (status == LTN_OK) {
+        rj->job = j;
+        rj->spec = spec;
+        rj->dtype = dtype;
+        rj->r = r;
+        rj->room = room;
+        status = quantise_rows(j, rj);
+    }
+    free(rj);
     free(r);
-    free(w);
+    free(room);
     return status;
 }
 
@@ -297,7 +341,10 @@ static enum ltn_status quantise(struct job *j, const char *path)
 enum ltn_status ltn_quantize(const struct ltn_checkpoint *src, const char *path,
                              const struct ltn_quantize_options *options, struct ltn_error *err)
 {
-    struct job j = {.src = src, .options = options, .err = err};
+    cpu_set_t cores;
+    struct job j = {.src = src, .options = options, .err = err, .n_threads = options->n_threads};
+    if (j.n_threads <= 0)
+        j.n_threads = sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
     if (ltn_is_quantised(src->dtype))
         return ltn_fail(err, LTN_ERR_INPUT, "%s: already quantised, to %s: expected f32, bf16 or f16",
                         src->file.path, ltn_checkpoint_dtype_key(src->dtype));
@@ -305,6 +352,8 @@ enum ltn_status ltn_quantize(const struct ltn_checkpoint *src, const char *path,
     j.made = calloc(src->n_specs, sizeof *j.made);
     if (!j.made)
         status = ltn_fail(err, LTN_ERR_MEMORY, "no memory for %zu tensors", src->n_specs);
+    if (status == LTN_OK)
+        status = pool_open(&j.pool, j.n_threads, err);
     if (status == LTN_OK && options->calibrate)
         status = ltn_calibration_open(&j.calibration, src, options->calibrate, options->n_threads, err);
     if (status == LTN_OK)
@@ -314,6 +363,7 @@ enum ltn_status ltn_quantize(const struct ltn_checkpoint *src, const char *path,
         free(j.made[i].scales);
     }
     free(j.made);
+    pool_close(j.pool);
     ltn_calibration_close(j.calibration);
     return status;
 }

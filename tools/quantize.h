@@ -16,7 +16,7 @@
 struct ltn_quantize_options {
     enum ltn_dtype dtype;
     const char *calibrate; /* a text file, or NULL: to the nearest code */
-    int n_threads;         /* that read it; 0: one per core */
+    int n_threads;         /* 0: one per core */
     /* May be NULL. Counts parameters; anything but LTN_OK stops the work and is returned. */
     enum ltn_status (*progress)(void *ctx, uint64_t done, uint64_t total);
     void *ctx;

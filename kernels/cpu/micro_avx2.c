@@ -7,6 +7,8 @@
 #define DOT_ROWS 3
 #define OUTER_ROWS 6
 typedef __m256 vf;
+typedef int32_t vi __attribute__((vector_size(32)));
+typedef int16_t vw __attribute__((vector_size(32)));
 
 static inline vf fma_v(vf a, vf b, vf c)
 {
@@ -34,11 +36,6 @@ static inline vf load_f16(const uint16_t *p)
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 }
 
-static inline vf load_i8(const uint8_t *p)
-{
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-}
-
 /* The sign stays, the other bits become an f16 of 2^-8 times the value. */
 static inline vf load_e4m3(const uint8_t *p)
 {
@@ -46,11 +43,21 @@ static inline vf load_e4m3(const uint8_t *p)
     return _mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16((short)0xbfff)));
 }
 
-/* Of each byte the low or the high nibble, with its sign. */
-static inline vf load_nibbles(const uint8_t *p, bool high)
+static inline vw load_i8(const uint8_t *p)
 {
-    __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(high ? wide : _mm256_slli_epi32(wide, 28), high ? 4 : 28));
+    return (vw)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+}
+
+/* Of a group's bytes the low nibbles, or the high ones. */
+static inline vw load_nibbles(const uint8_t *group, int part)
+{
+    __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)group));
+    return (vw)(part ? _mm256_srai_epi16(wide, 4) : _mm256_srai_epi16(_mm256_slli_epi16(wide, 12), 12));
+}
+
+static inline vi madd(vw a, vw b)
+{
+    return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 }
 
 /* The sums of the lanes of four vectors. */

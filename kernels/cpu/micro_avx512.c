@@ -7,6 +7,8 @@
 #define DOT_ROWS 6
 #define OUTER_ROWS 12
 typedef __m512 vf;
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef int16_t vw __attribute__((vector_size(64)));
 
 static inline vf fma_v(vf a, vf b, vf c)
 {
@@ -34,11 +36,6 @@ static inline vf load_f16(const uint16_t *p)
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
 
-static inline vf load_i8(const uint8_t *p)
-{
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
-}
-
 /* The sign stays, the other bits become an f16 of 2^-8 times the value. */
 static inline vf load_e4m3(const uint8_t *p)
 {
@@ -46,12 +43,23 @@ static inline vf load_e4m3(const uint8_t *p)
     return _mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16((short)0xbfff)));
 }
 
-/* Of each byte the low or the high nibble. The table is looked up by the low four bits. */
-static inline vf load_nibbles(const uint8_t *p, bool high)
+static inline vw load_i8(const uint8_t *p)
 {
-    const vf values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
-    __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-    return _mm512_permutexvar_ps(high ? _mm512_srli_epi32(wide, 4) : wide, values);
+    return (vw)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
+}
+
+/* All nibbles of a group: the low ones of its bytes, then the high ones. */
+static inline vw load_nibbles(const uint8_t *group, int part)
+{
+    (void)part;
+    __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)group));
+    __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_slli_epi16(wide, 4)), wide, 1);
+    return (vw)_mm512_srai_epi16(_mm512_slli_epi16(both, 8), 12);
+}
+
+static inline vi madd(vw a, vw b)
+{
+    return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 }
 
 /* The sums of the lanes of four vectors. */

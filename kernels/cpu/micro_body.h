@@ -2,11 +2,12 @@
  *   VL           lanes of a vector
  *   DOT_ROWS     rows of a tile of dot products; its DOT_ROWS x 4 sums stay in registers
  *   OUTER_ROWS   rows of a tile of outer products; OUTER_ROWS x 2 vectors stay in registers
- *   vf           a vector of VL floats
+ *   vf vi vw     a vector of VL floats, of VL int32, of 2 VL int16
  *   fma_v fma_s  a * b + c of vectors and scalars, as fast as the machine has it
  *   load_f32 load_bf16 load_f16    VL elements from any address, widened to f32
- *   load_i8 load_e4m3              VL codes likewise; e4m3 as 2^-8 of its value
- *   load_nibbles                   the low or high nibbles of VL bytes, as signed numbers
+ *   load_e4m3                      VL codes likewise, as 2^-8 of their values
+ *   load_i8 load_nibbles           2 VL codes of q8, as int16; those number 2 VL part and on of a group of q4
+ *   madd         the sums of products of neighbours, a[2i] b[2i] + a[2i + 1] b[2i + 1]
  *   sum_lanes    the four lane sums of four vectors
  *   MICRO_TABLE MICRO_NAME
  * Tiles are written as loops over constant bounds inside inlined functions, so that the compiler unrolls them
@@ -15,12 +16,11 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-typedef int32_t vi __attribute__((vector_size(sizeof(vf))));
 typedef float v4 __attribute__((vector_size(16)));
 
 INLINE vf splat(float s)
 {
-    return (vf){0} + s;
+    return s - (vf){0}; /* no addition: s - 0 is s, whatever its sign */
 }
 
 INLINE void store(float *p, vf v)
@@ -55,16 +55,18 @@ INLINE vf load_weights(const void *w, enum ltn_dtype dtype, size_t i, int n)
 
 /* ---- products ---------------------------------------------------------------------------------------- */
 
-/* y[r, o] = (add ? y[r, o] : 0) + scale[o] * lanes of sum[r][o] + bias[o] */
-INLINE void put_tile(float *y, size_t ldy, vf sum[][4], int rows, int n_outs, v4 scale, bool add,
-                     const float *bias)
+/* y[r, o] = (add ? y[r, o] : 0) + scale[o] row_scale[r] * lanes of sum[r][o] + bias[o]; row_scale may be NULL
+ */
+INLINE void put_tile(float *y, size_t ldy, vf sum[][4], int rows, int n_outs, v4 scale,
+                     const float *row_scale, bool add, const float *bias)
 {
     v4 b = {0};
     if (bias)
         memcpy(&b, bias, (size_t)n_outs * sizeof *bias);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        v4 out = (v4)sum_lanes(sum[r][0], sum[r][1], sum[r][2], sum[r][3]) * scale + b, old = {0};
+        v4 factor = row_scale ? scale * row_scale[r] : scale, old = {0};
+        v4 out = (v4)sum_lanes(sum[r][0], sum[r][1], sum[r][2], sum[r][3]) * factor + b;
         float *at = y + r * ldy;
         if (n_outs == 4) {
             if (add)
@@ -118,25 +120,97 @@ INLINE void dot_tile(float *y, size_t ldy, const float *x, size_t ldx, const voi
                 sum[r][o] = fma_v(a, load_weights(w[o], dtype, (size_t)c, cols - c), sum[r][o]);
         }
     }
-    put_tile(y, ldy, sum, rows, n_outs, (v4){1, 1, 1, 1}, add, bias);
+    put_tile(y, ldy, sum, rows, n_outs, (v4){1, 1, 1, 1}, NULL, add, bias);
 }
 
-/* VL codes of a quantised row from column c on, or only n of them if n < VL. */
-INLINE vf load_codes(const uint8_t *row, enum ltn_dtype dtype, size_t c, int n)
+/* dot_tile of fp8 weights. A row's scale waits for the sum. */
+INLINE void fp8_tile(float *y, size_t ldy, const float *x, size_t ldx, const void *weights, size_t ldw,
+                     const void *scales, int rows, int n_outs, int first, int cols, bool fetch, bool add,
+                     const float *bias)
 {
-    uint8_t lanes[VL] = {0};
-    if (dtype == LTN_Q4) /* rows are filled up to whole groups */
-        return load_nibbles(row + c / LTN_GROUP * LTN_Q4_GROUP_BYTES + c % LTN_Q4_GROUP_BYTES,
-                            c % LTN_GROUP >= LTN_Q4_GROUP_BYTES);
-    const uint8_t *p = row + c;
-    if (n < VL)
-        p = memcpy(lanes, p, (size_t)n);
-    return dtype == LTN_Q8 ? load_i8(p) : load_e4m3(p);
+    const uint8_t *w[4];
+    v4 scale = {0};
+    for (int o = 0; o < 4; o++) { /* rows that are not there repeat the first */
+        size_t at = (size_t)(o < n_outs ? o : 0);
+        w[o] = (const uint8_t *)weights + at * ldw + first;
+        scale[o] = 256 * ((const float *)scales)[at];
+    }
+    vf sum[DOT_ROWS][4] = {0};
+    int c = 0;
+    for (; c + VL <= cols; c += VL) {
+        vf b[4];
+#pragma GCC unroll 4
+        for (int o = 0; o < 4; o++)
+            b[o] = load_e4m3(w[o] + c);
+        if (fetch) {
+#pragma GCC unroll 4
+            for (int o = 0; o < 4; o++)
+                __builtin_prefetch(w[o] + c + 8 * ldw);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            vf a = load_f32(x + r * ldx + c);
+#pragma GCC unroll 4
+            for (int o = 0; o < 4; o++)
+                sum[r][o] = fma_v(a, b[o], sum[r][o]);
+        }
+    }
+    for (int o = 0; o < 4 && c < cols; o++) {
+        uint8_t part[VL] = {0};
+        vf b = load_e4m3(memcpy(part, w[o] + c, (size_t)(cols - c)));
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+            sum[r][o] = fma_v(load_part(x + r * ldx + c, cols - c), b, sum[r][o]);
+    }
+    put_tile(y, ldy, sum, rows, n_outs, scale, NULL, add, bias);
 }
 
-enum { QUANT_GROUPS = MICRO_DOT_COLS / LTN_GROUP };
+/* ---- products in whole numbers: q8 and q4 ----
+ *
+ * The input of a tile is rounded to int16 with one scale for the columns of the tile: 2^-16 of its largest
+ * value at most, far below what a weight of 8 bits has lost. Products of a group are summed exactly, and
+ * its scale is applied once. */
 
-/* The scales of n <= QUANT_GROUPS groups. */
+struct rounded {
+    _Alignas(64) int16_t x[DOT_ROWS][MICRO_DOT_COLS]; /* zeros up to whole groups */
+    float scale[DOT_ROWS];
+};
+
+INLINE float largest(const float *x, int n)
+{
+    vi most = {0}; /* of the bits without the sign, which order floats as numbers */
+    int c = 0, top = 0;
+    for (; c + VL <= n; c += VL) {
+        vi bits = (vi)load_f32(x + c) & 0x7fffffff, more = bits > most;
+        most = (bits & more) | (most & ~more);
+    }
+    for (int i = 0; i < VL; i++)
+        top = most[i] > top ? most[i] : top;
+    for (; c < n; c++) {
+        int bits = (int)(ltn_f32_to_bits(x[c]) & 0x7fffffffu);
+        top = bits > top ? bits : top;
+    }
+    return ltn_bits_to_f32((uint32_t)top);
+}
+
+INLINE void round_rows(struct rounded *to, const float *x, size_t ldx, int rows, int cols)
+{
+    for (int r = 0; r < rows; r++) {
+        const float most = largest(x + r * ldx, cols), inverse = 32767 / most;
+        const bool usable = most > 0x1p-100f && most < INFINITY; /* as good as zero; or not a number */
+        to->scale[r] = usable ? most / 32767 : most < INFINITY ? 0 : NAN;
+        memset(to->x[r] + cols / LTN_GROUP * LTN_GROUP, 0, (size_t)(cols % LTN_GROUP ? LTN_GROUP : 0) * 2);
+        if (usable)
+            for (int c = 0; c < cols; c++)
+                to->x[r][c] = (int16_t)(int)rintf(x[r * ldx + c] * inverse);
+        else
+            memset(to->x[r], 0, (size_t)cols * sizeof *to->x[r]);
+    }
+}
+
+enum { PARTS = LTN_GROUP / (2 * VL), TILE_GROUPS = MICRO_DOT_COLS / LTN_GROUP };
+
+/* The scales of n <= TILE_GROUPS groups. */
 INLINE void load_scales(float *scales, const uint16_t *from, int n)
 {
     uint16_t part[VL] = {0};
@@ -147,65 +221,56 @@ INLINE void load_scales(float *scales, const uint16_t *from, int n)
         store(scales + g, load_f16(memcpy(part, from + g, (size_t)(n - g) * sizeof *from)));
 }
 
-/* dot_tile of quantised weights. Codes become weights in registers; the scale of a whole row waits for the
- * sum. */
-INLINE void quant_tile(float *y, size_t ldy, const float *x, size_t ldx, const void *weights, size_t ldw,
+/* One group of one output against all rows of the tile; codes: of at least a whole group. */
+INLINE void group_dots(vf sum[][4], const struct rounded *x, const uint8_t *codes, enum ltn_dtype dtype,
+                       float scale, int rows, int o, int c)
+{
+    vw b[PARTS];
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; p++)
+        b[p] = dtype == LTN_Q8 ? load_i8(codes + p * 2 * VL) : load_nibbles(codes, p);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        const vw *a = (const vw *)(x->x[r] + c);
+        vi total = madd(a[0], b[0]);
+#pragma GCC unroll 4
+        for (int p = 1; p < PARTS; p++)
+            total += madd(a[p], b[p]);
+        sum[r][o] = fma_v(__builtin_convertvector(total, vf), splat(scale), sum[r][o]);
+    }
+}
+
+/* dot_tile of q8 or q4 weights, of an input that is rounded already. */
+INLINE void whole_tile(float *y, size_t ldy, const struct rounded *x, const void *weights, size_t ldw,
                        const void *scales, enum ltn_dtype dtype, int rows, int n_outs, int first, int cols,
                        bool fetch, bool add, const float *bias)
 {
     const uint8_t *w[4];
-    float group_scales[4][QUANT_GROUPS];
-    const size_t n_groups = ltn_groups(ldw), row_bytes = ltn_row_bytes(dtype, ldw);
-    v4 row_scales = {0};
+    float group_scales[4][TILE_GROUPS];
+    const size_t row_bytes = ltn_row_bytes(dtype, ldw), n_groups = ltn_groups(ldw);
     for (int o = 0; o < 4; o++) { /* rows that are not there repeat the first */
         size_t at = (size_t)(o < n_outs ? o : 0);
         w[o] = (const uint8_t *)weights + at * row_bytes + ltn_row_bytes(dtype, (size_t)first);
-        if (dtype == LTN_FP8)
-            row_scales[o] = 256 * ((const float *)scales)[at];
-        else
-            load_scales(group_scales[o], (const uint16_t *)scales + at * n_groups + (size_t)first / LTN_GROUP,
-                        (int)ltn_groups((size_t)cols));
+        load_scales(group_scales[o], (const uint16_t *)scales + at * n_groups + (size_t)first / LTN_GROUP,
+                    (int)ltn_groups((size_t)cols));
     }
     vf sum[DOT_ROWS][4] = {0};
     int c = 0;
     for (; c + LTN_GROUP <= cols; c += LTN_GROUP) {
-        if (fetch) {
 #pragma GCC unroll 4
-            for (int o = 0; o < 4; o++)
-                __builtin_prefetch(w[o] + ltn_row_bytes(dtype, (size_t)c) + 8 * row_bytes);
-        }
-#pragma GCC unroll 8
-        for (int v = 0; v < LTN_GROUP; v += VL) {
-            vf b[4];
-#pragma GCC unroll 4
-            for (int o = 0; o < 4; o++) {
-                b[o] = load_codes(w[o], dtype, (size_t)(c + v), VL);
-                if (dtype != LTN_FP8)
-                    b[o] *= splat(group_scales[o][c / LTN_GROUP]);
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) {
-                vf a = load_f32(x + r * ldx + c + v);
-#pragma GCC unroll 4
-                for (int o = 0; o < 4; o++)
-                    sum[r][o] = fma_v(a, b[o], sum[r][o]);
-            }
-        }
-    }
-    for (; c < cols; c += VL) { /* the last group, where it is not full */
-        int n = cols - c < VL ? cols - c : VL;
         for (int o = 0; o < 4; o++) {
-            vf b = load_codes(w[o], dtype, (size_t)c, n);
-            if (dtype != LTN_FP8)
-                b *= splat(group_scales[o][c / LTN_GROUP]);
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) {
-                vf a = n < VL ? load_part(x + r * ldx + c, n) : load_f32(x + r * ldx + c);
-                sum[r][o] = fma_v(a, b, sum[r][o]);
-            }
+            const uint8_t *codes = w[o] + ltn_row_bytes(dtype, (size_t)c);
+            if (fetch)
+                __builtin_prefetch(codes + 8 * row_bytes);
+            group_dots(sum, x, codes, dtype, group_scales[o][c / LTN_GROUP], rows, o, c);
         }
     }
-    put_tile(y, ldy, sum, rows, n_outs, dtype == LTN_FP8 ? row_scales : (v4){1, 1, 1, 1}, add, bias);
+    for (int o = 0; o < 4 && c < cols; o++) { /* the last group, where it is not full */
+        uint8_t part[LTN_GROUP] = {0};
+        memcpy(part, w[o] + ltn_row_bytes(dtype, (size_t)c), ltn_row_bytes(dtype, (size_t)(cols - c)));
+        group_dots(sum, x, part, dtype, group_scales[o][c / LTN_GROUP], rows, o, c);
+    }
+    put_tile(y, ldy, sum, rows, n_outs, (v4){1, 1, 1, 1}, x->scale, add, bias);
 }
 
 INLINE void dots(float *y, size_t ldy, const float *x, size_t ldx, const void *w, const void *scales,
@@ -213,10 +278,13 @@ INLINE void dots(float *y, size_t ldy, const float *x, size_t ldx, const void *w
 {
     size_t ldw = (size_t)cols, row_bytes = ltn_row_bytes(dtype, ldw);
     size_t scale_bytes = ltn_row_scale_bytes(dtype, ldw);
+    struct rounded rounded; /* of q8 and q4 alone */
     for (int first = 0; first < cols; first += MICRO_DOT_COLS) {
         int n = cols - first < MICRO_DOT_COLS ? cols - first : MICRO_DOT_COLS;
         bool plus = add || first > 0;
         for (int r = 0; r < rows; r += DOT_ROWS) {
+            if (dtype == LTN_Q8 || dtype == LTN_Q4)
+                round_rows(&rounded, x + r * ldx + first, ldx, rows - r < DOT_ROWS ? rows - r : DOT_ROWS, n);
             for (int o = 0; o < outs; o += 4) {
                 int n_outs = outs - o < 4 ? outs - o : 4;
                 float *to = y + r * ldy + o;
@@ -224,8 +292,10 @@ INLINE void dots(float *y, size_t ldy, const float *x, size_t ldx, const void *w
                 const void *at = (const char *)w + (size_t)o * row_bytes;
                 const void *s = scale_bytes ? (const char *)scales + (size_t)o * scale_bytes : NULL;
 #define TILE(m)                                                                                              \
-    if (ltn_is_quantised(dtype))                                                                             \
-        quant_tile(to, ldy, from, ldx, at, ldw, s, dtype, m, n_outs, first, n, r == 0, plus, b);             \
+    if (dtype == LTN_Q8 || dtype == LTN_Q4)                                                                  \
+        whole_tile(to, ldy, &rounded, at, ldw, s, dtype, m, n_outs, first, n, r == 0, plus, b);              \
+    else if (dtype == LTN_FP8)                                                                               \
+        fp8_tile(to, ldy, from, ldx, at, ldw, s, m, n_outs, first, n, r == 0, plus, b);                      \
     else                                                                                                     \
         dot_tile(to, ldy, from, ldx, at, ldw, dtype, m, n_outs, first, n, r == 0, plus, b)
                 switch (rows - r < DOT_ROWS ? rows - r : DOT_ROWS) {

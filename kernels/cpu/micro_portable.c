@@ -5,6 +5,8 @@
 #define DOT_ROWS 2
 #define OUTER_ROWS 4
 typedef float vf __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(16)));
+typedef int16_t vw __attribute__((vector_size(16)));
 
 static inline vf fma_v(vf a, vf b, vf c)
 {
@@ -33,22 +35,34 @@ static inline vf load_f16(const uint16_t *p)
     return (vf){ltn_f16_to_f32(p[0]), ltn_f16_to_f32(p[1]), ltn_f16_to_f32(p[2]), ltn_f16_to_f32(p[3])};
 }
 
-static inline vf load_i8(const uint8_t *p)
-{
-    return (vf){(int8_t)p[0], (int8_t)p[1], (int8_t)p[2], (int8_t)p[3]};
-}
-
 static inline vf load_e4m3(const uint8_t *p)
 {
     return (vf){ltn_e4m3_to_f32(p[0]), ltn_e4m3_to_f32(p[1]), ltn_e4m3_to_f32(p[2]), ltn_e4m3_to_f32(p[3])} *
            0x1p-8f;
 }
 
-static inline vf load_nibbles(const uint8_t *p, bool high)
+static inline vw load_i8(const uint8_t *p)
 {
-    vf v;
+    vw v;
+    for (int i = 0; i < 2 * VL; i++)
+        v[i] = (int8_t)p[i];
+    return v;
+}
+
+/* Of a group's bytes the low nibbles of the first or second half, or the high ones of either. */
+static inline vw load_nibbles(const uint8_t *group, int part)
+{
+    vw v;
+    for (int i = 0; i < 2 * VL; i++)
+        v[i] = (int16_t)(((group[part % 2 * 2 * VL + i] >> (part / 2 * 4) & 15) ^ 8) - 8);
+    return v;
+}
+
+static inline vi madd(vw a, vw b)
+{
+    vi v;
     for (int i = 0; i < VL; i++)
-        v[i] = (float)(((p[i] >> (high ? 4 : 0) & 15) ^ 8) - 8);
+        v[i] = a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
     return v;
 }
 

@@ -1,7 +1,7 @@
 /* Opening and closing the device, its memory, and the table of operations. */
-#include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/gemm_hopper.h"
 #include "kernels/cuda/lightning_mma.h"
+#include "kernels/cuda/quant.cuh"
 
 #include <new>
 #include <stdio.h>
@@ -256,7 +256,9 @@ static void cuda_close(struct ltn_backend *base)
     if (be->stream)
         cudaStreamSynchronize(be->stream);
     gemm_close(be);
+    cudaFree(be->widened);
     cudaFree(be->lightning_workspace);
+    cudaFree(be->copy_workspace);
     cudaFree(be->fp8_workspace);
     cudaFree(be->partials);
     cudaFree(be->step_words);
@@ -327,6 +329,7 @@ static enum ltn_status start(struct cuda_backend *be, struct ltn_error *err)
                           ltn_lightning_workspace(1, 128, true), err));
     LTN_TRY(batch_open(be, err));
     LTN_TRY(step_open(be, err));
+    LTN_TRY(gemv_quant_open(be, err));
     return gemv_open(be, err);
 }
 
@@ -349,8 +352,10 @@ extern "C" enum ltn_status ltn_cuda_open(struct ltn_backend **out, int device, e
         return ltn_fail(err, LTN_ERR_MEMORY, "host memory: no room for the CUDA backend");
     be->base.ops = &cuda_ops;
     be->base.act_dtype = weights_dtype == LTN_F32 ? LTN_F32 : LTN_BF16;
-    be->base.dtypes = weights_dtype == LTN_F32 ? 1u << LTN_F32 : 1u << LTN_BF16 | 1u << LTN_F16;
-    be->base.chunk_rows = 4096;
+    be->base.dtypes =
+        weights_dtype == LTN_F32 ? 1u << LTN_F32 : ((1u << LTN_N_DTYPES) - 1) & ~(1u << LTN_F32);
+    be->base.chunk_rows = 8192; /* PREFILL.md */
+    be->base.chunk_values = 4096 * 4096;
     be->device = device;
     enum ltn_status status = start(be, err);
     if (status != LTN_OK) {

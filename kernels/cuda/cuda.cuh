@@ -48,8 +48,14 @@ struct cuda_backend {
     struct gemm_library *gemm;
     void *lightning_workspace; /* device, [lightning_bytes]; NULL until the tensor-core attention is used */
     size_t lightning_bytes;
+    void *copy_workspace; /* device, [copy_bytes]: bf16 copy and sums of squares of a residual stream */
+    size_t copy_bytes;
+    const float *copied; /* the stream that they are of; NULL unless the operation just before left them */
+    int32_t copied_rows, copied_cols;
     void *fp8_workspace; /* device, [fp8_bytes]: activations in e4m3; NULL until they are used */
     size_t fp8_bytes;
+    void *widened; /* device, [widened_bytes]: linear_quant.cu's matrices in bf16; NULL until they are used */
+    size_t widened_bytes;
     uint8_t *partials;      /* device: batch.cu's partial sums and counters */
     void *step_words;      /* device: step.cu's words between blocks; NULL: the device cannot run it */
     const int64_t *steps;   /* while recording: what is added to positions; else NULL */
@@ -60,11 +66,15 @@ static inline struct cuda_backend *cuda_of(struct ltn_backend *be)
     return reinterpret_cast<struct cuda_backend *>(be);
 }
 
-/* Every operation holds one: the calling thread gets the backend's device, and the call is atomic. */
+/* Every operation holds one: the calling thread gets the backend's device, and the call is atomic. `copied`
+ * is what the operation before left beside its residual stream: good for this operation alone, as any other
+ * may write there. */
 struct turn {
     std::lock_guard<std::recursive_mutex> hold;
-    explicit turn(struct cuda_backend *be) : hold(be->lock)
+    const float *copied;
+    explicit turn(struct cuda_backend *be) : hold(be->lock), copied(be->copied)
     {
+        be->copied = NULL;
         cudaSetDevice(be->device);
     }
 };

@@ -2,11 +2,13 @@
  *
  *   gemv.cu         one row, or a few where batch.cu cannot: everything fused, norms included
  *   batch.cu        up to 64 rows of 16-bit weights: feature map and second matrix fused, norms before it
- *   gemm_hopper.cu  many rows on Hopper: SiLU, product of two, sum into the residual fused, norms before it;
- *                   in e4m3 where the map has its fp8: norms while rounding
- *   gemm.cu         the rest: nothing fused */
-#include "kernels/cuda/cuda.cuh"
+ *   gemm_hopper.cu  many rows on Hopper: SiLU, product of two, sum into the residual fused, SimpleRMSNorm as
+ *                   a factor of rows; in e4m3 where the map has its fp8: norms while rounding
+ *   gemm.cu         the rest: nothing fused
+ *
+ * Quantised weights go row by row through gemv_quant.cu, or become bf16 first: linear_quant.cu. */
 #include "kernels/cuda/gemm_hopper.h"
+#include "kernels/cuda/quant.cuh"
 
 enum path { GEMV, BATCH, HOPPER_FP8, HOPPER, GEMM };
 
@@ -44,8 +46,32 @@ static bool for_fp8(const struct product *p, const struct ltn_linear *l)
            aligned16(p->gate) && p->ld_gate % 8 == 0;
 }
 
+/* Bytes of a bf16 copy and, behind it, its sums of squares. */
+static size_t copy_bytes(int32_t rows, int32_t cols)
+{
+    return (size_t)rows * cols * sizeof(__nv_bfloat16) + (size_t)hopper_squares(cols) * rows * sizeof(float);
+}
+
+static size_t fp8_bytes(const struct product *p)
+{
+    return (size_t)p->rows * p->cols + (size_t)p->rows * sizeof(float);
+}
+
+/* Whether the room that a path needs is there, or can be had: not while operations are recorded. */
+static bool room_for(struct cuda_backend *be, const struct product *p, enum path path)
+{
+    const size_t have = path == HOPPER_FP8 ? be->fp8_bytes : be->copy_bytes;
+    const size_t needed = path == HOPPER_FP8  ? fp8_bytes(p)
+                          : p->out == OUT_ADD ? copy_bytes(p->rows, p->outs)
+                          : p->in == IN_NORM  ? copy_bytes(p->rows, p->cols)
+                                              : 0;
+    cudaStreamCaptureStatus recording = cudaStreamCaptureStatusNone;
+    return needed <= have || (cudaStreamIsCapturing(be->stream, &recording) == cudaSuccess &&
+                              recording == cudaStreamCaptureStatusNone);
+}
+
 /* between: where Norm(x) would go */
-static enum path path_of(const struct cuda_backend *be, const struct product *p, const struct ltn_linear *l,
+static enum path path_of(struct cuda_backend *be, const struct product *p, const struct ltn_linear *l,
                          const void *between)
 {
     const enum ltn_dtype dtype = l->w.dtype;
@@ -56,21 +82,76 @@ static enum path path_of(const struct cuda_backend *be, const struct product *p,
         return BATCH;
     if (!for_hopper(be, p) || !aligned16(between))
         return GEMM;
-    return for_fp8(p, l) ? HOPPER_FP8 : dtype == LTN_BF16 && enough_tiles(p) ? HOPPER : GEMM;
+    const enum path path = for_fp8(p, l) ? HOPPER_FP8 : dtype == LTN_BF16 && enough_tiles(p) ? HOPPER : GEMM;
+    return path != GEMM && room_for(be, p, path) ? path : GEMM;
+}
+
+/* Of quantised weights the product is made here, row by row (*done), or *l and *l2 (NULL, where there is one
+ * alone) become the same maps in bf16, which lie in wide, and p follows; but where their fp8 is used, they
+ * are not touched. between: as in path_of. */
+static enum ltn_status resolve(struct cuda_backend *be, struct product *p, const struct ltn_linear **l,
+                               const struct ltn_linear **l2, struct ltn_linear wide[2], const void *between,
+                               bool *done, struct ltn_error *err)
+{
+    *done = false;
+    if (!ltn_is_quantised((*l)->w.dtype) ||
+        (for_hopper(be, p) && for_fp8(p, *l) && aligned16(between) && room_for(be, p, HOPPER_FP8)))
+        return LTN_OK;
+    LTN_TRY(quant_product(be, p, *l, l2 ? *l2 : NULL, &wide[0], &wide[1], done, err));
+    if (*done)
+        return LTN_OK;
+    *l = &wide[0];
+    p->w = wide[0].w.data;
+    if (l2) {
+        *l2 = &wide[1];
+        p->w2 = wide[1].w.data;
+    }
+    return LTN_OK;
 }
 
 /* Whether the kernels of a path form what the product reads themselves. */
-static bool forms_input(enum path path)
+static bool forms_input(enum path path, const struct product *p)
 {
-    return path == GEMV || path == HOPPER_FP8;
+    return path == GEMV || path == HOPPER_FP8 || (path == HOPPER && p->in == IN_NORM && !p->norm.weight);
 }
 
-/* l2: of a product of two, or NULL */
+/* The parts of the backend's room for a residual stream: copy [rows, cols], squares [., rows]. */
+static enum ltn_status room_for_copy(struct cuda_backend *be, void **copy, float **squares, int32_t rows,
+                                     int32_t cols, struct ltn_error *err)
+{
+    LTN_TRY(make_room(be, &be->copy_workspace, &be->copy_bytes, copy_bytes(rows, cols), err));
+    *copy = be->copy_workspace;
+    *squares = (float *)((uint8_t *)be->copy_workspace + copy_bytes(rows, cols) -
+                         (size_t)hopper_squares(cols) * rows * sizeof(float));
+    return LTN_OK;
+}
+
+/* The input of a product of Norm(x): as the operation before left it, or made here, to the same bits. */
+static enum ltn_status norm_by_rows(struct cuda_backend *be, struct hopper_gemm *g, const struct product *p,
+                                    const float *copied, struct ltn_error *err)
+{
+    const float *x = (const float *)p->x;
+    void *copy;
+    float *squares;
+    const bool there = copied == x && be->copied_rows == p->rows && be->copied_cols == p->cols;
+    LTN_TRY(room_for_copy(be, &copy, &squares, p->rows, p->cols, err));
+    if (!there)
+        CUDA_TRY(be, err, hopper_square(be->stream, copy, squares, x, p->rows, p->cols));
+    g->x = copy;
+    g->squares = squares;
+    be->copied = x; /* which stays as it is */
+    be->copied_rows = p->rows;
+    be->copied_cols = p->cols;
+    return LTN_OK;
+}
+
+/* l2: of a product of two, or NULL; copied: see struct turn */
 static enum ltn_status hopper(struct cuda_backend *be, const struct product *p, const struct ltn_linear *l,
-                              const struct ltn_linear *l2, bool fp8, struct ltn_error *err)
+                              const struct ltn_linear *l2, bool fp8, const float *copied,
+                              struct ltn_error *err)
 {
     struct hopper_gemm g = {};
-    g.out = p->out == OUT_ADD ? HOPPER_ADD : l2 ? HOPPER_GLU : HOPPER_ACT;
+    g.out = p->out == OUT_ADD ? (fp8 ? HOPPER_ADD : HOPPER_RESIDUAL) : l2 ? HOPPER_GLU : HOPPER_ACT;
     g.w = p->w;
     g.w2 = p->w2;
     g.x = p->x;
@@ -81,8 +162,7 @@ static enum ltn_status hopper(struct cuda_backend *be, const struct product *p, 
     g.act_cols = p->act_cols;
     if (fp8) {
         const size_t codes = (size_t)p->rows * p->cols;
-        LTN_TRY(
-            make_room(be, &be->fp8_workspace, &be->fp8_bytes, codes + (size_t)p->rows * sizeof(float), err));
+        LTN_TRY(make_room(be, &be->fp8_workspace, &be->fp8_bytes, fp8_bytes(p), err));
         struct fp8_rows x = {(uint8_t *)be->fp8_workspace, (float *)((uint8_t *)be->fp8_workspace + codes)};
         LTN_TRY(rows_to_fp8(be, &x, p, err));
         g.fp8 = true;
@@ -93,12 +173,22 @@ static enum ltn_status hopper(struct cuda_backend *be, const struct product *p, 
         g.w2 = l2 ? l2->fp8.data : NULL;
         g.col_scale2 = l2 ? (const float *)l2->fp8.scales : NULL;
     }
+    if (!fp8 && p->in == IN_NORM)
+        LTN_TRY(norm_by_rows(be, &g, p, copied, err));
+    if (g.out == HOPPER_RESIDUAL)
+        LTN_TRY(room_for_copy(be, &g.copy, &g.new_squares, p->rows, p->outs, err));
     CUDA_TRY(be, err, hopper_gemm_run(be->stream, be->n_sms, &g));
+    if (g.out == HOPPER_RESIDUAL) {
+        be->copied = (const float *)p->y;
+        be->copied_rows = p->rows;
+        be->copied_cols = p->outs;
+    }
     return LTN_OK;
 }
 
 static enum ltn_status run(struct cuda_backend *be, enum path path, const struct product *p,
-                           const struct ltn_linear *l, const struct ltn_linear *l2, struct ltn_error *err)
+                           const struct ltn_linear *l, const struct ltn_linear *l2, const float *copied,
+                           struct ltn_error *err)
 {
     switch (path) {
     case GEMV:
@@ -107,7 +197,7 @@ static enum ltn_status run(struct cuda_backend *be, enum path path, const struct
         return batch(be, p, l->w.dtype, err);
     case HOPPER_FP8:
     case HOPPER:
-        return hopper(be, p, l, l2, path == HOPPER_FP8, err);
+        return hopper(be, p, l, l2, path == HOPPER_FP8, copied, err);
     default:
         return gemm(be, p, l->w.dtype, err);
     }
@@ -119,8 +209,12 @@ static enum ltn_status plain(struct ltn_backend *base, enum product_out out, voi
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
     struct product p = product_of(l, rows, out, y);
+    struct ltn_linear wide[2];
+    bool done;
+
     p.x = x;
-    return run(be, path_of(be, &p, l, NULL), &p, l, NULL, err);
+    LTN_TRY(resolve(be, &p, &l, NULL, wide, NULL, &done, err));
+    return done ? LTN_OK : run(be, path_of(be, &p, l, NULL), &p, l, NULL, turn.copied, err);
 }
 
 enum ltn_status cuda_linear(struct ltn_backend *be, void *y, const void *x, const struct ltn_linear *l,
@@ -150,23 +244,28 @@ enum ltn_status cuda_norm_linear(struct ltn_backend *base, void *y, const float 
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
     struct product p = product_of(l, rows, OUT_ACT, y);
+    struct ltn_linear wide[2];
+    bool done;
 
     p.act = act;
-    p.act_cols = act_cols;
+    p.act_cols = act == LTN_ACT_EXP ? 0 : act_cols; /* it needs all of its group */
     p.x = x;
     p.in = IN_NORM;
     p.norm = *norm;
+    LTN_TRY(resolve(be, &p, &l, NULL, wide, scratch, &done, err));
+    if (done)
+        return p.act_cols == act_cols ? LTN_OK
+                                      : cuda_activation(base, y, p.outs, rows, act_cols, group, act, err);
     const enum path path = path_of(be, &p, l, scratch);
-    /* LTN_ACT_EXP needs all of its group. */
     const bool act_later = act == LTN_ACT_EXP || path == GEMM || (path >= HOPPER_FP8 && act != LTN_ACT_SILU);
     if (act_later)
         p.act_cols = 0;
-    if (!forms_input(path)) {
+    if (!forms_input(path, &p)) {
         LTN_TRY(cuda_norm(base, scratch, x, norm, rows, p.cols, err));
         p.in = IN_ACT;
         p.x = scratch;
     }
-    LTN_TRY(run(be, path, &p, l, NULL, err));
+    LTN_TRY(run(be, path, &p, l, NULL, turn.copied, err));
     if (!act_later || act_cols == 0)
         return LTN_OK;
     return cuda_activation(base, y, p.outs, rows, act_cols, group, act, err);
@@ -179,20 +278,25 @@ enum ltn_status cuda_norm_glu(struct ltn_backend *base, void *y, const float *x,
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
     struct product p = product_of(l1, rows, OUT_ACT, y);
+    struct ltn_linear wide[2];
+    bool done;
 
     p.w2 = l2->w.data;
     p.bias2 = l2->bias;
     p.x = x;
     p.in = IN_NORM;
     p.norm = *norm;
+    LTN_TRY(resolve(be, &p, &l1, &l2, wide, scratch, &done, err));
+    if (done)
+        return LTN_OK;
     const enum path path = path_of(be, &p, l1, scratch);
-    if (!forms_input(path)) {
+    if (!forms_input(path, &p)) {
         LTN_TRY(cuda_norm(base, scratch, x, norm, rows, p.cols, err));
         p.in = IN_ACT;
         p.x = scratch;
     }
     if (path != GEMM)
-        return run(be, path, &p, l1, l2, err);
+        return run(be, path, &p, l1, l2, turn.copied, err);
     LTN_TRY(cuda_linear(base, y, scratch, l1, rows, err));
     LTN_TRY(cuda_linear(base, scratch2, scratch, l2, rows, err));
     return cuda_multiply(base, y, scratch2, (int64_t)rows * p.outs, err);
@@ -206,19 +310,24 @@ enum ltn_status cuda_gated_linear_add(struct ltn_backend *base, float *x, const 
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
     struct product p = product_of(l, rows, OUT_ADD, x);
+    struct ltn_linear wide[2];
+    bool done;
 
     p.x = o;
     p.in = IN_GATED;
     p.gate = gate;
     p.ld_gate = ld_gate;
     p.norm = *norm;
+    LTN_TRY(resolve(be, &p, &l, NULL, wide, scratch, &done, err));
+    if (done)
+        return LTN_OK;
     const enum path path = path_of(be, &p, l, scratch);
-    if (!forms_input(path)) {
+    if (!forms_input(path, &p)) {
         LTN_TRY(cuda_gated_norm(base, scratch, o, gate, ld_gate, norm, rows, p.cols, err));
         p.in = IN_ACT;
         p.x = scratch;
     }
-    return run(be, path, &p, l, NULL, err);
+    return run(be, path, &p, l, NULL, turn.copied, err);
 }
 
 enum ltn_status cuda_norm_logits(struct ltn_backend *base, float *out, const float *x,
@@ -227,17 +336,22 @@ enum ltn_status cuda_norm_logits(struct ltn_backend *base, float *out, const flo
 {
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
-    const struct ltn_linear l = {*w, NULL, {}};
-    struct product p = product_of(&l, rows, OUT_F32, out);
+    const struct ltn_linear head = {*w, NULL, {}}, *l = &head;
+    struct product p = product_of(l, rows, OUT_F32, out);
+    struct ltn_linear wide[2];
+    bool done;
 
     p.x = x;
     p.in = IN_NORM;
     p.norm = *norm;
-    const enum path path = path_of(be, &p, &l, scratch);
-    if (!forms_input(path)) {
+    LTN_TRY(resolve(be, &p, &l, NULL, wide, scratch, &done, err));
+    if (done)
+        return LTN_OK;
+    const enum path path = path_of(be, &p, l, scratch);
+    if (!forms_input(path, &p)) {
         LTN_TRY(cuda_norm(base, scratch, x, norm, rows, p.cols, err));
         p.in = IN_ACT;
         p.x = scratch;
     }
-    return run(be, path, &p, &l, NULL, err);
+    return run(be, path, &p, l, NULL, turn.copied, err);
 }

@@ -10,6 +10,7 @@ enum ltn_status cuda_record(struct ltn_backend *base, const int64_t *steps, stru
 {
     struct cuda_backend *be = cuda_of(base);
     be->lock.lock();
+    be->copied = NULL;
     cudaError_t code = cudaSetDevice(be->device);
     if (code == cudaSuccess)
         code = cudaStreamBeginCapture(be->stream, cudaStreamCaptureModeRelaxed);
@@ -27,6 +28,7 @@ enum ltn_status cuda_recorded(struct ltn_backend *base, struct ltn_recording **o
     *out = NULL;
     cudaError_t code = cudaStreamEndCapture(be->stream, &graph);
     be->steps = NULL;
+    be->copied = NULL;
     be->lock.unlock();
     CUDA_TRY(be, err, code);
     struct ltn_recording *recording = new struct ltn_recording();

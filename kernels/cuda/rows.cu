@@ -1,5 +1,5 @@
 /* Operations that go row by row or element by element: embedding, norms, feature maps, products. */
-#include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/quant.cuh"
 
 enum { THREADS = 256 };
 
@@ -35,6 +35,8 @@ enum ltn_status cuda_embed(struct ltn_backend *base, float *x, const struct ltn_
 {
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
+    if (ltn_is_quantised(table->dtype))
+        return quant_embed(be, x, table, ids, rows, scale, err);
 #define EMBED(W, A) embed<W, A>(be, x, table, ids, rows, scale, err)
     return FOR_TYPES(be, err, table->dtype, EMBED);
 #undef EMBED

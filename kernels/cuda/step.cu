@@ -344,6 +344,8 @@ static int32_t stages_of(const struct ltn_network *net)
  * row of qkvu and a pair of h at least for every block. */
 static bool suits(const struct cuda_backend *be, const struct ltn_network *net, size_t *shared)
 {
+    if (ltn_is_quantised(net->embed.dtype))
+        return false;
     const int32_t n = 16 / (int32_t)ltn_dtype_size(net->embed.dtype);
     const struct ltn_attention *first = &net->layers[0].attention;
     if (!be->step_words || net->gate_dim || net->n_layers > MAX_LAYERS || net->final_norm.weight ||

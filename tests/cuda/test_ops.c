@@ -409,6 +409,38 @@ static void test_fp8_maps(void **state)
     wide_maps((enum kind)(intptr_t)*state, true);
 }
 
+/* Norm(x) of a stream that the operation before summed into, and of one that just lies there: the same bits.
+ */
+static void test_residual(void **state)
+{
+    (void)state;
+    enum { ROWS = 2049, DIM = 1288, OUTS = 1496 };
+    struct ltn_error err = {0};
+    const struct ltn_norm norm = {0};
+    if (weights != LTN_BF16)
+        return;
+    struct values w = make((size_t)DIM * DIM, weights, 0.03), w2 = make((size_t)OUTS * DIM, weights, 0.03);
+    struct values x = make((size_t)ROWS * DIM, LTN_F32, 3), y = make((size_t)ROWS * DIM, be->act_dtype, 1);
+    struct values out = make((size_t)ROWS * OUTS, be->act_dtype, 1), scratch = make(y.n, be->act_dtype, 1);
+    const struct ltn_linear add = {.w = {w.device, weights, DIM, DIM, NULL}},
+                            map = {.w = {w2.device, weights, OUTS, DIM, NULL}};
+    uint8_t *raw[2];
+    snprintf(what, sizeof what, "norm_linear after linear_add");
+    CHECK(be->ops->linear_add(be, (float *)x.device, y.device, &add, ROWS, &err));
+    for (int i = 0; i < 2; i++) {
+        CHECK(be->ops->norm_linear(be, out.device, (float *)x.device, &norm, &map, LTN_ACT_SILU, OUTS / 2, 8,
+                                   ROWS, scratch.device, &err));
+        free(fetch(&out, &raw[i]));
+        poison(&out);
+    }
+    assert_memory_equal(raw[0], raw[1], out.n * ltn_dtype_size(be->act_dtype));
+    free(raw[0]);
+    free(raw[1]);
+    struct values *all[] = {&w, &w2, &x, &y, &out, &scratch};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        drop(all[i]);
+}
+
 /* ---- row by row --------------------------------------------------------------------------------------- */
 
 struct norm_case {
@@ -814,6 +846,7 @@ static const struct {
     {"wide norm_linear", test_wide_maps, NORM_LINEAR},
     {"wide norm_glu", test_wide_maps, NORM_GLU},
     {"wide gated_linear_add", test_wide_maps, GATED_ADD},
+    {"residual", test_residual, 0},
     {"fp8 linear", test_fp8_maps, LINEAR},
     {"fp8 linear_add", test_fp8_maps, LINEAR_ADD},
     {"fp8 norm_linear", test_fp8_maps, NORM_LINEAR},
