@@ -1,67 +1,265 @@
-/* One token through the whole network in one launch: the kernel of decoding a single stream (sm_90).
+/* One token through the whole network in one launch: the kernel of decoding a single stream.
  *
- * One block per SM stays for the whole token. Its rows of every matrix are known beforehand, and so is the
- * order in which it needs them: one warp does nothing but stream them, in bulk copies, into a ring of DEPTH
- * stages in shared memory, across layers and as far ahead as the ring goes. The other warps consume:
+ * One block per SM stays for the whole token. Its share of every matrix is known beforehand, and so is the
+ * order in which it needs it: each thread keeps DEPTH 16-byte pieces of weights on their way into its own
+ * slots of shared memory, across layers and across the barriers at which all blocks wait for each other. So
+ * memory is busy while the arithmetic waits, and what a layer costs beyond its bytes is five barriers:
  *
  *   qkvu   [q k v u] = W Norm(x), q and k through the feature map
- *   mix    S <- S + k^T v - (1 - r) S, o = q S       (the state is fetched ahead)
+ *   mix    S <- S + k^T v - (1 - r) S, o = q S       (the state is fetched before the barrier)
  *   out    x += W_o (u * Norm(o))
  *   glu    h = (W_1 Norm(x)) * (W_2 Norm(x))
  *   l3     x += W_3 h
  *
- * What one block makes and all need travels in words of eight bytes: four of value, four of a tag that names
- * the launch, layer and phase. A word is written and read whole, so a reader that sees the tag it waits for
- * has the value too: there is neither a barrier among blocks nor a fence, and waiting costs one way to the L2
- * cache and one back. A word is written again only by a block that has seen values made of values ... made of
- * it by every block that reads it; suits() asks for the sizes that this hangs on.
- *
- * A stage holds up to ROWS rows of a matrix, UNIT columns of each for every warp. Each warp multiplies its
- * columns of all rows by its part of the input, which it holds in registers, and the WARPS sums of a row are
- * added up in a fixed order: sums follow from sizes alone. With 16-bit weights the tensor cores do it: a tile
- * of 16 x 16 weights is 8 rows of the matrix by two runs of columns, and of its 8 columns of input four are
- * used: the high and the low bf16 half of f32 input, for either run. Norms are scalars beside the product. */
-#include "kernels/cuda/step.cuh"
+ * A block owns the same part of the residual stream in `out` and in `l3`, and keeps it. Norms are scalars
+ * beside the product, as in gemv.cu. Every sum has an order that follows from sizes alone. */
+#include "kernels/cuda/dot.cuh"
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+enum {
+    WARPS = 16,
+    THREADS = 32 * WARPS,
+    DEPTH = 20,
+    MAX_LAYERS = 64,
+    COLS = 8, /* columns of a head's state that half a block works on */
+    HALF = THREADS / 2,
+    ROWS = HALF / 2, /* rows of the state at once: two threads hold COLS columns */
+    HELD = 4,        /* pieces of the state that a thread fetches ahead */
+};
 
-/* One of the warps that stream: a lane of each issues its share of every stage's rows. A copy costs its warp
- * some hundred cycles, which is why they are several. */
-template <typename W> static __device__ void stream(const struct step_args &a, const struct room &m)
-{
-    constexpr int EACH = ROWS / (STREAMERS / 32);
-    const int first = (threadIdx.x - THREADS) / 32 * EACH;
-    struct position at = {0, 0};
-    for (int32_t l = 0; l <= a.n_layers; l++) {
-        for (int phase = 0; phase < (l == a.n_layers ? 1 : N_PHASES); phase++) {
-            const struct share<W> s = share_of<W>(a, l, phase);
-            const int32_t row_bytes = s.cols * (int32_t)sizeof(W);
-            for (int32_t dot = 0; dot < s.n_dots; dot += ROWS) {
-                const int32_t rows = min((int32_t)ROWS, s.n_dots - dot);
-                for (int32_t from = 0; from < row_bytes; from += ROW_BYTES) {
-                    const uint32_t bytes = min((int32_t)ROW_BYTES, row_bytes - from);
-                    barrier_wait(&m.empty[at.stage], at.parity ^ 1);
-                    if (first == 0)
-                        barrier_arrive_expect(&m.full[at.stage], bytes * rows);
-                    for (int32_t r = first; r < min(first + EACH, rows); r++)
-                        bulk_load(m.ring + at.stage * STAGE_SIZE + r * ROW_BYTES,
-                                  (const uint8_t *)s.row(dot + r) + from, bytes, &m.full[at.stage]);
-                    at.next();
-                }
+struct step_layer {
+    const void *qkvu, *out, *l1, *l2, *l3;
+    const float *slopes, *theta;
+    int64_t state_offset;
+};
+
+struct step_args {
+    int32_t V, D, H, G, n_heads, head_dim, n_layers;
+    enum ltn_act act;
+    float embed_scale;
+    const void *embed, *head;
+    const int32_t *id;
+    const int64_t *steps; /* NULL, or added to pos */
+    int64_t pos;
+    float *state;
+    float *logits, *x;
+    void *qkv, *o, *h;
+    uint32_t *barrier;           /* [2] blocks that arrived, blocks that left; zero between launches */
+    int32_t max_input, max_sums; /* floats */
+    struct step_layer layers[MAX_LAYERS];
+};
+
+enum phase { QKVU, OUT, GLU, L3, N_PHASES }; /* of a layer; after the last layer comes the head */
+
+/* A warp's share of one product: dots group, group + groups, ... of its block's, pieces [32 from, 32 to). */
+template <typename W> struct share {
+    const W *w, *w2;
+    int32_t first, n_outs, n_dots, cols, n_pieces;
+    int32_t split, part, group, groups, from, to;
+
+    __device__ const W *row(int32_t dot) const
+    {
+        const W *base = w2 && (dot & 1) ? w2 : w;
+        return base + (int64_t)(first + (w2 ? dot >> 1 : dot)) * cols;
+    }
+    __device__ bool empty() const
+    {
+        return from >= to || group >= n_dots;
+    }
+};
+
+template <typename W> static __device__ struct share<W> share_of(const struct step_args &a, int32_t at) {
+    struct share<W> s;
+    const int32_t layer = at / N_PHASES, warp = threadIdx.x / 32;
+    int32_t outs;
+    s.w2 = NULL;
+    if (layer == a.n_layers) {
+        s.w = (const W *)a.head;
+        outs = a.V, s.cols = a.D;
+    } else {
+        const struct step_layer &l = a.layers[layer];
+        switch (at % N_PHASES) {
+        case QKVU:
+            s.w = (const W *)l.qkvu;
+            outs = 4 * a.H, s.cols = a.D;
+            break;
+        case OUT:
+            s.w = (const W *)l.out;
+            outs = a.D, s.cols = a.H;
+            break;
+        case GLU:
+            s.w = (const W *)l.l1, s.w2 = (const W *)l.l2;
+            outs = a.G, s.cols = a.D;
+            break;
+        default:
+            s.w = (const W *)l.l3;
+            outs = a.D, s.cols = a.G;
+        }
+    }
+    s.first = (int32_t)((int64_t)outs * blockIdx.x / gridDim.x);
+    s.n_outs = (int32_t)((int64_t)outs * (blockIdx.x + 1) / gridDim.x) - s.first;
+    s.n_dots = s.w2 ? 2 * s.n_outs : s.n_outs;
+    s.n_pieces = s.cols / piece<W, true>::N;
+    s.split = split_of(s.w2 ? 2 * outs : outs);
+    s.part = warp % s.split, s.group = warp / s.split, s.groups = WARPS / s.split;
+    const int32_t n_steps = (s.n_pieces + 31) / 32, per_part = (n_steps + s.split - 1) / s.split;
+    s.from = min(s.part * per_part, n_steps), s.to = min(s.from + per_part, n_steps);
+    return s;
+}
+
+/* The weights of this thread in the order of their use, up to DEPTH pieces ahead of it. */
+template <typename W>
+struct feed {
+    const struct step_args &a;
+    uint4 *slots;
+    struct share<W> s;
+    const W *row;
+    int32_t at, last, dot, step;
+
+    __device__ void enter()
+    {
+        for (; at <= last; at++) {
+            s = share_of<W>(a, at);
+            if (!s.empty()) {
+                dot = s.group, step = s.from;
+                row = s.row(dot);
+                return;
             }
         }
     }
+
+    __device__ void fetch(int slot)
+    {
+        if (at <= last) {
+            const int32_t i = step * 32 + threadIdx.x % 32;
+            if (i < s.n_pieces)
+                copy_async(slots + slot * THREADS, row + i * piece<W, true>::N);
+            if (++step == s.to) {
+                step = s.from;
+                dot += s.groups;
+                if (dot < s.n_dots) {
+                    row = s.row(dot);
+                } else {
+                    at++;
+                    enter();
+                }
+            }
+        }
+        end_copy_group();
+    }
+};
+
+/* All blocks wait for each other; what was written before is visible after. */
+struct barrier {
+    uint32_t *count;
+    uint32_t target;
+
+    __device__ void arrive()
+    {
+        __syncthreads();
+        target += gridDim.x;
+        if (threadIdx.x == 0)
+            asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+    }
+
+    __device__ void wait()
+    {
+        if (threadIdx.x == 0) {
+            uint32_t seen;
+            do {
+                asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(count) : "memory");
+            } while (seen < target);
+        }
+        __syncthreads();
+    }
+
+    /* The last block to leave makes it ready for the next launch: by then all have left wait(). */
+    __device__ void leave()
+    {
+        if (threadIdx.x == 0 && atomicAdd(count + 1, 1) == gridDim.x - 1) {
+            count[0] = 0;
+            count[1] = 0;
+        }
+    }
+};
+
+/* Shared memory beside the slots. */
+struct room {
+    float *in;   /* [max_input] the input of the product */
+    float *sums; /* [max_sums] the warps' results */
+    float *own;  /* [D / blocks] this block's part of the residual stream */
+    float *red;  /* [WARPS] sums of squares */
+    float *mix;  /* [2][WARPS / 2][COLS] */
+};
+
+/* Leaves an input in shared memory and the warps' sums of squares in red; value(c) gives what to square and
+ * what to stage of columns c .. c + 3. */
+template <typename W, typename F>
+static __device__ __forceinline__ void stage(const struct room &m, int32_t cols, F value)
+{
+    float sum = 0;
+    for (int32_t c = threadIdx.x * 4; c < cols; c += THREADS * 4) {
+        float4 square, v;
+        value(c, square, v);
+        sum += square.x * square.x + square.y * square.y + square.z * square.z + square.w * square.w;
+        *reinterpret_cast<float4 *>(m.in + stage_at<W, true>(c, cols)) = v;
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0)
+        m.red[threadIdx.x / 32] = sum;
+    __syncthreads();
 }
 
-/* ---- the state ----------------------------------------------------------------------------------------- */
+static __device__ float inverse_rms(const struct room &m, int32_t cols)
+{
+    float sum = 0;
+    for (int w = 0; w < WARPS; w++)
+        sum += m.red[w];
+    return rsqrtf(sum / cols + 1e-6f);
+}
 
-/* The state's part of a layer. Units of COLS columns of a head go round the blocks, then their halves. */
+/* The block's dots with the staged input, into m.sums; ends with a barrier of the block. */
+template <typename W>
+static __device__ __forceinline__ void multiply(const struct room &m, const struct share<W> &s,
+                                                struct feed<W> &f, int &slot)
+{
+    const int lane = threadIdx.x % 32;
+    if (!s.empty()) {
+        for (int32_t i = s.group; i < s.n_dots; i += s.groups) {
+            float acc = 0;
+            for (int32_t step = s.from; step < s.to; step++) {
+                const int32_t at = step * 32 + lane;
+                wait_copy_groups<DEPTH - 1>();
+                if (at < s.n_pieces)
+                    acc = dot<W>::wide(f.slots[slot * THREADS], m.in, at, s.n_pieces, acc);
+                f.fetch(slot);
+                slot = slot == DEPTH - 1 ? 0 : slot + 1;
+            }
+            acc = warp_sum(acc);
+            if (lane == 0)
+                m.sums[i * s.split + s.part] = acc;
+        }
+    } else if (lane == 0) {
+        for (int32_t i = s.group; i < s.n_dots; i += s.groups)
+            m.sums[i * s.split + s.part] = 0;
+    }
+    __syncthreads();
+}
+
+template <typename W>
+static __device__ float result(const struct room &m, const struct share<W> &s, int32_t dot)
+{
+    float value = 0;
+    for (int i = 0; i < s.split; i++)
+        value += m.sums[dot * s.split + i];
+    return value;
+}
+
+/* The state's part of a layer. Units of COLS columns of a head go round the halves of the blocks. */
 struct mixer {
     const struct step_args &a;
     const struct step_layer &l;
-    int32_t d, per_head, n_units, row, col, per_unit;
+    int32_t d, per_head, n_units, row, col;
     float4 held[HELD];
-    float turns[HELD];
 
     __device__ mixer(const struct step_args &args, const struct step_layer &layer) : a(args), l(layer)
     {
@@ -70,85 +268,62 @@ struct mixer {
         n_units = a.n_heads * per_head;
         row = threadIdx.x % HALF / 2;
         col = threadIdx.x % 2 * 4;
-        per_unit = (d + STATE_ROWS - 1) / STATE_ROWS;
     }
 
     __device__ int32_t unit(int32_t round) const
     {
-        return (round * 2 + (int32_t)threadIdx.x / HALF) * (int32_t)gridDim.x + (int32_t)blockIdx.x;
+        return (round * (int32_t)gridDim.x + (int32_t)blockIdx.x) * 2 + threadIdx.x / HALF;
     }
 
-    __device__ float4 *state_at(int32_t u, int32_t r) const
+    __device__ float4 *place(int32_t u, int32_t r) const
     {
         const int32_t head = u / per_head;
         float *S = a.state + l.state_offset + (int64_t)head * d * a.head_dim;
         return reinterpret_cast<float4 *>(S + (int64_t)r * a.head_dim + u % per_head * COLS + col);
     }
 
-    __device__ int32_t feature(int32_t u, int32_t r) const
+    __device__ void fetch()
     {
-        return u / per_head * a.head_dim + (r < a.head_dim ? r : r - a.head_dim);
-    }
-
-    __device__ float turn(int32_t u, int32_t r, double pos) const
-    {
-        return l.theta ? lrpe_turn(l.theta[feature(u, r)], pos, r >= a.head_dim) : 1;
-    }
-
-    __device__ __forceinline__ void fetch(double pos)
-    {
+        const int32_t per_unit = (d + ROWS - 1) / ROWS;
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
-            const int32_t u = unit(i / per_unit), r = row + i % per_unit * STATE_ROWS;
-            if (u < n_units && r < d) {
-                held[i] = __ldcg(state_at(u, r));
-                turns[i] = turn(u, r, pos);
-            }
+            const int32_t u = unit(i / per_unit), r = row + i % per_unit * ROWS;
+            if (u < n_units && r < d)
+                held[i] = __ldcg(place(u, r));
         }
     }
 
-    template <typename W> __device__ __forceinline__ void run(const struct room &m, double pos, uint32_t tag)
+    template <typename A> __device__ void run(const struct room &m, double pos)
     {
         const int lane = threadIdx.x % 32, half = threadIdx.x / HALF, warp = threadIdx.x % HALF / 32;
-        const int32_t H = a.H;
-        const uint64_t *q = a.words->qkvu;
-        const uint32_t tag_in = tag + TAG_QKVU, tag_out = tag + TAG_MIX;
+        const int32_t e = a.head_dim, H = a.H;
+        const int32_t per_unit = (d + ROWS - 1) / ROWS;
+        const A *q = (const A *)a.qkv;
         for (int32_t round = 0; round * (int32_t)gridDim.x * 2 < n_units; round++) {
-            const int32_t u = unit(round), first = u * COLS; /* = head * e + column within the head */
-            const bool writes = (int)threadIdx.x % HALF < COLS && u < n_units;
-            const uint64_t *gate_at = q + 3 * H + first + threadIdx.x % HALF;
-            uint64_t gate = 0;
+            const int32_t u = unit(round), head = u / per_head;
             float4 sum = make_float4(0, 0, 0, 0);
             if (u < n_units) {
-                const float fade = -expm1f(-l.slopes[u / per_head]);
-                const uint64_t *v_at = q + 2 * H + first + col;
-                ulonglong2 v0 = look2(v_at), v1 = look2(v_at + 2);
-                if (writes)
-                    gate = look(gate_at);
+                const float fade = (float)-expm1(-(double)l.slopes[head]);
+                const int32_t c = head * e + u % per_head * COLS + col;
+                const float4 v = load_fresh4(q + 2 * H + c);
                 for (int32_t k = 0; k < per_unit; k++) {
-                    const int32_t r = row + k * STATE_ROWS, i = round * per_unit + k;
+                    const int32_t r = row + k * ROWS, i = round * per_unit + k;
                     if (r >= d)
                         break;
-                    const uint64_t *q_at = q + feature(u, r), *k_at = q_at + H;
-                    uint64_t qw = look(q_at), kw = look(k_at);
-                    float4 *S = state_at(u, r), s;
-                    float turned;
+                    const int32_t feature = head * e + (r < e ? r : r - e);
+                    const float turn = l.theta ? lrpe_turn(l.theta[feature], pos, r >= e) : 1;
+                    const float qr = load_fresh(q + feature) * turn, kr = load_fresh(q + H + feature) * turn;
+                    float4 *S = place(u, r), s;
                     if (i < HELD) {
-                        static_assert(HELD == 4, "all are named");
-                        s = i == 0 ? held[0] : i == 1 ? held[1] : i == 2 ? held[2] : held[3];
-                        turned = i == 0 ? turns[0] : i == 1 ? turns[1] : i == 2 ? turns[2] : turns[3];
+#pragma unroll
+                        for (int j = 0; j < HELD; j++)
+                            if (i == j)
+                                s = held[j];
                     } else {
                         s = __ldcg(S);
-                        turned = turn(u, r, pos);
                     }
-                    while (stale(v0.x, tag_in) || stale(v0.y, tag_in))
-                        v0 = look2(v_at);
-                    while (stale(v1.x, tag_in) || stale(v1.y, tag_in))
-                        v1 = look2(v_at + 2);
-                    const float qr = value_of(await(q_at, qw, tag_in)) * turned;
-                    const float kr = value_of(await(k_at, kw, tag_in)) * turned;
-                    s.x += kr * value_of(v0.x) - fade * s.x, s.y += kr * value_of(v0.y) - fade * s.y;
-                    s.z += kr * value_of(v1.x) - fade * s.z, s.w += kr * value_of(v1.y) - fade * s.w;
+                    s.x += kr * v.x - fade * s.x, s.y += kr * v.y - fade * s.y;
+                    s.z += kr * v.z - fade * s.z, s.w += kr * v.w - fade * s.w;
                     __stcg(S, s);
                     sum.x += qr * s.x, sum.y += qr * s.y, sum.z += qr * s.z, sum.w += qr * s.w;
                 }
@@ -161,201 +336,139 @@ struct mixer {
             }
             if (lane < 2)
                 *reinterpret_cast<float4 *>(m.mix + (half * (WARPS / 2) + warp) * COLS + col) = sum;
-            meet();
-            if (writes) {
-                const int i = threadIdx.x % HALF;
+            __syncthreads();
+            if (threadIdx.x % HALF < COLS && u < n_units) {
                 float total = 0;
                 for (int w = 0; w < WARPS / 2; w++)
-                    total += m.mix[(half * (WARPS / 2) + w) * COLS + i];
-                const float up = value_of(await(gate_at, gate, tag_in));
-                tell(a.words->o + place<W>(first + i), __float_as_uint(total * up), tag_out);
-                float square = total * total;
-                for (int offset = COLS / 2; offset > 0; offset /= 2)
-                    square += __shfl_xor_sync(0xffu, square, offset);
-                if (i == 0)
-                    tell(a.words->squares + u, __float_as_uint(square), tag_out);
+                    total += m.mix[(half * (WARPS / 2) + w) * COLS + threadIdx.x % HALF];
+                ((A *)a.o)[head * e + u % per_head * COLS + threadIdx.x % HALF] = from_f32<A>(total);
             }
-            if ((round + 1) * (int32_t)gridDim.x * 2 < n_units)
-                meet();
+            __syncthreads();
         }
-    }
-
-    /* Of all o, this warp's share; the same in all lanes. */
-    __device__ __forceinline__ float sum_squares(uint32_t tag) const
-    {
-        float sum = 0;
-        for (int32_t u = threadIdx.x; u < n_units; u += THREADS) {
-            const uint64_t *at = a.words->squares + u;
-            sum += value_of(await(at, look(at), tag));
-        }
-        return warp_sum(sum);
     }
 };
 
-template <typename W, int CHUNKS>
-static __device__ __forceinline__ void consume(const struct step_args &a, const struct room &m)
+template <typename W, typename A>
+static __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_constant__ struct step_args a)
 {
-    struct words &words = *a.words;
-    uint32_t tag = __ldcg(&words.epoch);
+    extern __shared__ uint4 shared[];
+    struct room m;
+    m.in = reinterpret_cast<float *>(shared + DEPTH * THREADS);
+    m.sums = m.in + a.max_input;
+    m.mix = m.sums + a.max_sums;
+    m.red = m.mix + WARPS * COLS;
+    m.own = m.red + WARPS;
+
+    struct feed<W> f = {
+        a, shared + threadIdx.x
+    };
+    f.at = 0;
+    f.last = N_PHASES * a.n_layers;
+    f.enter();
+    for (int i = 0; i < DEPTH; i++)
+        f.fetch(i);
+
+    struct barrier all = {a.barrier, 0};
     const double pos = (double)(a.pos + (a.steps ? __ldcg(a.steps) : 0));
     const W *token = (const W *)a.embed + (int64_t)__ldcg(a.id) * a.D;
-    struct worker<W, CHUNKS> w(m);
+    int slot = 0;
+    for (int32_t l = 0; l < a.n_layers; l++) {
+        const struct step_layer &layer = a.layers[l];
+        auto load_x = [&](int32_t c, float4 &square, float4 &v) {
+            if (l == 0)
+                v = make_float4(a.embed_scale * to_f32(token[c]), a.embed_scale * to_f32(token[c + 1]),
+                                a.embed_scale * to_f32(token[c + 2]), a.embed_scale * to_f32(token[c + 3]));
+            else
+                v = load_fresh4(a.x + c);
+            square = v;
+        };
 
-    for (int32_t l = 0; l < a.n_layers; l++, tag += N_TAGS) {
-        struct share<W> s = share_of<W>(a, l, QKVU);
+        struct share<W> s = share_of<W>(a, l * N_PHASES + QKVU);
+        stage<W>(m, s.cols, load_x);
+        multiply<W>(m, s, f, slot);
+        float scale = inverse_rms(m, s.cols);
+        for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS) {
+            float value = result(m, s, i) * scale;
+            if (s.first + i < 2 * a.H)
+                value = activate(value, a.act);
+            ((A *)a.qkv)[s.first + i] = from_f32<A>(value);
+        }
+        all.arrive();
+        struct mixer mix(a, layer);
+        mix.fetch();
+        all.wait();
+        mix.template run<A>(m, pos);
+        all.arrive();
+
+        s = share_of<W>(a, l * N_PHASES + OUT);
         if (l == 0)
-            w.embed(token, s.cols, a.embed_scale);
-        else
-            w.gather(words.x, s.cols, tag); /* l3 of the layer before */
-        for (int32_t from = 0; from < s.n_dots; from += PASS) {
-            const int32_t n = min((int32_t)PASS, s.n_dots - from);
-            w.multiply(n, s.cols, w.sum_squares());
-            for (int32_t i = threadIdx.x; i < n; i += THREADS) {
-                float value = w.result(i) * w.inverse_rms(s.cols);
-                const int32_t out = s.first + from + i;
-                if (out < 2 * a.H)
-                    value = activate(value, a.act);
-                tell(words.qkvu + out, __float_as_uint(value), tag + TAG_QKVU);
-            }
-        }
+            for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS)
+                m.own[i] = a.embed_scale * to_f32(token[s.first + i]);
+        all.wait();
+        stage<W>(m, s.cols, [&](int32_t c, float4 &square, float4 &v) {
+            const float4 u = load_fresh4((const A *)a.qkv + 3 * a.H + c);
+            square = load_fresh4((const A *)a.o + c);
+            v = make_float4(square.x * u.x, square.y * u.y, square.z * u.z, square.w * u.w);
+        });
+        multiply<W>(m, s, f, slot);
+        scale = inverse_rms(m, s.cols);
+        for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS)
+            a.x[s.first + i] = m.own[i] += result(m, s, i) * scale;
+        all.arrive();
 
-        struct mixer mix(a, a.layers[l]);
-        mix.fetch(pos);
-        mix.template run<W>(m, pos, tag);
+        s = share_of<W>(a, l * N_PHASES + GLU);
+        all.wait();
+        stage<W>(m, s.cols, [&](int32_t c, float4 &square, float4 &v) { square = v = load_fresh4(a.x + c); });
+        multiply<W>(m, s, f, slot);
+        scale = inverse_rms(m, s.cols);
+        for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS)
+            ((A *)a.h)[s.first + i] =
+                from_f32<A>((result(m, s, 2 * i) * scale) * (result(m, s, 2 * i + 1) * scale));
+        all.arrive();
 
-        s = share_of<W>(a, l, OUT);
-        w.gather(words.o, s.cols, tag + TAG_MIX);
-        const float squares = mix.sum_squares(tag + TAG_MIX);
-        for (int32_t from = 0; from < s.n_dots; from += PASS) {
-            const int32_t n = min((int32_t)PASS, s.n_dots - from);
-            w.multiply(n, s.cols, squares);
-            for (int32_t i = threadIdx.x; i < n; i += THREADS) {
-                const int32_t out = s.first + from + i;
-                const float old = l == 0 ? a.embed_scale * to_f32(token[out]) : m.own[from + i];
-                const float value = old + w.result(i) * w.inverse_rms(s.cols);
-                m.own[from + i] = value;
-                tell(words.x + place<W>(out), __float_as_uint(value), tag + TAG_OUT);
-            }
-        }
-
-        s = share_of<W>(a, l, GLU);
-        w.gather(words.x, s.cols, tag + TAG_OUT);
-        for (int32_t from = 0; from < s.n_dots; from += PASS) {
-            const int32_t n = min((int32_t)PASS, s.n_dots - from);
-            w.multiply(n, s.cols, w.sum_squares());
-            for (int32_t i = threadIdx.x; i < n / 4; i += THREADS) { /* two outputs */
-                const int32_t out = s.first + from / 2 + 2 * i;
-                const float scale = w.inverse_rms(s.cols);
-                const float h0 = (w.result(4 * i) * scale) * (w.result(4 * i + 1) * scale);
-                const float h1 = (w.result(4 * i + 2) * scale) * (w.result(4 * i + 3) * scale);
-                if (sizeof(W) == 4) {
-                    tell(words.h + place<W>(out), __float_as_uint(h0), tag + TAG_GLU);
-                    tell(words.h + place<W>(out + 1), __float_as_uint(h1), tag + TAG_GLU);
-                } else {
-                    const __nv_bfloat162 h = __floats2bfloat162_rn(h0, h1);
-                    tell(words.h + place_pair(out), *reinterpret_cast<const uint32_t *>(&h), tag + TAG_GLU);
-                }
-            }
-        }
-
-        s = share_of<W>(a, l, L3);
-        if constexpr (sizeof(W) == 4)
-            w.gather(words.h, s.cols, tag + TAG_GLU);
-        else
-            w.gather_pairs(words.h, s.cols, tag + TAG_GLU);
-        for (int32_t from = 0; from < s.n_dots; from += PASS) {
-            const int32_t n = min((int32_t)PASS, s.n_dots - from);
-            w.multiply(n, s.cols, 0);
-            for (int32_t i = threadIdx.x; i < n; i += THREADS) {
-                const float value = m.own[from + i] + w.result(i);
-                m.own[from + i] = value;
-                tell(words.x + place<W>(s.first + from + i), __float_as_uint(value), tag + TAG_L3);
-            }
-        }
+        s = share_of<W>(a, l * N_PHASES + L3);
+        all.wait();
+        stage<W>(m, s.cols,
+                 [&](int32_t c, float4 &square, float4 &v) { square = v = load_fresh4((const A *)a.h + c); });
+        multiply<W>(m, s, f, slot);
+        for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS)
+            a.x[s.first + i] = m.own[i] += result(m, s, i);
+        all.arrive();
+        all.wait();
     }
-
-    const struct share<W> s = share_of<W>(a, a.n_layers, 0);
-    w.gather(words.x, s.cols, tag);
-    for (int32_t from = 0; from < s.n_dots; from += PASS) {
-        const int32_t n = min((int32_t)PASS, s.n_dots - from);
-        w.multiply(n, s.cols, w.sum_squares());
-        for (int32_t i = threadIdx.x; i < n; i += THREADS)
-            a.logits[s.first + from + i] = w.result(i) * w.inverse_rms(s.cols);
-    }
-    /* By now all blocks have seen the old one: this block has values that hang on values of all. */
-    if (blockIdx.x == 0 && threadIdx.x == 0)
-        words.epoch = tag;
-}
-
-#endif /* __CUDA_ARCH_FEAT_SM90_ALL */
-
-template <typename W, int CHUNKS>
-static __global__ void __launch_bounds__(THREADS + STREAMERS, 1)
-    step_kernel(const __grid_constant__ struct step_args a)
-{
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    extern __shared__ __align__(128) uint8_t shared[];
-    struct room m;
-    uint8_t *rest = shared + DEPTH * STAGE_SIZE;
-    m.ring = shared_address(shared);
-    m.full = reinterpret_cast<uint64_t *>(rest), m.empty = m.full + DEPTH;
-    m.parts = reinterpret_cast<float *>(rest + DEPTH * 16);
-    m.red = m.parts + 2 * WARPS * PASS;
-    m.mix = m.red + 2 * WARPS;
-    m.own = m.mix + WARPS * COLS;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < DEPTH; i++) {
-            barrier_init(&m.full[i], 1);
-            barrier_init(&m.empty[i], WARPS);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        proxy_fence();
-    }
-    __syncthreads();
-    if (threadIdx.x >= THREADS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-        if (threadIdx.x % 32 == 0)
-            stream<W>(a, m);
-    } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
-        consume<W, CHUNKS>(a, m);
-    }
-#endif
+    const struct share<W> s = share_of<W>(a, a.n_layers * N_PHASES);
+    stage<W>(m, s.cols, [&](int32_t c, float4 &square, float4 &v) { square = v = load_fresh4(a.x + c); });
+    multiply<W>(m, s, f, slot);
+    const float scale = inverse_rms(m, s.cols);
+    for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS)
+        a.logits[s.first + i] = result(m, s, i) * scale;
+    all.leave();
 }
 
 /* ---- host ------------------------------------------------------------------------------------------------
  */
 
-/* Stages that a row may take. */
-enum { FEW = 6, MANY = 11 };
+static int32_t most_sums(int32_t dots, int32_t n_blocks, int32_t pair)
+{
+    return (dots / pair + n_blocks - 1) / n_blocks * pair * split_of(dots);
+}
 
 static int32_t max32(int32_t a, int32_t b)
 {
     return a > b ? a : b;
 }
 
-static int32_t stages_of(const struct ltn_network *net)
-{
-    const int32_t widest = max32(net->embed_dim, max32(net->hidden_dim, net->glu_dim));
-    return (widest * (int32_t)ltn_dtype_size(net->embed.dtype) + ROW_BYTES - 1) / ROW_BYTES;
-}
-
-/* The released shapes and their kin: one gate in qkvu, SimpleRMSNorm, no biases, sizes in whole pieces, and a
- * row of qkvu and a pair of h at least for every block. */
-static bool suits(const struct cuda_backend *be, const struct ltn_network *net, size_t *shared)
+/* The released shapes and their kin: one gate in qkvu, SimpleRMSNorm, no biases, sizes in whole pieces. */
+static bool suits(const struct cuda_backend *be, const struct ltn_network *net, size_t *shared,
+                  struct step_args *a)
 {
     if (ltn_is_quantised(net->embed.dtype))
         return false;
     const int32_t n = 16 / (int32_t)ltn_dtype_size(net->embed.dtype);
     const struct ltn_attention *first = &net->layers[0].attention;
-    if (!be->step_words || net->gate_dim || net->n_layers > MAX_LAYERS || net->final_norm.weight ||
+    if (!be->step_barrier || net->gate_dim || net->n_layers > MAX_LAYERS || net->final_norm.weight ||
         net->act == LTN_ACT_EXP || first->head_dim % COLS || net->embed_dim % n || net->hidden_dim % n ||
-        net->glu_dim % n || net->head.dtype != net->embed.dtype || !aligned16(net->head.data) ||
-        !aligned16(net->embed.data))
-        return false;
-    if (net->embed_dim > MAX_DIM || net->hidden_dim > MAX_DIM || net->glu_dim > MAX_GLU ||
-        stages_of(net) > (n == 4 ? (int)FEW : (int)MANY) || net->vocab_size > INT32_MAX / be->n_sms ||
-        4 * net->hidden_dim < be->n_sms || net->glu_dim / 2 < be->n_sms)
+        net->glu_dim % n || net->head.dtype != net->embed.dtype || !aligned16(net->head.data))
         return false;
     for (int32_t l = 0; l < net->n_layers; l++) {
         const struct ltn_layer *y = &net->layers[l];
@@ -367,13 +480,18 @@ static bool suits(const struct cuda_backend *be, const struct ltn_network *net, 
             y->attention.state_offset % 4)
             return false;
     }
-    *shared = DEPTH * (STAGE_SIZE + 16) +
-              ((size_t)2 * WARPS * PASS + 2 * WARPS + WARPS * COLS + net->embed_dim / be->n_sms + 1) *
+    a->max_input = max32(net->embed_dim, max32(net->hidden_dim, net->glu_dim));
+    a->max_sums =
+        max32(max32(most_sums(4 * net->hidden_dim, be->n_sms, 1), most_sums(2 * net->glu_dim, be->n_sms, 2)),
+              max32(most_sums(net->vocab_size, be->n_sms, 1), most_sums(net->embed_dim, be->n_sms, 1)));
+    a->max_sums = (a->max_sums + 3) & ~3;
+    *shared = (size_t)DEPTH * THREADS * 16 +
+              ((size_t)a->max_input + a->max_sums + WARPS * COLS + WARPS + net->embed_dim / be->n_sms + 1) *
                   sizeof(float);
     return *shared <= be->max_shared;
 }
 
-template <typename W, int CHUNKS>
+template <typename W, typename A>
 static enum ltn_status run(struct cuda_backend *be, const struct step_args &a, size_t shared,
                            struct ltn_error *err)
 {
@@ -382,17 +500,17 @@ static enum ltn_status run(struct cuda_backend *be, const struct step_args &a, s
     together.val.cooperative = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(be->n_sms);
-    config.blockDim = dim3(THREADS + STREAMERS);
+    config.blockDim = dim3(THREADS);
     config.dynamicSmemBytes = shared;
     config.stream = be->stream;
     config.attrs = &together;
     config.numAttrs = 1;
-    CUDA_TRY(be, err, (cudaLaunchKernelEx(&config, step_kernel<W, CHUNKS>, a)));
+    CUDA_TRY(be, err, (cudaLaunchKernelEx(&config, step_kernel<W, A>, a)));
     return LTN_OK;
 }
 
 enum ltn_status cuda_step(struct ltn_backend *base, const struct ltn_network *net, const struct ltn_seq *seq,
-                          const int32_t *id, float *logits, float *, void *, void *, void *,
+                          const int32_t *id, float *logits, float *x, void *qkv, void *o, void *h,
                           struct ltn_error *err)
 {
     struct cuda_backend *be = cuda_of(base);
@@ -400,7 +518,7 @@ enum ltn_status cuda_step(struct ltn_backend *base, const struct ltn_network *ne
     struct step_args a;
     size_t shared;
 
-    if (!suits(be, net, &shared))
+    if (!suits(be, net, &shared, &a))
         return LTN_ERR_UNSUPPORTED;
     a.V = net->vocab_size, a.D = net->embed_dim, a.H = net->hidden_dim, a.G = net->glu_dim;
     a.n_heads = net->layers[0].attention.n_heads;
@@ -413,45 +531,38 @@ enum ltn_status cuda_step(struct ltn_backend *base, const struct ltn_network *ne
     a.steps = be->steps;
     a.pos = seq->pos;
     a.state = seq->state;
-    a.logits = logits;
-    a.words = static_cast<struct words *>(be->step_words);
+    a.logits = logits, a.x = x, a.qkv = qkv, a.o = o, a.h = h;
+    a.barrier = be->step_barrier;
     for (int32_t l = 0; l < net->n_layers; l++) {
         const struct ltn_layer *y = &net->layers[l];
         a.layers[l] = {
             y->qkv.w.data, y->out.w.data,       y->l1.w.data,       y->l2.w.data,
             y->l3.w.data,  y->attention.slopes, y->attention.theta, (int64_t)y->attention.state_offset};
     }
-    const bool few = stages_of(net) <= FEW;
-#define RUN(W, A)                                                                                            \
-    (few || sizeof(W) == 4 ? run<W, FEW>(be, a, shared, err) : run < W,                                      \
-     sizeof(W) == 4 ? FEW : MANY > (be, a, shared, err))
+#define RUN(W, A) run<W, A>(be, a, shared, err)
     return FOR_TYPES(be, err, net->embed.dtype, RUN);
 #undef RUN
 }
 
-template <typename W, int CHUNKS>
+template <typename W, typename A>
 static enum ltn_status allow_shared(struct cuda_backend *be, struct ltn_error *err)
 {
     CUDA_TRY(be, err,
-             (cudaFuncSetAttribute(step_kernel<W, CHUNKS>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   (int)be->max_shared)));
+             cudaFuncSetAttribute(step_kernel<W, A>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  (int)be->max_shared));
     return LTN_OK;
 }
 
 enum ltn_status step_open(struct cuda_backend *be, struct ltn_error *err)
 {
-    int together = 0, major = 0, minor = 0;
+    int together = 0;
     CUDA_TRY(be, err, cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, be->device));
-    CUDA_TRY(be, err, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, be->device));
-    CUDA_TRY(be, err, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, be->device));
-    if (!together || major != 9 || minor != 0)
+    if (!together)
         return LTN_OK;
-    LTN_TRY((allow_shared<float, FEW>(be, err)));
-    LTN_TRY((allow_shared<__nv_bfloat16, FEW>(be, err)));
-    LTN_TRY((allow_shared<__nv_bfloat16, MANY>(be, err)));
-    LTN_TRY((allow_shared<__half, FEW>(be, err)));
-    LTN_TRY((allow_shared<__half, MANY>(be, err)));
-    CUDA_TRY(be, err, cudaMalloc(&be->step_words, sizeof(struct words)));
-    CUDA_TRY(be, err, cudaMemsetAsync(be->step_words, 0, sizeof(struct words), be->stream));
+    LTN_TRY((allow_shared<float, float>(be, err)));
+    LTN_TRY((allow_shared<__nv_bfloat16, __nv_bfloat16>(be, err)));
+    LTN_TRY((allow_shared<__half, __nv_bfloat16>(be, err)));
+    CUDA_TRY(be, err, cudaMalloc(&be->step_barrier, 2 * sizeof(uint32_t)));
+    CUDA_TRY(be, err, cudaMemsetAsync(be->step_barrier, 0, 2 * sizeof(uint32_t), be->stream));
     return LTN_OK;
 }
