@@ -18,7 +18,6 @@
 
 #include "kernels/conv/conv.h"
 #include "src/cli.h"
-#include "src/rng.h"
 
 enum { LAYERS = 12, MOST_SAMPLES = 100 };
 
@@ -135,34 +134,42 @@ static enum ltn_status fill_row(struct bench *b, struct row *row, struct memory 
     return LTN_OK;
 }
 
-/* A filter for the layer, normal, over the root of its window's size; zero for channels that pad. bf16:
- * rounded, so that the error is the product's. */
-static float *make_filter(const struct ltn_conv_shape *s, int ci)
+/* The layer's filter: normal, over the root of its window's size. */
+static float *make_filter(const struct ltn_conv_shape *layer)
 {
-    float *filter = malloc((size_t)ltn_conv_filter_elements(s) * sizeof *filter);
-    const double scale = 1 / sqrt((double)ci * s->hf * s->wf);
-    int64_t at = 0;
-    for (int64_t o = 0; filter && o < s->co; o++)
-        for (int64_t c = 0; c < s->ci; c++)
-            for (int64_t i = 0; i < (int64_t)s->hf * s->wf; i++, at++) {
-                const uint64_t place = (uint64_t)((o * ci + c) * s->hf * s->wf + i);
-                double radius = sqrt(-2 * log(1 - ltn_uniform(7, 2 * place)));
-                double value = c < ci ? scale * radius * cos(2 * M_PI * ltn_uniform(7, 2 * place + 1)) : 0;
-                filter[at] =
-                    s->type == LTN_CONV_BF16 ? ltn_bf16_to_f32(ltn_f32_to_bf16((float)value)) : (float)value;
-            }
+    const int64_t n = ltn_conv_filter_elements(layer);
+    const double scale = 1 / sqrt((double)layer->ci * layer->hf * layer->wf);
+    float *filter = malloc((size_t)n * sizeof *filter);
+    if (filter)
+        ltn_bench_noise(filter, LTN_F32, 0, n);
+    for (int64_t i = 0; filter && i < n; i++)
+        filter[i] *= (float)scale;
     return filter;
 }
 
+/* The same for a row: zeros for channels that pad; bf16 rounded, so that the error is the product's. */
+static float *filter_for(const struct ltn_conv_shape *s, const struct ltn_conv_shape *layer,
+                         const float *filter)
+{
+    float *out = calloc((size_t)ltn_conv_filter_elements(s), sizeof *out);
+    const int64_t own = (int64_t)layer->ci * layer->hf * layer->wf, padded = (int64_t)s->ci * s->hf * s->wf;
+    for (int64_t o = 0; out && o < s->co; o++)
+        for (int64_t i = 0; i < own; i++) {
+            const float value = filter[o * own + i];
+            out[o * padded + i] = s->type == LTN_CONV_BF16 ? ltn_bf16_to_f32(ltn_f32_to_bf16(value)) : value;
+        }
+    return out;
+}
+
 static enum ltn_status run_case(struct bench *b, struct row *row, struct memory *m, struct ltn_conv2d **op,
-                                struct ltn_error *err)
+                                const float *filter, struct ltn_error *err)
 {
     const struct ltn_conv_ops *ops = b->conv->ops;
     const struct ltn_conv_shape *s = &row->shape;
     const struct ltn_conv_shape layer = ltn_conv_layer(row->layer, s->n);
     const size_t size = ltn_conv_type_size(s->type), x_bytes = (size_t)ltn_conv_x_elements(s) * size;
 
-    m->filter = make_filter(s, layer.ci);
+    m->filter = filter_for(s, &layer, filter);
     if (!m->filter)
         return ltn_fail(err, LTN_ERR_MEMORY, "no memory for the filter of layer %d", row->layer);
     LTN_TRY(ltn_conv2d_create(op, b->conv, s, row->algo, m->filter, NULL, err));
@@ -184,7 +191,7 @@ static bool wanted(const struct options *o, enum ltn_conv_algo algo)
     return found;
 }
 
-static enum ltn_status run_layer(struct bench *b, int layer, struct ltn_error *err)
+static enum ltn_status run_cases(struct bench *b, int layer, const float *filter, struct ltn_error *err)
 {
     for (int i = 0; i < CASES; i++) {
         struct row *row = &b->rows[b->n_rows];
@@ -199,7 +206,7 @@ static enum ltn_status run_layer(struct bench *b, int layer, struct ltn_error *e
             continue;
         if (cases[i].channels)
             row->shape.ci = (row->shape.ci + cases[i].channels - 1) / cases[i].channels * cases[i].channels;
-        enum ltn_status status = run_case(b, row, &m, &op, err);
+        enum ltn_status status = run_case(b, row, &m, &op, filter, err);
         ltn_conv2d_free(op);
         b->conv->ops->free(b->conv, m.x);
         b->conv->ops->free(b->conv, m.y);
@@ -213,6 +220,17 @@ static enum ltn_status run_layer(struct bench *b, int layer, struct ltn_error *e
             return ltn_fail(err, LTN_ERR_STOPPED, "interrupted");
     }
     return LTN_OK;
+}
+
+static enum ltn_status run_layer(struct bench *b, int layer, struct ltn_error *err)
+{
+    const struct ltn_conv_shape shape = ltn_conv_layer(layer, 1);
+    float *filter = make_filter(&shape);
+    enum ltn_status status =
+        filter ? run_cases(b, layer, filter, err)
+               : ltn_fail(err, LTN_ERR_MEMORY, "no memory for the filter of layer %d", layer);
+    free(filter);
+    return status;
 }
 
 /* ---- printing ------------------------------------------------------------------------------------------ */
