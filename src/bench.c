@@ -181,11 +181,8 @@ static const struct command {
     const char *name;
     int (*run)(int argc, char **argv);
 } commands[] = {
-    {"model", ltn_bench_model},
-    {"decode", ltn_bench_decode},
-    {"attention", ltn_bench_attention},
-    {"prefill", ltn_bench_prefill},
-    {"conv", ltn_bench_conv},
+    {"model", ltn_bench_model},     {"decode", ltn_bench_decode}, {"attention", ltn_bench_attention},
+    {"prefill", ltn_bench_prefill}, {"conv", ltn_bench_conv},
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 

@@ -18,7 +18,6 @@
 
 #include "kernels/conv/conv.h"
 #include "src/cli.h"
-#include "src/rng.h"
 
 enum { LAYERS = 12, MOST_SAMPLES = 100 };
 
@@ -88,6 +87,11 @@ static enum ltn_status measure(struct bench *b, struct ltn_conv2d *op, void *y, 
     struct ltn_bench_summary summary;
     double once;
     LTN_TRY(b->conv->ops->time(b->conv, op, y, x, workspace, part, 1, false, &once, err));
+    if (once > 1e5) { /* a tenth of a second: one sample says it */
+        *samples = *us = once;
+        *n_samples = 1;
+        return LTN_OK;
+    }
     double fit = 1e6 * b->options->seconds / (once > 1 ? once : 1);
     const int most = (int)b->options->repetitions;
     *n_samples = fit >= most ? most : fit < 3 ? (most < 3 ? most : 3) : (int)fit;
@@ -130,34 +134,42 @@ static enum ltn_status fill_row(struct bench *b, struct row *row, struct memory 
     return LTN_OK;
 }
 
-/* A filter for the layer, normal, over the root of its window's size; zero for channels that pad. bf16:
- * rounded, so that the error is the product's. */
-static float *make_filter(const struct ltn_conv_shape *s, int ci)
+/* The layer's filter: normal, over the root of its window's size. */
+static float *make_filter(const struct ltn_conv_shape *layer)
 {
-    float *filter = malloc((size_t)ltn_conv_filter_elements(s) * sizeof *filter);
-    const double scale = 1 / sqrt((double)ci * s->hf * s->wf);
-    int64_t at = 0;
-    for (int64_t o = 0; filter && o < s->co; o++)
-        for (int64_t c = 0; c < s->ci; c++)
-            for (int64_t i = 0; i < (int64_t)s->hf * s->wf; i++, at++) {
-                const uint64_t place = (uint64_t)((o * ci + c) * s->hf * s->wf + i);
-                double radius = sqrt(-2 * log(1 - ltn_uniform(7, 2 * place)));
-                double value = c < ci ? scale * radius * cos(2 * M_PI * ltn_uniform(7, 2 * place + 1)) : 0;
-                filter[at] =
-                    s->type == LTN_CONV_BF16 ? ltn_bf16_to_f32(ltn_f32_to_bf16((float)value)) : (float)value;
-            }
+    const int64_t n = ltn_conv_filter_elements(layer);
+    const double scale = 1 / sqrt((double)layer->ci * layer->hf * layer->wf);
+    float *filter = malloc((size_t)n * sizeof *filter);
+    if (filter)
+        ltn_bench_noise(filter, LTN_F32, 0, n);
+    for (int64_t i = 0; filter && i < n; i++)
+        filter[i] *= (float)scale;
     return filter;
 }
 
+/* The same for a row: zeros for channels that pad; bf16 rounded, so that the error is the product's. */
+static float *filter_for(const struct ltn_conv_shape *s, const struct ltn_conv_shape *layer,
+                         const float *filter)
+{
+    float *out = calloc((size_t)ltn_conv_filter_elements(s), sizeof *out);
+    const int64_t own = (int64_t)layer->ci * layer->hf * layer->wf, padded = (int64_t)s->ci * s->hf * s->wf;
+    for (int64_t o = 0; out && o < s->co; o++)
+        for (int64_t i = 0; i < own; i++) {
+            const float value = filter[o * own + i];
+            out[o * padded + i] = s->type == LTN_CONV_BF16 ? ltn_bf16_to_f32(ltn_f32_to_bf16(value)) : value;
+        }
+    return out;
+}
+
 static enum ltn_status run_case(struct bench *b, struct row *row, struct memory *m, struct ltn_conv2d **op,
-                                struct ltn_error *err)
+                                const float *filter, struct ltn_error *err)
 {
     const struct ltn_conv_ops *ops = b->conv->ops;
     const struct ltn_conv_shape *s = &row->shape;
     const struct ltn_conv_shape layer = ltn_conv_layer(row->layer, s->n);
     const size_t size = ltn_conv_type_size(s->type), x_bytes = (size_t)ltn_conv_x_elements(s) * size;
 
-    m->filter = make_filter(s, layer.ci);
+    m->filter = filter_for(s, &layer, filter);
     if (!m->filter)
         return ltn_fail(err, LTN_ERR_MEMORY, "no memory for the filter of layer %d", row->layer);
     LTN_TRY(ltn_conv2d_create(op, b->conv, s, row->algo, m->filter, NULL, err));
@@ -179,7 +191,7 @@ static bool wanted(const struct options *o, enum ltn_conv_algo algo)
     return found;
 }
 
-static enum ltn_status run_layer(struct bench *b, int layer, struct ltn_error *err)
+static enum ltn_status run_cases(struct bench *b, int layer, const float *filter, struct ltn_error *err)
 {
     for (int i = 0; i < CASES; i++) {
         struct row *row = &b->rows[b->n_rows];
@@ -194,7 +206,7 @@ static enum ltn_status run_layer(struct bench *b, int layer, struct ltn_error *e
             continue;
         if (cases[i].channels)
             row->shape.ci = (row->shape.ci + cases[i].channels - 1) / cases[i].channels * cases[i].channels;
-        enum ltn_status status = run_case(b, row, &m, &op, err);
+        enum ltn_status status = run_case(b, row, &m, &op, filter, err);
         ltn_conv2d_free(op);
         b->conv->ops->free(b->conv, m.x);
         b->conv->ops->free(b->conv, m.y);
@@ -208,6 +220,17 @@ static enum ltn_status run_layer(struct bench *b, int layer, struct ltn_error *e
             return ltn_fail(err, LTN_ERR_STOPPED, "interrupted");
     }
     return LTN_OK;
+}
+
+static enum ltn_status run_layer(struct bench *b, int layer, struct ltn_error *err)
+{
+    const struct ltn_conv_shape shape = ltn_conv_layer(layer, 1);
+    float *filter = make_filter(&shape);
+    enum ltn_status status =
+        filter ? run_cases(b, layer, filter, err)
+               : ltn_fail(err, LTN_ERR_MEMORY, "no memory for the filter of layer %d", layer);
+    free(filter);
+    return status;
 }
 
 /* ---- printing ------------------------------------------------------------------------------------------ */
@@ -310,11 +333,17 @@ static enum ltn_status run_all(struct bench *b, int argc, char **argv, struct lt
     b->rows = calloc((size_t)CASES * o->layers.n, sizeof *b->rows);
     if (!b->rows)
         return ltn_fail(err, LTN_ERR_MEMORY, "no memory for the rows");
-    for (size_t i = 0; i < o->layers.n; i++)
-        LTN_TRY(run_layer(b, (int)o->layers.v[i], err));
-    return strcmp(o->format, "json") == 0  ? print_json(b, err)
-           : strcmp(o->format, "csv") == 0 ? print_csv(b, err)
-                                           : print_table(b, err);
+    enum ltn_status status = LTN_OK;
+    for (size_t i = 0; i < o->layers.n && status == LTN_OK; i++)
+        status = run_layer(b, (int)o->layers.v[i], err);
+    if (status != LTN_OK && status != LTN_ERR_STOPPED)
+        return status;
+    /* an interrupted run keeps the rows that it has */
+    struct ltn_error printing;
+    enum ltn_status printed = strcmp(o->format, "json") == 0  ? print_json(b, &printing)
+                              : strcmp(o->format, "csv") == 0 ? print_csv(b, &printing)
+                                                              : print_table(b, &printing);
+    return printed != LTN_OK ? ltn_fail(err, printed, "%s", printing.text) : status;
 }
 
 /* -1, or the exit code after saying that a word names no implementation. */
@@ -347,7 +376,7 @@ int ltn_bench_conv(int argc, char **argv)
         {.name = "impl", .argument = "NAME", .kind = LTN_FLAG_STRINGS, .target = &o.impls,
          .help = "im2win, im2win-fused, im2col-cublas, direct or cudnn; may be repeated; without it all of them"},
         {.letter = 'r', .argument = "R", .kind = LTN_FLAG_INT, .target = &o.repetitions, .min = 1, .max = MOST_SAMPLES,
-         .help = "repetitions of each measurement, after one that does not count; fewer, down to 3, where they take long"},
+         .help = "repetitions of each measurement, after one that does not count; fewer, down to 1, where they take long"},
         {.name = "seconds", .argument = "S", .kind = LTN_FLAG_REAL, .target = &o.seconds, .min = 0, .max = 3600,
          .help = "time after which there are no more repetitions than 3"},
         {.name = "format", .argument = "FORMAT", .kind = LTN_FLAG_CHOICE, .target = &o.format,

@@ -166,9 +166,12 @@ static void test_plans_compute_the_convolution(void **state)
     int orders[4] = {0};
     for (int i = 0; i < 120; i++) {
         struct ltn_conv_shape p = random_problem(&rng);
-        struct ltn_fused_choice choice = {test_below(&rng, 3),     test_below(&rng, 3),
-                                          test_below(&rng, 4),     test_below(&rng, 3) - 1,
-                                          test_below(&rng, 5) - 1, test_below(&rng, 2) * 32};
+        struct ltn_fused_choice choice = {.mt = test_below(&rng, 3),
+                                          .share = test_below(&rng, 3),
+                                          .blocks = test_below(&rng, 4),
+                                          .resident = test_below(&rng, 3) - 1,
+                                          .order = test_below(&rng, 5) - 1,
+                                          .loaders = test_below(&rng, 2) * 32};
         struct ltn_fused_plan plan;
         if (i % 2 || ltn_fused_choose(&plan, &p, &choice, &err) != LTN_OK)
             CHECK(ltn_fused_choose(&plan, &p, NULL, &err));

@@ -179,11 +179,30 @@ class DeviceState:
                 "throttle": self.nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self.device)}
 
 
+def compile_part(part, parts):
+    """From here on Triton's autotuners try only every parts-th of their variants: for a process that fills the cache
+    of compiled kernels beside others."""
+    from triton.runtime.autotuner import Autotuner
+
+    run = Autotuner.run
+
+    def run_part(self, *args, **kwargs):
+        if not hasattr(self, "all_configs"):
+            self.all_configs = self.configs
+            self.configs = self.all_configs[part::parts] or self.all_configs[:1]
+        return run(self, *args, **kwargs)
+
+    Autotuner.run = run_part
+
+
+def make_set(heads, n):
+    return [torch.randn(1, n, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+
+
 def make_sets(heads, n):
     size = 4 * n * heads * HEAD_DIM * 2
     count = L2_SPAN // size + 1
-    return [[torch.randn(1, n, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-            for _ in range(count)]
+    return [make_set(heads, n) for _ in range(count)]
 
 
 def time_graph(op, sets, seconds):
@@ -224,12 +243,16 @@ def main():
     parser.add_argument("--walkers", type=int, nargs="*", default=[], metavar="W",
                         help="time ltn with these numbers of walkers too, not only the one it chooses")
     parser.add_argument("--only", nargs="*", metavar="PART", help="implementations whose name holds one of these")
+    parser.add_argument("--part", metavar="I/N", help="only compile, and of the peers' variants only every N-th, from the "
+                        "I-th on: N processes at once fill Triton's cache in little time")
     parser.add_argument("--wait", metavar="FILE", help="after compiling everything, wait until FILE exists")
     parser.add_argument("--softmax-rows", type=int, default=65536, metavar="N", help="longest softmax run")
     parser.add_argument("--seconds", type=float, default=0.1, help="replay each graph at least this long")
     parser.add_argument("--budget", type=float, default=400, help="stop starting new rows after this many seconds")
     args = parser.parse_args()
 
+    if args.part:
+        compile_part(*(int(x) for x in args.part.split("/")))
     torch.manual_seed(1)
     started = time.monotonic()
     makers = {"ltn": lambda: Ltn(args.ltn), **{f"ltn, W={w}": lambda w=w: Ltn(args.ltn, w) for w in args.walkers},
@@ -248,25 +271,29 @@ def main():
 
     for name in list(ops):  # compile and tune first, on small inputs
         try:
-            ops[name].prepare(args.heads[0], 512, slopes_of(args.heads[0], "last"))
-            x = make_sets(args.heads[0], 512)[0]
-            if getattr(ops[name], "heads_first", False):
-                x = [t.transpose(1, 2).contiguous() for t in x]
-            if not (isinstance(ops[name], Ltn) and not ops[name].fits(args.heads[0], 512)):
-                ops[name](*x)
+            for heads in args.heads:
+                ops[name].prepare(heads, 512, slopes_of(heads, "last"))
+                x = make_set(heads, 512)
+                if getattr(ops[name], "heads_first", False):
+                    x = [t.transpose(1, 2).contiguous() for t in x]
+                if not (isinstance(ops[name], Ltn) and not ops[name].fits(heads, 512)):
+                    ops[name](*x)
             torch.cuda.synchronize()
         except Exception as error:
             print(f"{name}: left out: {str(error).splitlines()[0]}", file=sys.stderr)
             del ops[name]
     print(f"compiled after {time.monotonic() - started:.1f} s", flush=True)
+    if args.part:
+        return
     while args.wait and not os.path.exists(args.wait):
         time.sleep(0.05)
 
     copy = copy_speed()
     state = DeviceState()
     result = {"device": torch.cuda.get_device_name(), "driver": state.driver,
-              "date": datetime.date.today().isoformat(), "command": " ".join(sys.argv),
-              "torch": torch.__version__, "copy_gbps": round(copy, 1), "rows": []}
+              "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+              "commit": os.environ.get("LTN_COMMIT"), "command": " ".join(sys.argv), "read_gbps": None,
+              "copy_gbps": round(copy, 1), "gemm_tflops": None, "torch": torch.__version__, "rows": []}
 
     def save():
         with open(args.output, "w") as file:
@@ -303,7 +330,8 @@ def main():
 
     error_rows = errors()
     for (name, heads, n, layer), row in error_rows.items():
-        result["rows"].append({"impl": name, "h": heads, "d": HEAD_DIM, "n": n, "dtype": "bf16", "layer": layer, **row})
+        result["rows"].append({"impl": name, "h": heads, "d": HEAD_DIM, "n": n, "dtype": "bf16", "layer": layer,
+                               "ms": None, "share": None, **row})
     save()
 
     for n in args.rows:
@@ -336,7 +364,9 @@ def main():
                     continue
                 row = {"impl": name, "h": heads, "d": HEAD_DIM, "n": n, "dtype": "bf16", "layer": "last",
                        "ms": round(ms, 5), "share": round(floor / ms, 4),
-                       "gbps": round(8e-6 * HEAD_DIM * heads * n / ms, 1), **state.read(), "samples_ms": [round(x, 5) for x in samples]}
+                       "rel_l2": None,
+                       "gbps": round(8e-6 * HEAD_DIM * heads * n / ms, 1), **state.read(),
+                       "samples_ms": [round(x, 5) for x in samples]}
                 result["rows"].append(row)
                 line += f" | {name} {ms:.4f} ({100 * floor / ms:.0f}%)"
                 del inputs

@@ -44,7 +44,10 @@ def panel(ax, rows, heads, dim, copy_gbps):
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_ylim(bottom=floor / 1.6)
-    ticks = [n for n in lengths if n.bit_length() % 2 == 0] if len(lengths) > 8 else lengths
+    ticks = lengths[:1]
+    for n in lengths:
+        if n >= 4 * ticks[-1]:
+            ticks.append(n)
     ax.set_xticks(ticks, [length(n) for n in ticks])
     ax.minorticks_off()
     ax.set_title(f"{heads} heads", loc="left", fontsize=11)
@@ -58,7 +61,7 @@ def main(source, out):
     with open(source, encoding="utf-8") as f:
         result = json.load(f)
     rows = [r for r in result["rows"] if r.get("ms") and r["layer"] == "last"]
-    heads = sorted({r["h"] for r in rows})
+    heads = sorted({r["h"] for r in rows if r["impl"] not in ("ltn", "ltn, portable") and r["n"] > 512})
     plt.rcParams.update({"font.size": 10.5, "svg.fonttype": "path", "svg.hashsalt": "ltn"})
     fig, axes = plt.subplots(1, len(heads), figsize=(4.9 * len(heads), 4.4), sharey=False, squeeze=False)
     for ax, h in zip(axes[0], heads):

@@ -54,8 +54,7 @@ def draw_speed(result, rows, layers, out):
             ratio = peer["total_us"] / own["total_us"]
             x = layer + (i - (len(shown) - 1) / 2) * width
             ax.bar(x, ratio, width * 0.92, color=colour, label=label if layer == layers[0] else None)
-            ax.text(x, ratio, f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}", ha="center", va="bottom", fontsize=6.5,
-                    rotation=90 if ratio < 10 else 0)
+            ax.text(x, ratio, f" {ratio:.2f}", ha="center", va="bottom", fontsize=6.5, rotation=90)
     ax.axhline(1, color="#333333", linewidth=1)
     ax.set_xticks(layers)
     ax.set_xlabel("layer")
@@ -80,13 +79,14 @@ def draw_memory(result, rows, layers, out):
             row = find(layer)
             if row:
                 mib = row["workspace_bytes"] / 2**20
-                ax.bar(layer + (i - 1) * 0.27, max(mib, 0.01), 0.25, color=colour,
+                ax.bar(layer + (i - 1) * 0.27, max(mib, 1), 0.25, color=colour,
                        label=label if layer == layers[0] else None)
     ax.set_yscale("log")
+    ax.set_ylim(1, 10 * max(r["workspace_bytes"] for r in rows if r["dtype"] == "f32") / 2**20)
     ax.set_xticks(layers)
     ax.set_xlabel("layer")
     ax.set_ylabel("MiB beyond input and output")
-    ax.legend(frameon=False, fontsize=9.5)
+    ax.legend(frameon=False, fontsize=9.5, ncols=3, loc="upper center")
     ax.set_title(f"Workspace, f32, {result['images']} images (fused im2win: none)", loc="left", fontsize=11)
     style(ax)
     fig.tight_layout()

@@ -151,7 +151,7 @@ static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s
         if (plan->stages > LTN_FUSED_MAX_STAGES)
             return false;
     } else {
-        plan->stage_steps = (plan->bn == 64 ? 8192 : 12288) / (int)step_bytes;
+        plan->stage_steps = plan->bn == 32 ? 8 : 4;
         if (plan->stage_steps > plan->steps)
             plan->stage_steps = plan->steps;
         plan->stages = 3;
@@ -181,34 +181,35 @@ static bool set_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s
     return true;
 }
 
-/* Estimated cycles per position: the slowest of matrix units, shared memory, L2 and loader threads; the
- * writing of outputs comes on top where both warpgroups do it at once. */
+/* Estimated cycles per position: the slowest of matrix units, shared memory, L2, loading threads and memory
+ * (of one of 132 multiprocessors); and what lies between tiles. The constants are of an H100, and the choice
+ * is the same everywhere. */
 static double cost(const struct ltn_fused_plan *plan)
 {
-    double rows = plan->tile_rows, steps = (double)plan->steps * plan->blocks;
-    double products = steps * rows / 64;
-    double fetched = (double)plan->planes * plan->load * plan->blocks; /* units */
+    double rows = plan->tile_rows, steps = (double)plan->steps * plan->blocks, products = steps * rows / 64;
+    double strip = (double)plan->planes * plan->load; /* units */
+    double fetched = strip * plan->blocks;
     double weights = plan->resident ? 0 : steps * plan->bn * 32;
-    double matrix = products * plan->bn / 2;
-    double shared = (products * (2048 + plan->bn * 32) + fetched * 16 + weights) / 128;
     double sector = plan->vector && plan->block_units == 1 ? 2 : 1; /* half a sector at a time */
-    double l2 = (fetched * 16 * sector + weights) / 24;
-    double loader; /* what was measured, roughly; loads of elements wait for memory once per pass, pair of
-                      units */
-    if (plan->vector)
-        loader = fetched * 0.6 + 400 * plan->blocks;
-    else
-        loader = (1000 + 1200.0 * ceil_div(plan->phases * plan->load, plan->loaders) *
-                             ceil_div(plan->subplanes, 2)) *
-                 plan->blocks * plan->loaders / LTN_FUSED_LOADERS;
-    double write = rows * plan->bn * (plan->unit == 8 ? 2 : 4) / 24;
-    double most = matrix;
-    most = shared > most ? shared : most;
-    most = l2 > most ? l2 : most;
-    most = loader > most ? loader : most;
-    if (plan->share == 1)
-        return (write > most ? write : most) / rows;
-    return (most + 500 + write / 2) / rows;
+    double write = rows * plan->bn * (plan->unit == 8 ? 2 : 4) / 13;
+    double passes = (double)ceil_div(plan->phases * plan->load, plan->loaders) * ceil_div(plan->subplanes, 2);
+    double most = products * plan->bn / 2, gap = 500;
+    double others[] = {
+        (products * (2048 + plan->bn * 32) + fetched * 16 + weights) / 128,
+        (fetched * 16 * sector + weights) / 24,
+        /* elements: each pass waits for memory */
+        plan->vector ? fetched * (plan->unit == 8 ? 0.6 : 1.0)
+                     : (700 + (plan->order == LTN_FUSED_CHANNEL ? 1800 : 1550) * passes) * plan->blocks *
+                           (plan->loaders == 32 ? 1.2 / 7 : 1),
+        plan->share == 1 ? write : 0,
+    };
+    for (int i = 0; i < 4; ++i)
+        most = others[i] > most ? others[i] : most;
+    if (plan->vector) /* strips come late where few are under way, and tf32's do not come by themselves */
+        gap += strip * 16 / 24 / plan->slots + (plan->unit == 8 ? 100 : 700) * plan->blocks;
+    if (plan->share == 2)
+        gap += write / 4;
+    return (most + gap) / rows;
 }
 
 static bool wanted(int choice, int value, int any)
@@ -216,13 +217,15 @@ static bool wanted(int choice, int value, int any)
     return choice == any || choice == value;
 }
 
-static bool best_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s,
-                      const struct ltn_fused_choice *ch)
+/* Tries every tile for the plan's order, and keeps in *best what costs less per output than *least; *least <
+ * 0: anything.
+ */
+static void try_tiles(struct ltn_fused_plan *best, double *least, const struct ltn_fused_plan *plan,
+                      const struct ltn_conv_shape *s, const struct ltn_fused_choice *ch)
 {
-    struct ltn_fused_plan best = {0};
-    double least = 0;
+    double waste = (double)plan->hq * plan->wq / ((double)plan->ho * plan->wo);
     int most_mt = plan->bn == 64 ? 3 : 2;
-    for (int i = 0; i < most_mt * 2 * 2 * 2; ++i) {
+    for (int i = 0; i < most_mt * 8; ++i) {
         int mt = i / 8 + 1, share = i / 4 % 2 + 1, resident = i / 2 % 2;
         int loaders = i % 2 ? LTN_FUSED_LOADERS : 32;
         if (!wanted(ch->mt, mt, 0) || !wanted(ch->share, share, 0) || !wanted(ch->resident, resident, -1) ||
@@ -238,16 +241,13 @@ static bool best_tile(struct ltn_fused_plan *plan, const struct ltn_conv_shape *
             last = units;
             if (!set_tile(&now, s, mt, share, units, resident, loaders))
                 continue;
-            double c = cost(&now);
-            if (!best.steps || c < least) {
-                best = now;
-                least = c;
+            double c = cost(&now) * waste;
+            if (*least < 0 || c < *least) {
+                *best = now;
+                *least = c;
             }
         }
     }
-    if (best.steps)
-        *plan = best;
-    return best.steps > 0;
 }
 
 enum ltn_status ltn_fused_choose(struct ltn_fused_plan *plan, const struct ltn_conv_shape *s,
@@ -274,24 +274,23 @@ enum ltn_status ltn_fused_choose(struct ltn_fused_plan *plan, const struct ltn_c
                                                                    : 128;
     plan->n_tiles = ceil_div(cog, plan->bn);
 
-    /* The order with fewer products; a window order only where it saves much, as it loads rows Hf/sh times.
-     */
-    int64_t by_channel = (int64_t)ceil_div(cg, plan->unit) * s->hf * s->wf;
-    int64_t by_window = (int64_t)ceil_div(cg * s->hf, plan->unit) * s->wf;
-    enum ltn_fused_order order = 10 * by_channel >= 13 * by_window ? LTN_FUSED_WINDOW : LTN_FUSED_CHANNEL;
     const struct ltn_fused_choice any = {.resident = -1, .order = -1};
+    double least = -1;
     if (!choice)
         choice = &any;
-    if (choice->order >= 0)
-        order = (enum ltn_fused_order)choice->order;
-    set_order(plan, s, order);
-    double waste = (double)plan->hq * plan->wq / ((double)plan->ho * plan->wo);
-    bool found = waste <= 2.5 && best_tile(plan, s, choice);
-    if (!found) {
-        set_order(plan, s, cg % plan->unit == 0 ? LTN_FUSED_EXACT : LTN_FUSED_EXACT_LIST);
-        found = best_tile(plan, s, &any);
+    for (int order = LTN_FUSED_CHANNEL; order <= LTN_FUSED_WINDOW; ++order) {
+        struct ltn_fused_plan now = *plan;
+        set_order(&now, s, (enum ltn_fused_order)order);
+        bool wasteful = (double)now.hq * now.wq > 2.5 * now.ho * now.wo;
+        if (!wasteful && wanted(choice->order, order, -1))
+            try_tiles(plan, &least, &now, s, choice);
     }
-    if (!found)
+    if (least < 0) {
+        struct ltn_fused_plan now = *plan;
+        set_order(&now, s, cg % plan->unit == 0 ? LTN_FUSED_EXACT : LTN_FUSED_EXACT_LIST);
+        try_tiles(plan, &least, &now, s, &any);
+    }
+    if (least < 0)
         return ltn_fail(err, LTN_ERR_UNSUPPORTED,
                         "convolution: no fused plan for %d x %d x %d, filter %d x %d", s->ci, s->hi, s->wi,
                         s->hf, s->wf);

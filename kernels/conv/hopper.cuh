@@ -47,6 +47,8 @@ static __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, 
         : "memory");
 }
 
+/* ---- products ---- */
+
 #define ACC8(d, i)                                                                                           \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),              \
         "+f"(d[i + 6]), "+f"(d[i + 7])

@@ -158,8 +158,8 @@ struct columns {
 
 enum { COLUMN_THREADS = 256 };
 
-/* Where rows are whole 32-byte sectors. A thread: one channel and place, whose elements for all taps lie a
- * row apart. */
+/* Where rows are multiples of 16 bytes, and many. A thread: one channel and place, whose elements for all
+ * taps lie a row apart. */
 template <typename T>
 static __global__ void __launch_bounds__(COLUMN_THREADS)
     aligned_columns_kernel(T *to, const T *x, const __grid_constant__ struct columns c)
@@ -188,8 +188,8 @@ static __global__ void __launch_bounds__(COLUMN_THREADS)
     }
 }
 
-/* For all others, as the other's partial sectors cost twice the time. A thread writes 16 bytes; where they
- * lie comes from divisions once, and from counting on. */
+/* For all others: there the kernel above writes partial sectors, at half the speed. A thread writes 16 bytes;
+ * where they lie comes from divisions once, and from counting on. */
 template <typename T>
 static __global__ void __launch_bounds__(COLUMN_THREADS)
     columns_kernel(T *to, const T *x, const __grid_constant__ struct columns c)
@@ -249,8 +249,10 @@ static __global__ void __launch_bounds__(COLUMN_THREADS)
 template <typename T>
 static void lay_columns(struct conv_device *dev, void *to, const void *x, const struct columns &c)
 {
+    enum { FILLS = 1 << 18 }; /* threads that keep a device busy */
     const int64_t rows = c.total / c.places, threads = c.places * (rows / (c.s.hf * c.s.wf));
-    if (c.places % (32 / sizeof(T)) == 0)
+    const int64_t pitch = c.joint ? (int64_t)c.s.n * c.places : c.places;
+    if (pitch % (16 / sizeof(T)) == 0 && threads >= FILLS)
         aligned_columns_kernel<<<(unsigned)((threads + COLUMN_THREADS - 1) / COLUMN_THREADS), COLUMN_THREADS,
                                  0, dev->stream>>>((T *)to, (const T *)x, c);
     else

@@ -10,6 +10,7 @@
  * of k, whatever the tile. */
 #include "kernels/conv/conv.cuh"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -54,8 +55,7 @@ static __global__ void __launch_bounds__(LAY_THREADS)
         return;
     float v[LAY_EACH];
     uint32_t q = 0, u = 0;
-    int64_t h = 0;
-    int32_t w = 0;
+    int32_t h = 0, w = 0;
     const float *image = x;
 #pragma unroll
     for (int i = 0; i < LAY_EACH; i++) {
@@ -64,18 +64,18 @@ static __global__ void __launch_bounds__(LAY_THREADS)
             q = from - rows * (uint32_t)l.row;
             const uint32_t k = divide(q, l.by_hf), channels = divide(base_m + rows, l.by_ho);
             u = q - k * (uint32_t)s.hf;
-            h = (int64_t)(base_m + rows - channels * (uint32_t)l.ho) * s.sh + (int64_t)u * s.dh - s.pt;
+            h = (int32_t)(base_m + rows - channels * (uint32_t)l.ho) * s.sh + (int32_t)u * s.dh - s.pt;
             w = (int32_t)k - s.pl;
             image = x + (base_channel + channels) * s.hi * s.wi;
         }
         const bool inside = h >= 0 && h < s.hi && w >= 0 && w < s.wi && first + at + i < l.total;
-        v[i] = inside ? __ldg(image + h * s.wi + w) : 0;
+        v[i] = inside ? __ldg(image + (int64_t)h * s.wi + w) : 0;
         q++;
         u++;
         h += s.dh;
         if (u == (uint32_t)s.hf) { /* the next column */
             u = 0;
-            h -= (int64_t)s.hf * s.dh;
+            h -= s.hf * s.dh;
             w++;
         }
     }
@@ -229,11 +229,15 @@ static __global__ void __launch_bounds__(BM *BN / 64, 512 / (BM * BN / 64))
     __syncthreads();
     static_assert(THREADS / 32 * 16 * 64 <= 2 * STAGE, "the halves of all warps fit");
     float *const half = shared + warp * (16 * 64);
-    int64_t to[2];
+    float *to[2];
+    bool inside[2];
 #pragma unroll
     for (int c = 0; c < 2; c++) {
-        const int64_t column = column0 + warp % WARPS_N * 64 + lane + 32 * c, n = column / places;
-        to[c] = column < p.columns ? (n * p.co + (int64_t)g * p.og) * places + (column - n * places) : -1;
+        const uint32_t at = (uint32_t)(warp % WARPS_N * 64 + lane + 32 * c), from = place0 + min(at, last);
+        const uint32_t n = divide(from, p.by_places);
+        inside[c] = at <= last;
+        to[c] = p.y + ((image0 + n) * p.co + (int64_t)g * p.og + o0 + warp / WARPS_N * 32) * places +
+                (from - n * (uint32_t)places);
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -246,13 +250,19 @@ static __global__ void __launch_bounds__(BM *BN / 64, 512 / (BM * BN / 64))
                 make_float4(acc[4 * h + i][4], acc[4 * h + i][5], acc[4 * h + i][6], acc[4 * h + i][7]);
         }
         __syncwarp();
-        const int o_first = o0 + warp / WARPS_N * 32 + h * 16;
-        for (int r = 0; r < 16 && o_first + r < p.og; r++) {
+        const int o = o0 + warp / WARPS_N * 32 + h * 16;
 #pragma unroll
-            for (int c = 0; c < 2; c++)
-                if (to[c] >= 0)
-                    p.y[to[c] + (o_first + r) * places] =
-                        conv_finish(half[r * 64 + lane + 32 * c], p.bias, g * p.og + o_first + r, p.relu);
+        for (int r = 0; r < 16; r++) {
+            if (o + r < p.og) {
+                const float bias = p.bias ? p.bias[g * p.og + o + r] : 0, least = p.relu ? 0 : -INFINITY;
+#pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    const float v = half[r * 64 + lane + 32 * c] + bias;
+                    if (inside[c])
+                        *to[c] = v < least ? least : v; /* NaN stays */
+                    to[c] += places;
+                }
+            }
         }
         __syncwarp();
     }
@@ -271,7 +281,7 @@ struct tile {
         bm, bn, product_kernel<bm, bn, uint32_t>, product_kernel<bm, bn, int64_t>                            \
     }
 static const struct tile tiles[] = {
-    TILE(128, 128), TILE(128, 64), TILE(96, 128), TILE(64, 256), TILE(64, 128), TILE(32, 128),
+    TILE(128, 64), TILE(96, 64), TILE(64, 128), TILE(64, 64), TILE(32, 64),
 };
 #undef TILE
 static int64_t n_columns(const struct ltn_conv_shape *s)

@@ -310,6 +310,8 @@ bool batch_suits(const struct cuda_backend *be, const struct product *p, enum lt
 enum ltn_status batch(struct cuda_backend *be, const struct product *p, enum ltn_dtype dtype,
                       struct ltn_error *err)
 {
+    if (dtype == LTN_BF16 && be->batch_hopper)
+        return batch_hopper(be, p, err);
     return dtype == LTN_BF16 ? choose<__nv_bfloat16>(be, p, err) : choose<__half>(be, p, err);
 }
 
@@ -338,6 +340,7 @@ enum ltn_status batch_open(struct cuda_backend *be, struct ltn_error *err)
     const size_t counters = COUNTERS * sizeof(uint32_t);
     CUDA_TRY(be, err, cudaMalloc(&be->partials, counters + (size_t)MAX_PARTS * TILE_FLOATS * sizeof(float)));
     CUDA_TRY(be, err, cudaMemsetAsync(be->partials, 0, counters, be->stream));
+    be->batch_hopper = batch_hopper_open(be, err);
     LTN_TRY(open_for<__nv_bfloat16>(be, err));
     return open_for<__half>(be, err);
 }

@@ -37,6 +37,7 @@ struct cuda_backend {
     int n_sms;
     bool hopper;         /* gemm_hopper.cu has its kernels here */
     bool overlaps;       /* programmatic dependent launch works */
+    bool batch_hopper;   /* so does batch_hopper.cu */
     size_t max_shared;   /* bytes of shared memory that a block may have */
     cudaStream_t stream; /* the one queue */
     std::recursive_mutex lock;
@@ -355,6 +356,10 @@ bool batch_suits(const struct cuda_backend *be, const struct product *p, enum lt
 enum ltn_status batch_open(struct cuda_backend *be, struct ltn_error *err);
 enum ltn_status batch(struct cuda_backend *be, const struct product *p, enum ltn_dtype dtype,
                       struct ltn_error *err);
+
+/* batch_hopper.cu: the same for bf16 weights, where batch_hopper_open() allows it */
+bool batch_hopper_open(struct cuda_backend *be, struct ltn_error *err);
+enum ltn_status batch_hopper(struct cuda_backend *be, const struct product *p, struct ltn_error *err);
 
 /* gemm.cu: many rows; IN_ACT and a single matrix alone, no feature map */
 enum ltn_status gemm(struct cuda_backend *be, const struct product *p, enum ltn_dtype dtype,

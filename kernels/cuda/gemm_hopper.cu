@@ -29,7 +29,6 @@ constexpr int kGroup = 128; /* threads of a warpgroup */
 constexpr int kBlock = 3 * kGroup;
 constexpr int kWarps = 8;        /* of the consumers */
 constexpr int kBox = 16 * kLine; /* bytes of a piece of the result on its way out */
-constexpr int kPairsOfRows = 8;  /* of 256 rows: so much of x stays in the L2 while W passes */
 constexpr int kAhead = 4;        /* HOPPER_RESIDUAL: pieces of y on their way in */
 
 template <int OUT> struct layout {
@@ -56,6 +55,8 @@ struct tensor_maps {
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+constexpr int kPairsOfRows = 8; /* of 256 rows: so much of x stays in the L2 while W passes */
 
 struct barriers {
     uint64_t full[4], empty[4];
@@ -335,8 +336,15 @@ __device__ void consume(const params &p, const tensor_maps &maps, uint32_t base,
 
 #endif /* __CUDA_ARCH_FEAT_SM90_ALL */
 
+/* Older GPUs know no clusters, and this file is compiled for them too. */
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define CLUSTER_OF_TWO __cluster_dims__(2, 1, 1)
+#else
+#define CLUSTER_OF_TWO
+#endif
+
 template <bool FP8, int OUT>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kBlock, 1)
+__global__ void CLUSTER_OF_TWO __launch_bounds__(kBlock, 1)
     gemm_kernel(const __grid_constant__ params p, const __grid_constant__ tensor_maps maps)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

@@ -27,6 +27,11 @@ static __device__ __forceinline__ void barrier_arrive_expect(uint64_t *bar, uint
                  : "memory");
 }
 
+static __device__ __forceinline__ void barrier_arrive(uint64_t *bar)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+
 /* Arrives at the same barrier of block `rank` of the cluster. */
 static __device__ __forceinline__ void barrier_arrive_at(uint64_t *bar, uint32_t rank)
 {
@@ -77,6 +82,15 @@ static __device__ __forceinline__ void tma_load(uint32_t dst, const CUtensorMap 
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3}], [%4];" ::"r"(dst),
                  "l"(map), "r"(x), "r"(y), "r"(shared_address(bar))
+                 : "memory");
+}
+
+/* A run of bytes; addresses and size are multiples of 16. */
+static __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint64_t *bar)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     dst),
+                 "l"(src), "r"(bytes), "r"(shared_address(bar))
                  : "memory");
 }
 

@@ -1,11 +1,18 @@
 /* Lightning attention of one token per sequence: S <- S + k^T v - (1 - r) S, o = q S, in f32.
  *
- * The columns of a head's state are independent, so a block takes COLS of them with all their rows. Each
- * thread holds WIDE columns of one row at a time; the rows' products are then summed through shared memory in
- * a fixed order. */
+ * The columns of a head's state are independent, so a block takes COLS of them with all their rows: FEW
+ * where there are few heads in all, so that many blocks share the work; MANY where heads are enough, so that
+ * a block's state lies in one piece of memory. Each thread holds WIDE columns of one row at a time; the rows'
+ * products are then summed through shared memory in a fixed order. */
 #include "kernels/cuda/cuda.cuh"
 
-enum { THREADS = 256, COLS = 32, IN_FLIGHT = 4 };
+enum {
+    THREADS = 256,
+    IN_FLIGHT = 4,
+    FEW = 32,
+    MANY = 128,
+    ENOUGH_HEADS = 256, /* over all sequences */
+};
 
 /* Fills the rotated q, k [d] and v [COLS] of one head; one call per block, followed by a barrier. */
 template <typename A>
@@ -49,7 +56,7 @@ static __device__ __forceinline__ void store_columns(float *p, struct columns<WI
 
 /* WIDE: 4 where head_dim is a multiple of 4, else 1. Block (column tile, head, sequence). Shared: q, k [d], v
  * [COLS], sums [THREADS * WIDE]. */
-template <typename A, int WIDE>
+template <typename A, int WIDE, int COLS>
 static __global__ void __launch_bounds__(THREADS)
     decode_kernel(A *o, const A *q, const A *k, const A *v, int64_t ld, const struct ltn_attention a,
                   const __grid_constant__ struct seq_table seqs)
@@ -67,8 +74,9 @@ static __global__ void __launch_bounds__(THREADS)
     let_next_start();
     const float fade = (float)-expm1(-(double)a.slopes[head]); /* 1 - r */
     /* Its state may still be in the making, but its place in the L2 cache is no secret. */
-    for (int32_t i = threadIdx.x; i < d; i += THREADS)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(S - across * WIDE + (int64_t)i * e));
+    const int32_t line = threadIdx.x % (COLS / 32) * 32, line_row = threadIdx.x / (COLS / 32);
+    if (threadIdx.x < THREADS / 2 && line_row < d && line < n_cols)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(S - across * WIDE + (int64_t)line_row * e + line));
     wait_for_previous();
 
     struct columns<WIDE> s[IN_FLIGHT], sum = {
@@ -110,17 +118,29 @@ static __global__ void __launch_bounds__(THREADS)
     }
 }
 
+template <typename A, int WIDE, int COLS>
+static enum ltn_status run(struct cuda_backend *be, void *o, const void *q, const void *k, const void *v,
+                           int32_t ld, const struct ltn_attention *a, const struct seq_table *seqs,
+                           int32_t n_seqs, struct ltn_error *err)
+{
+    const int32_t e = a->head_dim, d = a->theta ? 2 * e : e;
+    const dim3 grid((e + COLS - 1) / COLS, a->n_heads, n_seqs);
+    const size_t shared = (2 * (size_t)d + COLS + THREADS * WIDE) * sizeof(float);
+    LAUNCH(be, err, (decode_kernel<A, WIDE, COLS>), grid, dim3(THREADS), shared, (A *)o, (const A *)q,
+           (const A *)k, (const A *)v, (int64_t)ld, *a, *seqs);
+    return LTN_OK;
+}
+
 template <typename A>
 static enum ltn_status decode(struct cuda_backend *be, void *o, const void *q, const void *k, const void *v,
                               int32_t ld, const struct ltn_attention *a, const struct seq_table *seqs,
                               int32_t n_seqs, struct ltn_error *err)
 {
-    const int32_t e = a->head_dim, d = a->theta ? 2 * e : e, wide = e % 4 == 0 ? 4 : 1;
-    const dim3 grid((e + COLS - 1) / COLS, a->n_heads, n_seqs);
-    const size_t shared = (2 * (size_t)d + COLS + THREADS * wide) * sizeof(float);
-    LAUNCH(be, err, (wide == 4 ? decode_kernel<A, 4> : decode_kernel<A, 1>), grid, dim3(THREADS), shared,
-           (A *)o, (const A *)q, (const A *)k, (const A *)v, (int64_t)ld, *a, *seqs);
-    return LTN_OK;
+    if (a->head_dim % 4)
+        return run<A, 1, FEW>(be, o, q, k, v, ld, a, seqs, n_seqs, err);
+    return a->head_dim > FEW && a->n_heads * n_seqs >= ENOUGH_HEADS
+               ? run<A, 4, MANY>(be, o, q, k, v, ld, a, seqs, n_seqs, err)
+               : run<A, 4, FEW>(be, o, q, k, v, ld, a, seqs, n_seqs, err);
 }
 
 enum ltn_status lightning_decode(struct cuda_backend *be, void *o, const void *q, const void *k,

@@ -211,6 +211,7 @@ __device__ __forceinline__ void zero_rows(char *tile, int m)
 /* By the state group, which publishes its state only afterwards. */
 template <int DK> __device__ __forceinline__ void zero_tail(char *stage, int m)
 {
+    group_sync(1); /* all have done with what the stage held before */
     for (int h = layout<DK>::kHalves; h <= 2 * layout<DK>::kHalves; ++h)
         zero_rows(stage + h * kBox, m);
     proxy_fence();
@@ -260,11 +261,11 @@ __device__ void load(const lightning_params &p, const tensor_maps &maps, char *b
             uint32_t at = smem_address(base) + now.stage * L::kStage;
             int row = first + c * kChunk;
             barrier_wait(&sh.empty[now.stage], now.phase ^ 1);
-            barrier_arrive_expect(full, (it.fused ? 2 * L::kKey : L::kKey) + kBox);
+            barrier_arrive_expect(full, (c >= it.fused ? 2 * L::kKey : L::kKey) + kBox);
             for (int h = 0; h < L::kHalves; ++h)
                 tma_load(at + L::kKey + h * kBox, &maps.k, it.head * DK + h * 64, row, full);
             tma_load(at + 2 * L::kKey, &maps.v, it.head * DK + it.tile * kTile, row, full);
-            for (int h = 0; it.fused && h < L::kHalves; ++h)
+            for (int h = 0; c >= it.fused && h < L::kHalves; ++h)
                 tma_load(at + h * kBox, &maps.q, it.head * DK + h * 64, row, full);
         }
     }
@@ -283,12 +284,12 @@ __device__ void begin_state(float (&s)[DK / 2], const lightning_params &p, const
 #pragma unroll
     for (int i = 0; i < DK / 2; ++i)
         s[i] = 0.0f;
-    if (it.seg == 0) {
+    if (it.seg == 0 || seq.warm) {
         const float *from = seq.state + static_cast<int64_t>(it.head) * DK * DK + it.tile * kTile;
 #pragma unroll
         for (int i = 0; i < DK / 2; ++i)
             s[i] = from[(8 * (i >> 2) + col + (i & 1)) * DK + row + ((i & 2) << 2)];
-    } else if (it.fused) {
+    } else if (it.fused < it.chunk1) {
         int part = seq.part * p.n_heads + it.head;
         float e = loss(slope, static_cast<int64_t>(seq.seg_len) * kChunk);
         asm volatile("" : "+f"(e)); /* before the wait, which hides it */
@@ -336,6 +337,16 @@ __device__ void begin_state(float (&s)[DK / 2], const lightning_params &p, const
     }
 }
 
+/* Waits until the flag has counted so far, and sets it back. */
+__device__ __forceinline__ void await_readers(unsigned *flag, int readers)
+{
+    unsigned done;
+    do
+        asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(done) : "l"(flag) : "memory");
+    while (done < static_cast<unsigned>(readers));
+    *flag = 0;
+}
+
 template <int DK>
 __device__ void end_state(const float (&s)[DK / 2], const lightning_params &p, const lightning_item &it)
 {
@@ -343,6 +354,11 @@ __device__ void end_state(const float (&s)[DK / 2], const lightning_params &p, c
     const lightning_seq &seq = p.seq[it.seq];
     int t = threadIdx.x & (kGroup - 1);
     if (it.seg == seq.n_seg - 1) {
+        if (seq.warm) { /* until all others have done with the start state */
+            if (t == 0)
+                await_readers(p.flags + (seq.part * p.n_heads + it.head) * n_tiles + it.tile, seq.n_seg - 1);
+            group_sync(1);
+        }
         int row = (t >> 5) * 16 + ((t & 31) >> 2), col = 2 * (t & 3);
         float *to = seq.state + static_cast<int64_t>(it.head) * DK * DK + it.tile * kTile;
 #pragma unroll
@@ -350,7 +366,15 @@ __device__ void end_state(const float (&s)[DK / 2], const lightning_params &p, c
             to[(8 * (i >> 2) + col + (i & 1)) * DK + row + ((i & 2) << 2)] = s[i];
         return;
     }
-    if (it.seg > 0 && it.fused)
+    if (seq.warm) {
+        group_sync(1);
+        if (t == 0)
+            asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(
+                             p.flags + (seq.part * p.n_heads + it.head) * n_tiles + it.tile)
+                         : "memory");
+        return;
+    }
+    if (it.seg > 0 && it.fused < it.chunk1)
         return; /* phase 1 left this segment's own state where its readers find it */
     int part = (seq.part + it.seg) * p.n_heads + it.head;
     float4 *to =
@@ -390,16 +414,6 @@ template <int DK> __device__ void carry_state(const lightning_params &p, char *b
         }
         float s[DK / 2];
         begin_state<DK>(s, p, it, slope);
-        auto publish = [&]() {
-            const int slot = published & 1;
-            barrier_wait(&sh.s_empty[slot], ((published >> 1) & 1) ^ 1);
-            store_tile(ring + L::kStates + slot * L::kKey, s);
-            proxy_fence();
-            __syncwarp();
-            if (lane == 0)
-                barrier_arrive(&sh.s_full[slot]);
-            ++published;
-        };
 
         for (int c = it.chunk0; c < it.chunk1; ++c, ++i) {
             const turn<DK> now(i);
@@ -411,8 +425,6 @@ template <int DK> __device__ void carry_state(const lightning_params &p, char *b
                 fill_weights(sh.weight, slope, last_rows);
                 weighed = -1;
             }
-            if (it.fused && c == it.chunk0)
-                publish(); /* at once: outputs wait for it */
             float kv[L::kHalves][32];
             uint32_t x[4][4], hi[4][4], lo[4][4];
             const uint64_t k_desc = descriptor(at + L::kKey);
@@ -443,8 +455,16 @@ template <int DK> __device__ void carry_state(const lightning_params &p, char *b
                 }
                 wgmma_commit();
             }
-            if (it.fused && c > it.chunk0)
-                publish(); /* in the products' shadow */
+            if (c >= it.fused) { /* in the products' shadow */
+                const int slot = published & 1;
+                barrier_wait(&sh.s_empty[slot], ((published >> 1) & 1) ^ 1);
+                store_tile(ring + L::kStates + slot * L::kKey, s);
+                proxy_fence();
+                __syncwarp();
+                if (lane == 0)
+                    barrier_arrive(&sh.s_full[slot]);
+                ++published;
+            }
             if (L::kHalves == 2) {
                 wgmma_wait<1>();
                 pin(kv[0]);
@@ -459,9 +479,10 @@ template <int DK> __device__ void carry_state(const lightning_params &p, char *b
                 pin(hi[kk]);
                 pin(lo[kk]);
             }
+            __syncwarp();
             if (lane == 0) {
                 barrier_arrive(&sh.empty[now.stage]);
-                if (!it.fused) /* for the output group, which skips this item */
+                if (c < it.fused) /* for the output group, which skips this chunk */
                     barrier_arrive(&sh.empty[now.stage]);
             }
 #pragma unroll
@@ -499,11 +520,10 @@ __device__ void write_output(const lightning_params &p, const tensor_maps &maps,
 
     for (int index = blockIdx.x; index < n_items; index += gridDim.x) {
         const lightning_item it = lightning_decode(p, index, L::kHalves);
-        if (!it.fused) {
-            i += it.chunk1 - it.chunk0;
-            jumped = true;
+        i += it.fused - it.chunk0;
+        jumped = jumped || it.fused > it.chunk0;
+        if (it.fused == it.chunk1)
             continue;
-        }
         const int x = it.head * DK + it.tile * kTile; /* the tile's first column in o */
         const int first = p.seq[it.seq].first;
         const int last_rows = p.seq[it.seq].count - (it.chunk1 - 1) * kChunk; /* 64 or more: all */
@@ -590,7 +610,7 @@ __device__ void write_output(const lightning_params &p, const tensor_maps &maps,
                 tma_store(&maps.o, x, first + c * kChunk + warp * 16, staged + warp * 16 * 128);
         };
 
-        int c = it.chunk0;
+        int c = it.fused;
         {
             float score[32], inter[32];
             if (jumped) /* parity alone does not tell this turn of a stage from the one before the last */

@@ -156,34 +156,62 @@ __device__ __forceinline__ void load_tile(__nv_bfloat16 *tile, int ld_tile, cons
     }
 }
 
+/* cos and sin of an angle that steps from row to row: reduced in f64 once, then turned in f32. */
+struct turning {
+    float c, s, dc, ds;
+    __device__ turning(float theta, int64_t pos)
+    {
+        double step = theta * 0.15915494309189535; /* in turns */
+        double turn = static_cast<double>(pos) * step;
+        sincospif(2.0f * static_cast<float>(turn - rint(turn)), &s, &c);
+        sincospif(2.0f * static_cast<float>(step - rint(step)), &ds, &dc);
+    }
+    __device__ void next()
+    {
+        float x = c * dc - s * ds;
+        s = s * dc + c * ds;
+        c = x;
+    }
+};
+
 /* [x] -> [x cos(theta p), x sin(theta p)] / kTurnScale in f16, in place on q (unless NULL) and k, p = pos +
- * row. Each thread takes columns of its own: one angle reduced in f64, then turned row by row in f32. */
+ * row. Each thread takes two columns of some rows, and reads a few rows ahead of what it writes. */
 template <int E>
 __device__ __forceinline__ void rotate(__nv_bfloat16 *q, __nv_bfloat16 *k, int ld, const float *theta,
                                        int64_t pos)
 {
-    constexpr int kParts = E >= kThreads ? 1 : 2; /* threads per column */
-    constexpr int kRows = kChunk / kParts;
-    auto turn_one = [=](__nv_bfloat16 *tile, int row, int column, float c, float s) {
-        float x = __bfloat162float(tile[row * ld + column]) * (1.0f / kTurnScale);
-        __half *to = reinterpret_cast<__half *>(tile) + row * ld + column;
-        to[0] = __float2half_rn(x * c);
-        to[E] = __float2half_rn(x * s);
+    constexpr int kPairs = E / 2, kParts = kPairs > 64 ? 1 : kPairs > 32 ? 2 : kPairs > 16 ? 4 : 8;
+    constexpr int kRows = kChunk / kParts, kBatch = 8;
+    static_assert(kPairs * kParts <= kThreads && kRows % kBatch == 0, "a thread per pair and part");
+    if (threadIdx.x >= kPairs * kParts)
+        return;
+    const int column = 2 * (threadIdx.x % kPairs), row0 = threadIdx.x / kPairs * kRows;
+    turning a(theta[column], pos + row0), b(theta[column + 1], pos + row0);
+    auto at = [=](__nv_bfloat16 *tile, int row) {
+        return reinterpret_cast<uint32_t *>(tile + row * ld + column);
     };
-    for (int i = threadIdx.x; i < E * kParts; i += kThreads) {
-        int column = i % E, row0 = i / E * kRows;
-        double step = theta[column] * 0.15915494309189535; /* in turns */
-        double turn = static_cast<double>(pos + row0) * step;
-        float c, s, dc, ds;
-        sincospif(2.0f * static_cast<float>(turn - rint(turn)), &s, &c);
-        sincospif(2.0f * static_cast<float>(step - rint(step)), &ds, &dc);
-        for (int row = row0; row < row0 + kRows; ++row) {
+    for (int row = row0; row < row0 + kRows; row += kBatch) {
+        uint32_t x[kBatch], y[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            x[i] = q ? *at(q, row + i) : 0;
+            y[i] = *at(k, row + i);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const float ca = a.c * (1.0f / kTurnScale), sa = a.s * (1.0f / kTurnScale);
+            const float cb = b.c * (1.0f / kTurnScale), sb = b.s * (1.0f / kTurnScale);
+            auto put = [&](uint32_t *to, uint32_t z) {
+                __half2 cosine = __floats2half2_rn(low_half(z) * ca, high_half(z) * cb);
+                __half2 sine = __floats2half2_rn(low_half(z) * sa, high_half(z) * sb);
+                to[0] = *reinterpret_cast<uint32_t *>(&cosine);
+                to[E / 2] = *reinterpret_cast<uint32_t *>(&sine);
+            };
             if (q)
-                turn_one(q, row, column, c, s);
-            turn_one(k, row, column, c, s);
-            float next = c * dc - s * ds;
-            s = s * dc + c * ds;
-            c = next;
+                put(at(q, row + i), x[i]);
+            put(at(k, row + i), y[i]);
+            a.next();
+            b.next();
         }
     }
 }
@@ -200,7 +228,8 @@ __global__ void __launch_bounds__(kThreads)
     __nv_bfloat16 *v = k + kChunk * kLdKey, *state = v + kChunk * kLdValue;
     float *power = reinterpret_cast<float *>(state + kD * kLdValue); /* exp(-s i), i = 0 .. 64 */
 
-    lightning_item it = lightning_decode(p, item0 + blockIdx.x, S::kTiles);
+    const lightning_item it = lightning_decode(p, item0 + blockIdx.x, S::kTiles);
+    const bool fused = it.fused < it.chunk1; /* all of it, or nothing: no sequence is warm here */
     const lightning_seq &seq = p.seq[it.seq];
     float slope = p.slopes[it.head];
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t2 = 2 * (lane & 3);
@@ -229,7 +258,7 @@ __global__ void __launch_bounds__(kThreads)
     float *parts = p.parts + seq.part * part_size + own;
     if (it.seg == 0)
         accumulate(seq.state + own, 0.0f);
-    else if (it.fused)
+    else if (fused)
         for (int seg = 0; seg < it.seg; ++seg)
             accumulate(parts + seg * part_size, loss(slope, static_cast<int64_t>(seq.seg_len) * kChunk));
 
@@ -241,7 +270,7 @@ __global__ void __launch_bounds__(kThreads)
         int m = min(kChunk, seq.count - c * kChunk);
         int64_t row = row0 + static_cast<int64_t>(c) * kChunk;
         __syncthreads(); /* all are done with the last chunk's tiles */
-        if (it.fused) {
+        if (fused) {
             load_tile<E>(q, kLdKey, q_from + row * p.ld, p.ld, m);
 #pragma unroll
             for (int b = 0; b < S::kBlocks; ++b)
@@ -259,12 +288,12 @@ __global__ void __launch_bounds__(kThreads)
         asm volatile("cp.async.wait_all;" ::: "memory");
         __syncthreads();
         if (LRPE) {
-            rotate<E>(it.fused ? q : nullptr, k, kLdKey, p.theta + it.head * E,
+            rotate<E>(fused ? q : nullptr, k, kLdKey, p.theta + it.head * E,
                       pos + static_cast<int64_t>(c) * kChunk);
             __syncthreads();
         }
 
-        if (it.fused) {
+        if (fused) {
             /* scores of the warp's 16 rows; warp w sees columns 0 .. 16 w + 15 */
             float score[8][4] = {}, out[kN][4] = {};
 #pragma unroll 4
@@ -349,7 +378,7 @@ __global__ void __launch_bounds__(kThreads)
             }
     }
 
-    if (it.seg > 0 && it.fused && it.seg < seq.n_seg - 1)
+    if (it.seg > 0 && fused && it.seg < seq.n_seg - 1)
         return; /* phase 1 left this segment's own state where its readers find it */
     float *to = it.seg == seq.n_seg - 1 ? seq.state + own : parts + it.seg * part_size;
 #pragma unroll
@@ -384,7 +413,7 @@ template <int E, int DVT, int DVT_LRPE> variant pick(bool lrpe)
     return {lightning_kernel<E, false, DVT>, E / DVT, shape<E, false, DVT>::kBytes};
 }
 
-/* Tiles such that the state takes at most 80 registers of a thread. */
+/* Tiles such that the state takes at most 128 registers of a thread, where narrower ones measured slower. */
 variant find(int32_t e, bool lrpe)
 {
     switch (e) {
@@ -401,7 +430,7 @@ variant find(int32_t e, bool lrpe)
     case 96:
         return pick<96, 48, 48>(lrpe);
     case 128:
-        return pick<128, 64, 32>(lrpe);
+        return pick<128, 64, 64>(lrpe);
     case 160:
         return pick<160, 40, 32>(lrpe);
     case 192:
@@ -413,14 +442,22 @@ variant find(int32_t e, bool lrpe)
     }
 }
 
-/* Walkers of a sequence. `tiles`: 64-column value tiles of all heads and sequences; 128 items fill a large
- * GPU, and each further walker adds to what is read twice. */
-int choose_walkers(int64_t tiles, int n_chunks)
+/* Walkers of a sequence, or minus the segments of one that is walked warm. `tiles`: 64-column value tiles of
+ * all heads and sequences. Blocks of the Hopper kernel have an SM each, two of the portable one share it: 128
+ * or 256 items fill a large GPU, and each further walker adds to what is read twice. Up to which length warm
+ * segments are the faster was measured (LIGHTNING.md). */
+int choose_walkers(int64_t tiles, int n_chunks, bool hopper)
 {
-    int64_t w = 128 / tiles;
+    int64_t w = (hopper ? 128 : 256) / tiles;
+    if (w > 16)
+        w = 16;
+    if (w < 2)
+        return 1;
+    if (hopper && n_chunks <= (w >= 8 ? 9 : w >= 4 ? 16 : 64))
+        return w < kMaxWarm ? -static_cast<int>(w) : -kMaxWarm;
     if (w < 4 && n_chunks < 24) /* two phases cost more than half the chunks */
         return 1;
-    return w < 1 ? 1 : w > 16 ? 16 : static_cast<int>(w);
+    return static_cast<int>(w);
 }
 
 void plan_sequence(struct lightning_seq *s, const struct ltn_seq *seq, size_t state_offset)
@@ -435,6 +472,7 @@ void plan_sequence(struct lightning_seq *s, const struct ltn_seq *seq, size_t st
 void split_sequence(struct lightning_seq *s, int walkers)
 {
     int n = s->n_chunks, w = walkers < n / 2 ? walkers : n / 2;
+    s->warm = 0;
     if (w < 2) {
         s->n_seg = 1;
         s->first_len = n;
@@ -447,6 +485,24 @@ void split_sequence(struct lightning_seq *s, int walkers)
     s->first_len = (s->seg_len + 1) / 2;
     while (s->first_len + (w - 1) * s->seg_len >= n)
         s->first_len > 1 ? --s->first_len : --s->seg_len;
+}
+
+/* Segments of about equal cost, where a chunk without outputs costs 0.7 of one with. */
+void split_warm(struct lightning_seq *s, int segments)
+{
+    static const int permille[kMaxWarm + 1][kMaxWarm - 1] = {{}, {}, {720}, {700, 920}, {690, 900, 970}};
+    int n = segments < kMaxWarm ? segments : kMaxWarm;
+    while (n > 1 && s->n_chunks < 2 * n)
+        --n;
+    s->n_seg = n;
+    s->warm = n > 1 ? n : 0;
+    s->first_len = s->n_chunks; /* of the only one, if n == 1 */
+    s->seg_len = 0;
+    for (int i = 0; i + 1 < n; ++i) {
+        int64_t cut = (static_cast<int64_t>(s->n_chunks) * permille[n][i] + 500) / 1000;
+        int least = i ? s->cut[i - 1] + 1 : 1, most = s->n_chunks - (n - 1 - i);
+        s->cut[i] = static_cast<int32_t>(cut < least ? least : cut > most ? most : cut);
+    }
 }
 
 bool aligned(const void *p)
@@ -507,14 +563,18 @@ cudaError_t ltn_lightning_prefill(cudaStream_t stream, const struct ltn_lightnin
         for (int32_t i = 0; i < p.n_seqs; ++i) {
             struct lightning_seq *s = &p.seq[i];
             plan_sequence(s, &call->seqs[done + i], a->state_offset);
-            int w = call->walkers ? call->walkers : choose_walkers(tiles, s->n_chunks);
-            split_sequence(s, w < most ? w : most);
+            int w = call->walkers ? call->walkers : choose_walkers(tiles, s->n_chunks, hopper);
+            if (w < 0 && hopper && most > 0)
+                split_warm(s, -w);
+            else
+                split_sequence(s, w < most ? w : most);
+            const bool phases = s->n_seg > 1 && !s->warm;
             s->item1 = n1;
             s->item2 = n2;
             s->part = parts;
-            n1 += s->n_seg > 1 ? s->n_seg - 1 : 1;
-            n2 += s->n_seg - 1;
-            parts += s->n_seg - 1;
+            n1 += phases ? s->n_seg - 1 : s->n_seg;
+            n2 += phases ? s->n_seg - 1 : 0;
+            parts += s->warm ? 1 : s->n_seg - 1;
         }
         for (int32_t i = 0; i < p.n_seqs; ++i)
             p.seq[i].item2 += n1;

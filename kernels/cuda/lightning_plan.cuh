@@ -8,7 +8,12 @@
  *
  * Decay is one factor per head, so a segment's start state is the decayed sum of the states before it: the
  * first segment needs nothing, the last is needed by nobody. Segments 1 .. W-1 read k and v twice.
- * All sizes come from n, the heads and the number of sequences, never from the device: same bits everywhere.
+ *
+ * A short one is cut into fewer segments, of which each brings itself to its start: it walks the state over
+ * all chunks before it, without their outputs ("warm"). That takes about half as long per chunk as outputs
+ * do, and nobody waits for anybody, but that the last must not overwrite the start state while others read
+ * it. All sizes come from n, the heads and the number of sequences, never from the device: same bits
+ * everywhere.
  */
 #ifndef LTN_LIGHTNING_PLAN_CUH
 #define LTN_LIGHTNING_PLAN_CUH
@@ -19,6 +24,7 @@
 
 constexpr int kChunk = 64;                /* rows per chunk */
 constexpr int kMaxSeqs = 32;              /* sequences per launch */
+constexpr int kMaxWarm = 4;               /* segments of a sequence that is walked warm */
 constexpr int kMaxStates = 128;           /* segment states in the workspace */
 constexpr int kMaxFlags = 2 * kMaxStates; /* one per segment state and value tile of the Hopper kernel */
 
@@ -28,11 +34,13 @@ struct lightning_seq {
     int32_t first, count;
     int32_t n_chunks;
     int32_t n_seg;
-    int32_t first_len; /* chunks of segment 0 */
-    int32_t seg_len;   /* chunks of segments 1 .. n_seg-2; the last has the rest */
-    int32_t item1;     /* its first segment in phase 1 */
-    int32_t item2;     /* and in phase 2, counted on from phase 1's end */
-    int32_t part;      /* its first segment state in the workspace, in units of n_heads */
+    int32_t first_len;         /* chunks of segment 0 */
+    int32_t seg_len;           /* chunks of segments 1 .. n_seg-2; the last has the rest */
+    int32_t item1;             /* its first segment in phase 1 */
+    int32_t item2;             /* and in phase 2, counted on from phase 1's end */
+    int32_t part;              /* its first segment state in the workspace, in units of n_heads */
+    int32_t warm;              /* segments that walk from the first chunk on: n_seg; 0: those of two phases */
+    int32_t cut[kMaxWarm - 1]; /* where segments 1 .. warm-1 begin */
 };
 
 struct lightning_params {
@@ -51,16 +59,17 @@ struct lightning_params {
     struct lightning_seq seq[kMaxSeqs];
 };
 
-/* One segment of one head's value tile. */
+/* One segment of one head's value tile: the state over chunks [chunk0, chunk1), outputs from `fused` on. */
 struct lightning_item {
     int32_t seq, seg, head, tile;
-    int32_t chunk0, chunk1;
-    bool fused; /* outputs too; else the local state alone */
+    int32_t chunk0, fused, chunk1;
 };
 
 __device__ __forceinline__ int lightning_segment_start(const lightning_seq &s, int seg)
 {
-    return seg == 0 ? 0 : seg == s.n_seg ? s.n_chunks : s.first_len + (seg - 1) * s.seg_len;
+    if (seg == 0 || seg == s.n_seg)
+        return seg == 0 ? 0 : s.n_chunks;
+    return s.warm ? s.cut[seg - 1] : s.first_len + (seg - 1) * s.seg_len;
 }
 
 __device__ __forceinline__ lightning_item lightning_decode(const lightning_params &p, int index, int n_tiles)
@@ -76,9 +85,10 @@ __device__ __forceinline__ lightning_item lightning_decode(const lightning_param
         ++it.seq;
     const lightning_seq &s = p.seq[it.seq];
     it.seg = phase2 ? 1 + item - s.item2 : item - s.item1;
-    it.fused = phase2 || it.seg == 0;
-    it.chunk0 = lightning_segment_start(s, it.seg);
+    int start = lightning_segment_start(s, it.seg);
+    it.chunk0 = s.warm ? 0 : start;
     it.chunk1 = lightning_segment_start(s, it.seg + 1);
+    it.fused = phase2 || it.seg == 0 || s.warm ? start : it.chunk1;
     return it;
 }
 

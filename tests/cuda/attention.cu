@@ -298,8 +298,12 @@ std::vector<test_case> test_cases()
     for (int e : {128, 64}) {
         for (int n : {1, 5, 63, 64, 65, 130, 257, 1000})
             cases.push_back({e, 3, false, n % 2 == 0, false, 0, {n}, 0});
-        for (int w : {1, 2, 3, 5, 8, 16})
+        for (int w : {1, 2, 3, 5, 8, 16, -2, -3, -4})
             cases.push_back({e, 4, false, w % 2 == 0, false, w, {64 * 37 + 11}, 0});
+        for (int n : {130, 256, 300, 512, 700})
+            cases.push_back({e, 3, false, n % 2 == 0, false, -4, {n}, 0});
+        cases.push_back({e, 5, false, true, false, -4, {700, 1, 64, 1111}, 3});
+        cases.push_back({e, 70, false, false, false, -2, {300}, 3}); /* more items than fit at once */
         cases.push_back({e, 2, false, false, false, 0, {1, 70, 640, 129, 2, 64}, 3});
         cases.push_back({e, 5, false, true, false, 4, {700, 1, 64, 1111}, 3});
         cases.push_back({e, 40, false, false, false, 3, {1500}, 3});
@@ -325,7 +329,8 @@ std::vector<test_case> test_cases()
     /* every tail; a text cut at random rows; an offset beyond 2^31 elements */
     for (int e : {128, 64})
         for (int n = 1; n <= 64; ++n)
-            cases.push_back({e, 1 + n % 3, false, n % 2 == 0, n % 5 == 0, 1 + n % 4, {576 + n}, 0});
+            cases.push_back(
+                {e, 1 + n % 3, false, n % 2 == 0, n % 5 == 0, (n & 8 ? -1 : 1) * (1 + n % 4), {576 + n}, 0});
     for (int n = 1; n <= 64; n += 3)
         cases.push_back({80, 1, true, n % 2 == 0, true, 1 + n % 4, {576 + n}, 1000});
     for (int i = 0; i < 12; ++i) {
@@ -339,11 +344,9 @@ std::vector<test_case> test_cases()
 
 std::vector<test_case> small_cases()
 {
-    return {{128, 2, false, true, false, 2, {400}, 0},
-            {64, 2, false, true, false, 2, {300}, 0},
-            {128, 2, false, true, false, 1, {70, 130}, 0},
-            {128, 2, true, true, true, 2, {300}, 0},
-            {80, 2, false, true, true, 2, {300, 65}, 0}};
+    return {{128, 2, false, true, false, 2, {400}, 0},     {64, 2, false, true, false, 2, {300}, 0},
+            {128, 2, false, true, false, 1, {70, 130}, 0}, {128, 2, false, true, false, -3, {500}, 0},
+            {128, 2, true, true, true, 2, {300}, 0},       {80, 2, false, true, true, 2, {300, 65}, 0}};
 }
 
 /* Median milliseconds of one call, replayed in a graph over inputs that together exceed the L2 cache. */
@@ -445,12 +448,13 @@ void tune()
     struct {
         int e, heads, n;
         std::vector<int> walkers;
-    } rows[] = {
-        {128, 8, 512, {1, 2, 4}},       {128, 8, 1024, {1, 2, 4, 8}},   {128, 8, 4096, {1, 2, 4, 6, 8, 16}},
-        {128, 8, 65536, {4, 6, 8, 16}}, {128, 8, 262144, {4, 8, 16}},   {128, 16, 4096, {1, 2, 4, 8}},
-        {128, 16, 65536, {2, 4, 8}},    {128, 32, 512, {1, 2}},         {128, 32, 1024, {1, 2, 4}},
-        {128, 32, 4096, {1, 2, 3, 4}},  {128, 32, 65536, {1, 2, 3, 4}}, {128, 32, 262144, {1, 2, 4}},
-        {128, 40, 65536, {1, 2, 3}},    {64, 16, 65536, {4, 8}}};
+    } rows[] = {{128, 8, 512, {1, 2, 4, -2, -4}},    {128, 8, 1024, {1, 2, 4, 8, -4}},
+                {128, 8, 4096, {1, 2, 4, 6, 8, 16}}, {128, 8, 65536, {4, 6, 8, 16}},
+                {128, 8, 262144, {4, 8, 16}},        {128, 16, 4096, {1, 2, 4, 8}},
+                {128, 16, 65536, {2, 4, 8}},         {128, 32, 512, {1, 2, -2}},
+                {128, 32, 1024, {1, 2, 4, -2}},      {128, 32, 4096, {1, 2, 3, 4}},
+                {128, 32, 65536, {1, 2, 3, 4}},      {128, 32, 262144, {1, 2, 4}},
+                {128, 40, 65536, {1, 2, 3}},         {64, 16, 65536, {4, 8}}};
     for (const auto &r : rows) {
         double floor_ms = 8.0 * r.e * r.heads * r.n / copy * 1e-6;
         printf("e=%d h=%-2d n=%-7d floor %.4f ms |", r.e, r.heads, r.n, floor_ms);

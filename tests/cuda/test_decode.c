@@ -199,6 +199,96 @@ static void test_fused_against_composed(void **state)
     rig_close(&r);
 }
 
+/* Which tokens the backend took through the model at once. */
+static enum ltn_status (*real_step)(struct ltn_backend *, const struct ltn_network *, const struct ltn_seq *,
+                                    const int32_t *, float *, float *, void *, void *, void *,
+                                    struct ltn_error *);
+static int steps_taken;
+
+static enum ltn_status counted_step(struct ltn_backend *be, const struct ltn_network *net,
+                                    const struct ltn_seq *seq, const int32_t *id, float *logits, float *x,
+                                    void *qkv, void *o, void *h, struct ltn_error *err)
+{
+    enum ltn_status status = real_step(be, net, seq, id, logits, x, qkv, o, h, err);
+    steps_taken += status == LTN_OK;
+    return status;
+}
+
+/* Sizes beyond one round of anything in the kernel of a whole step, with remainders everywhere: against the
+ * fused operations, twice for the same bits, and over again from copies of one state. */
+static void test_wide(void **state)
+{
+    enum ltn_dtype dtype = (enum ltn_dtype)(intptr_t)*state;
+    enum { V = 24000, TOKENS = 12, REPEATS = 100, WAYS = 3 };
+    struct ltn_config config = {.vocab_size = V,
+                                .embed_dim = 2176,
+                                .hidden_dim = 2176,
+                                .n_layers = 2,
+                                .n_heads = 8,
+                                .glu_dim = dtype == LTN_F32 ? 2056 : 6152,
+                                .act = LTN_ACT_SILU,
+                                .tied = true,
+                                .bos_id = -1,
+                                .eos_id = -1,
+                                .pad_id = -1,
+                                .lrpe = {1, 0}};
+    struct ltn_error err = {0};
+    struct ltn_backend *be = open_cuda(dtype);
+    struct ltn_model model;
+    struct ltn_workspace ws;
+    float *states[WAYS], *logits[WAYS];
+    size_t bytes;
+
+    CHECK(ltn_config_check(&config, &err));
+    bytes = ltn_state_offset(&config, config.n_layers) * sizeof(float);
+    CHECK(ltn_model_random(&model, &config, dtype, be, &err));
+    CHECK(ltn_workspace_create(&ws, &model, 1, 1, &err));
+    const struct ltn_ops *full = be->ops;
+    struct ltn_ops counted = *full, composed = *full;
+    real_step = full->step;
+    steps_taken = 0;
+    counted.step = counted_step;
+    composed.step = NULL;
+    for (int way = 0; way < WAYS; way++) {
+        CHECK(full->alloc(be, (void **)&states[way], bytes, &err));
+        CHECK(full->zero(be, states[way], bytes, &err));
+        assert_non_null(logits[way] = malloc(V * sizeof(float)));
+    }
+    for (int t = 0; t < TOKENS; t++) {
+        const int32_t id = (t * 7919 + 5) % V;
+        for (int way = 0; way < WAYS; way++) {
+            struct ltn_seq seq = {states[way], 3000 + t, 0, 1};
+            be->ops = way == 1 ? &composed : &counted;
+            CHECK(ltn_forward(&model, &ws, &id, 1, &seq, 1, LTN_WANT_LAST, NULL, &err));
+            CHECK(full->download(be, logits[way], ws.logits, V * sizeof(float), &err));
+        }
+        double error = rms_error(logits[0], logits[1], V);
+        if (!(error <= (dtype == LTN_F32 ? 1e-5 : 0.02)))
+            fail_msg("token %d: whole-step and fused logits differ by %.3g", t, error);
+        assert_memory_equal(logits[0], logits[2], V * sizeof(float));
+    }
+    be->ops = &counted;
+    for (int i = 0; i < REPEATS; i++) {
+        const int32_t id = 77;
+        struct ltn_seq seq = {states[2], 5000, 0, 1};
+        CHECK(full->copy(be, states[2], states[0], bytes, &err));
+        CHECK(ltn_forward(&model, &ws, &id, 1, &seq, 1, LTN_WANT_LAST, NULL, &err));
+        CHECK(full->download(be, logits[i ? 1 : 0], ws.logits, V * sizeof(float), &err));
+        if (i)
+            assert_memory_equal(logits[0], logits[1], V * sizeof(float));
+    }
+    if (strstr(be->name, "H100") || strstr(be->name, "H200"))
+        assert_true(steps_taken >= 2 * TOKENS); /* repeats may come from a recording */
+    be->ops = full;
+    for (int way = 0; way < WAYS; way++) {
+        full->free(be, states[way]);
+        free(logits[way]);
+    }
+    ltn_workspace_free(&ws);
+    ltn_model_free(&model);
+    full->close(be);
+}
+
 /* Any split of a text into calls gives the same logits and state. */
 static void test_split(void **state)
 {
@@ -275,6 +365,7 @@ int main(int argc, char **argv)
         CMUnitTestFunction run;
     } table[] = {{"recorded steps", test_stepper},
                  {"fused against composed", test_fused_against_composed},
+                 {"wide", test_wide},
                  {"split invariance", test_split}};
     enum { N = sizeof table / sizeof *table };
     static char names[3 * N][64];

@@ -673,7 +673,10 @@ static void test_lightning(void **state)
             }
     for (int i = 0; i < 70; i++)
         batch[i] = 1;
-    check_lightning(32, 2, true, 0.25, batch, 7); /* more sequences than one launch takes */
+    check_lightning(32, 2, true, 0.25, batch, 7);   /* more sequences than one launch takes */
+    check_lightning(128, 4, false, 0.25, batch, 7); /* heads enough for the wide tiles of decoding */
+    check_lightning(72, 5, true, 3.9e-8, batch, 3000000);
+    check_lightning(136, 4, true, 0.5, batch, 0);
     batch[66] = 9;
     check_lightning(32, 2, false, 0.25, batch, 7);
 }
