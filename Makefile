@@ -79,7 +79,7 @@ test-cuda: setup ## run the tests that need a GPU
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_ops
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_quant
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_decode
-	LTN_BIN=$(BIN) $(B)/tests/cuda/test_session
+	LD_LIBRARY_PATH=$(BIN):$$LD_LIBRARY_PATH LTN_BIN=$(BIN) $(B)/tests/cuda/test_session
 	LTN_BIN=$(BIN) $(B)/tests/cuda/test_prefill
 	LD_LIBRARY_PATH=$(BIN):$$LD_LIBRARY_PATH $(B)/tests/cuda/test_conv
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model

@@ -298,7 +298,7 @@ static enum ltn_status run(struct cuda_backend *be, const struct product *p, str
     config.dynamicSmemBytes = G::SHARED;
     config.stream = be->stream;
     config.attrs = attributes;
-    config.numAttrs = be->overlaps ? 2 : 1;
+    config.numAttrs = may_overlap(be) ? 2 : 1;
     CUDA_TRY(be, err, (cudaLaunchKernelEx(&config, batch_hopper_kernel<BOXES, N>, *p, maps)));
     return LTN_OK;
 }

@@ -37,6 +37,7 @@ struct cuda_backend {
     int n_sms;
     bool hopper;         /* gemm_hopper.cu has its kernels here */
     bool overlaps;       /* programmatic dependent launch works */
+    bool apart;          /* the next launch begins when all before it has ended: see may_overlap */
     bool batch_hopper;   /* so does batch_hopper.cu */
     size_t max_shared;   /* bytes of shared memory that a block may have */
     cudaStream_t stream; /* the one queue */
@@ -95,6 +96,15 @@ enum ltn_status make_room(struct cuda_backend *be, void **room, size_t *bytes, s
             return cuda_fail(be, err, #call, __FILE__, __LINE__, cuda_try_code_);                            \
     } while (0)
 
+/* Whether the launch at hand may begin before the one before it has ended. Kernels fetch weights ahead of their
+ * wait for it, so whoever has just written weights sets `apart`, once. */
+static inline bool may_overlap(struct cuda_backend *be)
+{
+    const bool apart = be->apart;
+    be->apart = false;
+    return be->overlaps && !apart;
+}
+
 /* cluster: blocks of each; 1: none. */
 template <typename... P, typename... A>
 static cudaError_t launch_cluster(struct cuda_backend *be, void (*kernel)(P...), unsigned cluster, dim3 grid,
@@ -107,7 +117,7 @@ static cudaError_t launch_cluster(struct cuda_backend *be, void (*kernel)(P...),
     config.dynamicSmemBytes = shared;
     config.stream = be->stream;
     config.attrs = attributes;
-    if (be->overlaps) {
+    if (may_overlap(be)) {
         attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }

@@ -65,6 +65,7 @@ static enum ltn_status widen(struct cuda_backend *be, __nv_bfloat16 *out, const 
     else
         WIDEN(LTN_Q4);
 #undef WIDEN
+    be->apart = true;
     return LTN_OK;
 }
 
