@@ -284,7 +284,8 @@ static bool faster(struct conv_device *dev, struct trial *t, descriptor plan, in
             return false;
         if (i > 0 && ms < least)
             least = ms;
-        if (ms > 3 * *best) /* the first run may bring a start-up cost, but not such */
+        /* the first run loads code, for milliseconds; hopeless ones are not run again */
+        if (ms > 3 * *best + (i == 0 ? 100 : 0))
             return false;
     }
     if (least >= *best)

@@ -28,6 +28,7 @@ static const char *naive_refuse(const struct conv_device *, const struct ltn_con
 static enum ltn_status naive_create(struct conv_device *dev, struct conv_op *op, const float *filter,
                                     struct ltn_error *err)
 {
+    snprintf(op->base.info.variant, sizeof op->base.info.variant, "a loop per output");
     return conv_upload_filter(dev, op, filter, err);
 }
 
