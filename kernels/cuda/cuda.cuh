@@ -96,8 +96,8 @@ enum ltn_status make_room(struct cuda_backend *be, void **room, size_t *bytes, s
             return cuda_fail(be, err, #call, __FILE__, __LINE__, cuda_try_code_);                            \
     } while (0)
 
-/* Whether the launch at hand may begin before the one before it has ended. Kernels fetch weights ahead of their
- * wait for it, so whoever has just written weights sets `apart`, once. */
+/* Whether the launch at hand may begin before the one before it has ended. Kernels fetch weights ahead of
+ * their wait for it, so whoever has just written weights sets `apart`, once. */
 static inline bool may_overlap(struct cuda_backend *be)
 {
     const bool apart = be->apart;
