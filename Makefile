@@ -32,7 +32,7 @@ BENCH_SRC := $(wildcard src/bench_*.c)
 LIB_SRC  := $(filter-out $(MAINS) $(RUN_SRC) $(BENCH_SRC),$(wildcard kernels/*.c kernels/cpu/*.c kernels/conv/*.c model/*.c tokenizer/*.c tokenizer/*.cc src/*.c))
 LIB_OBJ  := $(LIB_SRC:%=$(B)/%.o)
 TOOL_OBJ := $(patsubst %,$(B)/%.o,$(filter-out tools/convert.c,$(wildcard tools/*.c)))
-TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c tests/typist.c tests/bench_quant.c
+TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c tests/typist.c
 TEST_BIN := $(TEST_SRC:tests/%.c=$(B)/tests/%)
 TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c))) $(B)/tests/cuda/device.c.o
 CUDA_BIN := $(addprefix $(B)/tests/cuda/,test_session test_ops test_quant test_decode test_prefill bench_ops test_conv)

@@ -92,7 +92,7 @@ def table(results):
     scores = {r["dtype"]: r for r in rows if "ppl" in r}
     speeds = {(r["model"], r["dtype"], r["threads"]): r for r in rows if "tok_s" in r}
     cpu = sorted({r["threads"] for r in rows if r.get("threads")})
-    columns = [("random 1b", 0, "H100, 1B"), ("random 7b", 0, "7B")]
+    columns = [("random 1b", 0, "GPU, 1B"), ("random 7b", 0, "GPU, 7B")]
     columns += [("random 385m", n, "CPU, %d threads, 385M" % n) for n in cpu]
     columns = [c for c in columns if any((c[0], d, c[1]) in speeds for d in DTYPES)]
     out = ["| | MB | KL mean | KL 99 % | perplexity | same likeliest token | tokens/s: " +

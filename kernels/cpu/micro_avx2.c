@@ -6,6 +6,7 @@
 #define VL 8
 #define DOT_ROWS 3
 #define OUTER_ROWS 6
+#define WORDS_FOR_ROWS 1
 typedef __m256 vf;
 typedef int32_t vi __attribute__((vector_size(32)));
 typedef int16_t vw __attribute__((vector_size(32)));

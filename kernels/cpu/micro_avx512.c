@@ -6,6 +6,7 @@
 #define VL 16
 #define DOT_ROWS 6
 #define OUTER_ROWS 12
+#define WORDS_FOR_ROWS 0
 typedef __m512 vf;
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef int16_t vw __attribute__((vector_size(64)));

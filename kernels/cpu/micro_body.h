@@ -185,7 +185,8 @@ INLINE void fp8_tile(float *y, size_t ldy, const float *x, size_t ldx, const voi
  * For q4 the int16 are cut in two bytes, x = 256 h + l with l from -128 on, because bytes multiply in half
  * the instructions and a nibble is soon one: VL / 4 groups make a chunk, whose 4 VL bytes of codes hold one
  * vector of low and one of high nibbles. They are multiplied as 0 .. 15, which is the weight's code plus 8;
- * -8 times the sum of the inputs makes that good. */
+ * -8 times the sum of the inputs makes that good. Where the work of unpacking is shared by many rows, int16
+ * may be faster (even and odd bytes of the codes apart); both ways give every lane the same whole number. */
 
 enum {
     WHOLE_MOST = 127 * 256 + 127, /* the largest x with h below 128 */
@@ -196,11 +197,18 @@ enum {
     TILE_GROUPS = MICRO_DOT_COLS / LTN_GROUP,
 };
 
-struct rounded { /* of q8: x; of q4: planes and shift. With zeros up to whole groups, or chunks. */
+INLINE bool in_words(int rows)
+{
+    return rows > 1 && WORDS_FOR_ROWS;
+}
+
+/* Of q8: x. Of q4: of each chunk the planes, for low and for high nibbles, of h, then of l (in words: x of
+ * the even codes, then of the odd), and of the bytes -8 times their sums. With zeros up to whole groups, or
+ * chunks. */
+struct rounded {
     _Alignas(64) int16_t x[DOT_ROWS][MICRO_DOT_COLS];
-    vb planes[DOT_ROWS][MICRO_DOT_COLS / CHUNK]
-             [4];                               /* of a chunk: h of low nibbles, of high ones, l likewise */
-    vi shift[DOT_ROWS][MICRO_DOT_COLS / CHUNK]; /* -8 times the sums that dot_bytes makes */
+    vb planes[DOT_ROWS][MICRO_DOT_COLS / CHUNK][4];
+    vi shift[DOT_ROWS][MICRO_DOT_COLS / CHUNK];
     float scale[DOT_ROWS];
 };
 
@@ -232,21 +240,30 @@ INLINE void round_row(int16_t *to, const float *x, float factor, int cols)
     }
 }
 
-INLINE void cut_row(vb planes[][4], vi *shift, const int16_t *x, int chunks)
+INLINE void cut_row(vb planes[][4], vi *shift, const int16_t *x, int chunks, bool in_words)
 {
     typedef int16_t words __attribute__((vector_size(LTN_GROUP)));
+    typedef int32_t pairs __attribute__((vector_size(LTN_GROUP)));
     typedef int8_t bytes __attribute__((vector_size(LTN_GROUP / 2)));
+    typedef int16_t evens __attribute__((vector_size(LTN_GROUP / 2)));
     for (int k = 0; k < chunks; k++) {
         bytes parts[4][CHUNK_GROUPS];
         for (int g = 0; g < CHUNK_GROUPS; g++)
             for (int half = 0; half < 2; half++, x += LTN_GROUP / 2) {
                 words v;
                 memcpy(&v, x, sizeof v);
-                parts[half][g] = __builtin_convertvector((v + 128) >> 8, bytes);
-                parts[half + 2][g] = __builtin_convertvector(v, bytes);
+                if (in_words) {
+                    parts[half][g] = (bytes) __builtin_convertvector((pairs)v, evens);
+                    parts[half + 2][g] = (bytes) __builtin_convertvector((pairs)v >> 16, evens);
+                } else {
+                    parts[half][g] = __builtin_convertvector((v + 128) >> 8, bytes);
+                    parts[half + 2][g] = __builtin_convertvector(v, bytes);
+                }
             }
         memcpy(planes[k], parts, sizeof parts);
     }
+    if (in_words)
+        return;
     for (int k = 0; k < chunks; k++) /* later, since what has just been written in halves loads slowly */
         shift[k] = -dot_bytes((vb){0} + 8, (vb){0} + 8, planes[k], (vi){0});
 }
@@ -266,7 +283,7 @@ INLINE void round_rows(struct rounded *to, enum ltn_dtype dtype, const float *x,
         else
             memset(to->x[r], 0, (size_t)cols * sizeof *to->x[r]);
         if (dtype == LTN_Q4)
-            cut_row(to->planes[r], to->shift[r], to->x[r], padded / CHUNK);
+            cut_row(to->planes[r], to->shift[r], to->x[r], padded / CHUNK, in_words(rows));
     }
 }
 
@@ -304,15 +321,17 @@ INLINE void group_dots(vf sum[][4], const struct rounded *x, const uint8_t *code
 INLINE void chunk_dots(vf sum[][4], const struct rounded *x, const uint8_t *codes, const float *scales,
                        int rows, int o, int k)
 {
-    vb both, low, high;
+    vb both;
     memcpy(&both, codes, sizeof both);
-    both ^= 0x88;
-    low = both & 15;
-    high = (vb)((vw)both >> 4) & 15;
+    const vw two = (vw)both, words[4] = {two << 12 >> 12, two << 8 >> 12, two << 4 >> 12, two >> 12};
+    const vb low = (both ^ 0x88) & 15, high = (vb)((vw)(both ^ 0x88) >> 4) & 15;
     const vf scale = spread(scales + k * CHUNK_GROUPS);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        vi total = dot_bytes(low, high, x->planes[r][k], x->shift[r][k]);
+        const vb *p = x->planes[r][k];
+        vi total = in_words(rows) ? madd(words[0], (vw)p[0]) + madd(words[1], (vw)p[1]) +
+                                        madd(words[2], (vw)p[2]) + madd(words[3], (vw)p[3])
+                                  : dot_bytes(low, high, p, x->shift[r][k]);
         sum[r][o] = fma_v(__builtin_convertvector(total, vf), scale, sum[r][o]);
     }
 }

@@ -4,6 +4,7 @@
 #define VL 4
 #define DOT_ROWS 2
 #define OUTER_ROWS 4
+#define WORDS_FOR_ROWS 0
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 typedef int16_t vw __attribute__((vector_size(16)));
