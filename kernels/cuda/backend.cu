@@ -261,7 +261,7 @@ static void cuda_close(struct ltn_backend *base)
     cudaFree(be->copy_workspace);
     cudaFree(be->fp8_workspace);
     cudaFree(be->partials);
-    cudaFree(be->step_barrier);
+    cudaFree(be->step_words);
     for (int i = 0; i < STAGES; i++) {
         cudaFreeHost(be->stage[i]);
         if (be->staged[i])

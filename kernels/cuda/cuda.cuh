@@ -58,7 +58,7 @@ struct cuda_backend {
     void *widened; /* device, [widened_bytes]: linear_quant.cu's matrices in bf16; NULL until they are used */
     size_t widened_bytes;
     uint8_t *partials;      /* device: batch.cu's partial sums and counters */
-    uint32_t *step_barrier; /* device: step.cu's; NULL: the device cannot hold all blocks at once */
+    void *step_words;       /* device: step.cu's; NULL: the device cannot hold all blocks at once */
     const int64_t *steps;   /* while recording: what is added to positions; else NULL */
 };
 
