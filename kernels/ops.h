@@ -219,11 +219,10 @@ struct ltn_ops {
                                   const struct ltn_matrix *w, struct ltn_error *err);
 
     /* One token of one stream through the whole network: its logits, and its state advanced. id: [1]; logits:
-     * f32 [V]; x: f32 [D]; qkv: act [4H]; o: act [H]; h: act [G]; all backend memory, and x .. h hold nothing
-     * of use on return. LTN_ERR_UNSUPPORTED: nothing was done, as sizes or switches do not suit; compose. */
+     * f32 [V]; both backend memory. LTN_ERR_UNSUPPORTED: nothing was done, as sizes or switches do not suit;
+     * compose. */
     enum ltn_status (*step)(struct ltn_backend *be, const struct ltn_network *net, const struct ltn_seq *seq,
-                            const int32_t *id, float *logits, float *x, void *qkv, void *o, void *h,
-                            struct ltn_error *err);
+                            const int32_t *id, float *logits, struct ltn_error *err);
 
     /* ---- decoding without the host between the tokens: where record is set, so are all of these -----------
      */
