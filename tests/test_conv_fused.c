@@ -209,8 +209,8 @@ static void test_plans_compute_the_convolution(void **state)
         assert_true(orders[k] > 0);
 }
 
-/* A strip as the copy engine's im2col mode brings it, [load][8 units]: first pixels run through the box, row by
- * row and image by image; what lies outside of the tensor is zero. */
+/* A strip as the copy engine's im2col mode brings it, [load][8 units]: first pixels run through the box, row
+ * by row and image by image; what lies outside of the tensor is zero. */
 static void copy_strip(double *out, const struct ltn_tma_plan *plan, const struct ltn_conv_shape *p,
                        const struct ltn_tma_strip *strip, const float *x, int first, int group)
 {
@@ -265,7 +265,8 @@ static void run_tma_plan(const struct ltn_tma_plan *plan, const struct ltn_conv_
                             for (int i = 0; i < strips[s].steps * 2 * plan->unit; i++) {
                                 int place = column * line + ((i / plan->unit) ^ (column & 7)) * plan->unit +
                                             i % plan->unit;
-                                double w = ltn_load(weights, plan->unit == 8 ? LTN_BF16 : LTN_F32, (size_t)place);
+                                double w =
+                                    ltn_load(weights, plan->unit == 8 ? LTN_BF16 : LTN_F32, (size_t)place);
                                 sum[r * plan->bn + ltn_fused_channel(column, plan->unit)] +=
                                     strip[at * line + i] * w;
                             }

@@ -243,7 +243,7 @@ using tma_fn = void (*)(const tma_params, const CUtensorMap);
 
 template <typename T> tma_fn kernel_of(const ltn_tma_plan &plan)
 {
-    return plan.bn == 128 ? tma_kernel<T, 128, 2>
+    return plan.bn == 128  ? tma_kernel<T, 128, 2>
            : plan.bn == 96 ? tma_kernel<T, 96, 2>
            : plan.mt == 4  ? tma_kernel<T, 64, 4>
                            : tma_kernel<T, 64, 2>;
@@ -255,8 +255,8 @@ decltype(&cuTensorMapEncodeIm2col) im2col_encoder()
     static const auto fn = [] {
         void *p = nullptr;
         cudaDriverEntryPointQueryResult found;
-        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeIm2col", &p, 12000, cudaEnableDefault, &found) !=
-                cudaSuccess ||
+        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeIm2col", &p, 12000, cudaEnableDefault,
+                                             &found) != cudaSuccess ||
             found != cudaDriverEntryPointSuccess)
             p = nullptr;
         return reinterpret_cast<decltype(&cuTensorMapEncodeIm2col)>(p);
@@ -310,7 +310,8 @@ const char *refuse(const conv_device *dev, const ltn_conv_shape *s)
     ltn_tma_plan plan;
     cudaFuncAttributes kernel;
     if (dev->major != 9 || im2col_encoder() == nullptr ||
-        cudaFuncGetAttributes(&kernel, tma_kernel<float, 64, 2>) != cudaSuccess || kernel.sharedSizeBytes != 0)
+        cudaFuncGetAttributes(&kernel, tma_kernel<float, 64, 2>) != cudaSuccess ||
+        kernel.sharedSizeBytes != 0)
         return "strips by the copy engine need a Hopper GPU, and to be built for sm_90a";
     if (ltn_tma_choose(&plan, s, nullptr, nullptr) != LTN_OK)
         return "not a shape for strips by the copy engine";
@@ -366,9 +367,9 @@ bool encode(CUtensorMap *map, const ltn_tma_plan &plan, const ltn_conv_shape &s,
     ltn_tma_corners(&plan, &s, corners);
     return im2col_encoder()(
                map, size == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_TFLOAT32, 4,
-               const_cast<void *>(x), dims, strides, corners, corners + 2, LTN_TMA_LINE / size, plan.load, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+               const_cast<void *>(x), dims, strides, corners, corners + 2, LTN_TMA_LINE / size, plan.load,
+               steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 enum ltn_status run(conv_device *dev, conv_op *op, void *y, const void *x, void *, enum ltn_conv_part part,
@@ -385,10 +386,11 @@ enum ltn_status run(conv_device *dev, conv_op *op, void *y, const void *x, void 
         CUtensorMap map;
         p.n = s.n - first < f->images ? s.n - first : f->images;
         p.y = static_cast<char *>(y) + first * p.y_image * size;
-        const char *from = static_cast<const char *>(x) + first * static_cast<int64_t>(s.ci) * s.hi * s.wi * size;
+        const char *from =
+            static_cast<const char *>(x) + first * static_cast<int64_t>(s.ci) * s.hi * s.wi * size;
         if (!encode(&map, f->plan, s, from, p.n))
-            return ltn_fail(err, LTN_ERR_DEVICE, "convolution: no tensor map for %d images of %d x %d x %d", p.n,
-                            s.hi, s.wi, s.ci);
+            return ltn_fail(err, LTN_ERR_DEVICE, "convolution: no tensor map for %d images of %d x %d x %d",
+                            p.n, s.hi, s.wi, s.ci);
         int m_tiles = (p.n * f->plan.ho * f->plan.wq + p.tile_rows - 1) / p.tile_rows;
         p.by_m_tiles = conv_divisor_of(m_tiles);
         p.tiles = m_tiles * f->plan.n_tiles * s.groups;

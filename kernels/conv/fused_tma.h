@@ -1,11 +1,11 @@
 /* Fused im2win with strips that the copy engine (TMA) brings, for NHWC and whole steps of channels.
  *
- * Positions run through output rows of wq columns and images of ho rows. A *strip* holds 128 bytes of channels
- * of so many positions in a row, for one row u of the filter: what im2win unrolls. In shared memory, position
- * after position, swizzled, it serves each of its *taps* v as a shift of the start by whole positions, and the
- * windows of neighbouring outputs overlap there as in im2win's tensor. Columns of a stride are kept apart by
- * their phase, a strip each. Where the columns that rows waste for that (wq - wo) cost more than the copies,
- * each tap has a strip of its own, of outputs alone (wq = wo).
+ * Positions run through output rows of wq columns and images of ho rows. A *strip* holds 128 bytes of
+ * channels of so many positions in a row, for one row u of the filter: what im2win unrolls. In shared memory,
+ * position after position, swizzled, it serves each of its *taps* v as a shift of the start by whole
+ * positions, and the windows of neighbouring outputs overlap there as in im2win's tensor. Columns of a stride
+ * are kept apart by their phase, a strip each. Where the columns that rows waste for that (wq - wo) cost more
+ * than the copies, each tap has a strip of its own, of outputs alone (wq = wo).
  *
  * The sum runs over strips, taps, channels in the order of the tables; it and the plan depend on the shape
  * alone. */
@@ -26,22 +26,22 @@ enum {
 };
 
 struct ltn_tma_strip {
-    int32_t channel, x, y;      /* first channel of the group; columns and rows from the position's own element */
+    int32_t channel, x, y; /* first channel of the group; columns and rows from the position's own element */
     int32_t taps, shift, apart; /* tap t begins `shift + t * apart` positions on */
     int32_t steps;              /* products of a tap: 4, fewer where channels end */
     int32_t unused;
 };
 
 struct ltn_tma_plan {
-    int unit;           /* elements in 16 bytes */
-    int ho, wo, wq;     /* output rows and columns; columns of positions */
-    bool overlap;       /* taps of a row share a strip */
+    int unit;            /* elements in 16 bytes */
+    int ho, wo, wq;      /* output rows and columns; columns of positions */
+    bool overlap;        /* taps of a row share a strip */
     int bn, mt, n_tiles; /* a tile is mt * 64 positions by bn output channels; such tiles in a group */
-    int strips, taps;   /* of one tile */
-    int load;           /* positions of a strip: a tile's and the largest shift */
-    int pair;           /* blocks, of a cluster, that share the filters' way from the L2: 1 or 2 */
-    bool resident;      /* all filters stay in shared memory */
-    int slots, stages;  /* strips and taps of filters in shared memory */
+    int strips, taps;    /* of one tile */
+    int load;            /* positions of a strip: a tile's and the largest shift */
+    int pair;            /* blocks, of a cluster, that share the filters' way from the L2: 1 or 2 */
+    bool resident;       /* all filters stay in shared memory */
+    int slots, stages;   /* strips and taps of filters in shared memory */
     int slot_bytes, stage_bytes;
     int at_stages, at_strips, at_barriers, shared_bytes; /* from a base that is a multiple of 1,024 */
     size_t at_weights, bytes;                            /* in the packed filter */

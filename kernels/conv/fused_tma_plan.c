@@ -1,6 +1,7 @@
-/* How the fused convolution by the copy engine is computed, by shape. Plain C: tests run the plan on the CPU. */
-#include "kernels/conv/fused_tma.h"
+/* How the fused convolution by the copy engine is computed, by shape. Plain C: tests run the plan on the CPU.
+ */
 #include "kernels/conv/fused.h"
+#include "kernels/conv/fused_tma.h"
 #include "kernels/dtype.h"
 
 #include <string.h>
@@ -62,7 +63,8 @@ static bool set_memory(struct ltn_tma_plan *plan, const struct ltn_conv_shape *s
 {
     plan->slot_bytes = align_up(plan->load * LTN_TMA_LINE);
     plan->stage_bytes = plan->bn * LTN_TMA_LINE;
-    int fixed = align_up(plan->strips * (int)sizeof(struct ltn_tma_strip)) + 2 * ALIGN; /* barriers, the base */
+    int fixed =
+        align_up(plan->strips * (int)sizeof(struct ltn_tma_strip)) + 2 * ALIGN; /* barriers, the base */
     int left = SHARED - fixed;
     if (plan->load > 1024 || plan->strips > 512 || plan->taps > 4096)
         return false;
@@ -89,7 +91,8 @@ static bool set_memory(struct ltn_tma_plan *plan, const struct ltn_conv_shape *s
     return plan->slots >= 2 && (plan->resident || plan->stages >= 2);
 }
 
-/* Estimated cycles of all: rounds of tiles on 132 multiprocessors, each bound by products or by the L2. The
+/* Estimated cycles of all: rounds of tiles on 132 multiprocessors, each bound by products or by the L2, and a
+ * part of the other shows. The
  * constants are of an H100, and the choice is the same everywhere. */
 static double cost(const struct ltn_tma_plan *plan, const struct ltn_conv_shape *s)
 {
@@ -97,11 +100,16 @@ static double cost(const struct ltn_tma_plan *plan, const struct ltn_conv_shape 
     double tiles = (double)(int64_t)((positions + rows - 1) / rows) * plan->n_tiles * s->groups;
     double rounds = (double)(int64_t)((tiles + 131) / 132);
     double steps = (double)ceil_div(s->ci / s->groups, 2 * plan->unit) * s->hf * s->wf;
-    double products = steps * plan->mt * (plan->bn == 128 ? 69 : plan->bn == 96 ? 53 : 40);
+    double products = steps * plan->mt *
+                      (plan->bn == 128  ? 69
+                       : plan->bn == 96 ? 53
+                       : plan->mt == 4  ? 38
+                                        : 42);
     double bytes = (double)plan->strips * plan->load * LTN_TMA_LINE +
                    (plan->resident ? 0 : (double)plan->taps * plan->stage_bytes / plan->pair);
-    double l2 = bytes / 28;
-    return rounds * (products > l2 ? products : l2) + rows * plan->bn * 16 / plan->unit / 16;
+    double l2 = bytes / 33;
+    double high = products > l2 ? products : l2, low = products > l2 ? l2 : products;
+    return rounds * (high + low / 4);
 }
 
 void ltn_tma_corners(const struct ltn_tma_plan *plan, const struct ltn_conv_shape *s, int corners[4])
@@ -128,14 +136,13 @@ enum ltn_status ltn_tma_choose(struct ltn_tma_plan *plan, const struct ltn_conv_
 {
     const struct ltn_tma_choice any = {.overlap = -1};
     int cog = s->co / s->groups, cg = s->ci / s->groups;
-    struct ltn_tma_plan base = {.unit = s->type == LTN_CONV_BF16 ? 8 : 4,
-                                .ho = ltn_conv_ho(s),
-                                .wo = ltn_conv_wo(s)};
+    struct ltn_tma_plan base = {
+        .unit = s->type == LTN_CONV_BF16 ? 8 : 4, .ho = ltn_conv_ho(s), .wo = ltn_conv_wo(s)};
     if (!choice)
         choice = &any;
-    if (s->type == LTN_CONV_F32 || s->layout != LTN_NHWC || cg % (2 * base.unit) != 0 || s->sh > 8 || s->sw > 8 ||
-        (int64_t)s->dh * (s->hf - 1) > 255 || (int64_t)s->dw * (s->wf - 1) > 255 || s->pt > 128 || s->pl > 128 ||
-        s->hi > 1 << 20 || s->wi > 1 << 20 || cg > 1 << 20)
+    if (s->type == LTN_CONV_F32 || s->layout != LTN_NHWC || cg % (2 * base.unit) != 0 || s->sh > 8 ||
+        s->sw > 8 || (int64_t)s->dh * (s->hf - 1) > 255 || (int64_t)s->dw * (s->wf - 1) > 255 ||
+        s->pt > 128 || s->pl > 128 || s->hi > 1 << 20 || s->wi > 1 << 20 || cg > 1 << 20)
         return ltn_fail(err, LTN_ERR_UNSUPPORTED, "convolution: not a shape for strips by the copy engine");
     base.bn = cog <= 64 ? 64 : ceil_div(cog, 96) * 96 < ceil_div(cog, 128) * 128 ? 96 : 128;
     base.n_tiles = ceil_div(cog, base.bn);

@@ -10,8 +10,8 @@ namespace
 
 constexpr int kGroup = 128; /* threads of a warpgroup */
 
-/* Outputs and tiles. Positions run through images of by_hq rows of by_wq; those with row < ho, column < wo are
- * outputs. */
+/* Outputs and tiles. Positions run through images of by_hq rows of by_wq; those with row < ho, column < wo
+ * are outputs. */
 struct fused_tiles {
     void *y;
     const float *bias;

@@ -27,8 +27,9 @@ static __device__ __forceinline__ void bulk_load_multicast(uint32_t dst, const v
 }
 
 /* Pixels in a row from (x, y) of an image on, in the map's box, each moved by (right, down). */
-static __device__ __forceinline__ void tma_load_im2col(uint32_t dst, const CUtensorMap *map, int channel, int x,
-                                                       int y, int image, int right, int down, uint64_t *bar)
+static __device__ __forceinline__ void tma_load_im2col(uint32_t dst, const CUtensorMap *map, int channel,
+                                                       int x, int y, int image, int right, int down,
+                                                       uint64_t *bar)
 {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3, %4, %5}], [%6], {%7, %8};" ::"r"(dst),
