@@ -52,7 +52,7 @@ pass "the head is the run's" grep -q '"commit": "abc"' "$json"
 pass "the README has it" grep -q '^| q4 .* 654 |' "$tmp/p/README.md"
 sed 's/654.321/600/' "$tmp/bench.json" >"$tmp/again.json"
 quant --bench "$tmp/again.json"
-pass "a second run replaces the first" is "$(field 'random 7b' q4 tok_s)" 600.0
+pass "a second run replaces the first" is "$(field 'random 7b' q4 tok_s)" 600
 
 # ---- refusals ----
 cp "$json" "$tmp/kept.json"
