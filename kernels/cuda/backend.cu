@@ -247,8 +247,16 @@ enum ltn_status cuda_lightning(struct ltn_backend *base, void *o, const void *q,
 {
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
-    struct ltn_lightning_call call = {
-        .o = o, .q = q, .k = k, .v = v, .ld = ld, .a = a, .seqs = seqs, .n_seqs = n_seqs, .steps = be->steps};
+    struct ltn_lightning_call call = {};
+    call.o = o;
+    call.q = q;
+    call.k = k;
+    call.v = v;
+    call.ld = ld;
+    call.a = a;
+    call.seqs = seqs;
+    call.n_seqs = n_seqs;
+    call.steps = be->steps;
     bool done;
     LTN_TRY(lightning_tensor(be, &call, &done, err));
     if (done)

@@ -96,9 +96,14 @@ __device__ void load(const params &p, const tensor_maps &maps, uint32_t base, ba
     }
 }
 
+/* x / (1 + exp(-x)) = h + h tanh(h), h = x / 2: one special function instead of two, right to 2^-11 of h; of
+ * normal x, that is a tenth of what rounding to bf16 costs. */
 __device__ __forceinline__ float silu(float x)
 {
-    return __fdividef(x, 1 + __expf(-x));
+    const float h = 0.5f * x;
+    float t;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(h));
+    return fmaf(h, t, h);
 }
 
 __device__ __forceinline__ float2 column_scale(const float *scale, int col, int outs)

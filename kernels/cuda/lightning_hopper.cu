@@ -64,6 +64,12 @@ __device__ __forceinline__ void group_sync(int id)
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kGroup) : "memory");
 }
 
+/* The kernel before may run until here: each group makes its tables first, which take slopes alone. */
+__device__ __forceinline__ void await_previous()
+{
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 /* Descriptors of tiles here. Rows along the matrix's own M or N, columns along the sum ("K-major"): 8-row
  * groups are 1024 bytes apart. Rows along the sum ("MN-major"): likewise, and blocks of 64 columns lie kBox
  * apart. */
@@ -172,6 +178,7 @@ template <class L>
 __device__ void load(const lightning_params &p, const tensor_maps &maps, char *base, small_shared &sh)
 {
     int n_items = p.items * p.n_heads * L::kTiles, i = 0;
+    await_previous();
     for (int index = blockIdx.x; index < n_items; index += gridDim.x) {
         lightning_item it = lightning_decode(p, index, L::kTiles);
         int first = p.seq[it.seq].first;
@@ -334,6 +341,8 @@ template <class L> __device__ void carry_state(const lightning_params &p, char *
             fill_weights<L>(sh.weight, slope, kChunk);
             weighed = it.head;
         }
+        if (index == static_cast<int>(blockIdx.x))
+            await_previous();
         float s[L::kD / 2];
         begin_state<L>(s, p, it, slope);
 
@@ -467,6 +476,8 @@ __device__ void write_output(const lightning_params &p, const tensor_maps &maps,
         float below[9], under[9], from_start[2];
         if (powered != it.head)
             fill_powers(sh.power, p.slopes[it.head]);
+        if (powered < 0)
+            await_previous();
         powered = it.head;
 #pragma unroll
         for (int k = 0; k < 9; ++k) {
@@ -683,7 +694,6 @@ __global__ void __launch_bounds__(kBlock, 1)
     }
     __syncthreads();
     asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" ::: "memory"); /* until here the kernel before may still run */
     int group = threadIdx.x / kGroup;
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");

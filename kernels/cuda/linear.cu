@@ -353,18 +353,19 @@ enum ltn_status cuda_lightning_linear_add(struct ltn_backend *base, float *x, co
     p.squares = (const float *)scratch;
     p.n_squares = p.cols / SQUARES_COLS;
     if (!norm->weight && p.cols == a->n_heads * a->head_dim && path_of(be, &p, l, NULL) == HOPPER) {
-        struct ltn_lightning_call call = {.o = o,
-                                          .q = q,
-                                          .k = k,
-                                          .v = v,
-                                          .ld = ld,
-                                          .a = a,
-                                          .seqs = seqs,
-                                          .n_seqs = n_seqs,
-                                          .steps = be->steps,
-                                          .gate = gate,
-                                          .ld_gate = ld_gate,
-                                          .squares = (float *)scratch};
+        struct ltn_lightning_call call = {};
+        call.o = o;
+        call.q = q;
+        call.k = k;
+        call.v = v;
+        call.ld = ld;
+        call.a = a;
+        call.seqs = seqs;
+        call.n_seqs = n_seqs;
+        call.steps = be->steps;
+        call.gate = gate;
+        call.ld_gate = ld_gate;
+        call.squares = (float *)scratch;
         LTN_TRY(lightning_tensor(be, &call, &done, err));
         if (done)
             return run(be, HOPPER, &p, l, NULL, NULL, err);
