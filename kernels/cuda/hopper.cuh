@@ -56,6 +56,29 @@ static __device__ __forceinline__ void barrier_wait(uint64_t *bar, uint32_t pari
                  : "memory");
 }
 
+static __device__ __forceinline__ bool barrier_passed(uint64_t *bar, uint32_t parity)
+{
+    uint32_t passed;
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, done;\n"
+                 "}\n"
+                 : "=r"(passed)
+                 : "r"(shared_address(bar)), "r"(parity)
+                 : "memory");
+    return passed;
+}
+
+/* bytes: of 16, and so are the addresses. */
+static __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint64_t *bar)
+{
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
+        "l"(src), "r"(bytes), "r"(shared_address(bar))
+        : "memory");
+}
+
 static __device__ __forceinline__ void cluster_sync()
 {
     asm volatile("barrier.cluster.arrive.release.aligned;\n"

@@ -1,8 +1,8 @@
 /* One token through the whole network in one launch: the kernel of decoding a single stream.
  *
  * One block per SM stays for the whole token. Its rows of every matrix are known beforehand, and so is the
- * order in which it needs them: each thread keeps 2 PAIRS 16-byte pieces of weights on their way into its own
- * slots of shared memory, across layers, as far ahead as the slots go:
+ * order in which it needs them: one warp does nothing but stream them, in bulk copies, into a ring of TILES
+ * tiles in shared memory, across layers and as far ahead as the ring goes. The other warps consume:
  *
  *   qkvu   [q k v u] = W Norm(x), q and k through the feature map
  *   mix    S <- S + k^T v - (1 - r) S, o = q S       (the state is fetched ahead)
@@ -23,10 +23,14 @@
  * h with all x of out, made with all o, so h of the layer before had been read in l3;
  * qkvu, and what mix makes of them, with all x of l3, made with all h, so those before had been read.
  *
- * All warps work on all rows of a block: warp w has UNIT columns of every WARPS UNIT, and its input. A row is
- * eight lanes wide. Then the WARPS sums of a row are added. Every sum has an order that follows from the
- * number of columns alone. Norms are scalars beside the product. */
+ * A tile is TILE_ROWS rows of a matrix, UNIT columns of each for every warp. All warps work on all rows of a
+ * block, with their columns of the input, and then the WARPS sums of a row are added: every sum has an order
+ * that follows from the number of columns alone. With bf16 weights the tensor cores multiply, with others the
+ * ordinary ones. With 16-bit weights the input is bf16, as the residual stream is where it enters a product;
+ * what it is added to stays f32 in its block. Norms are scalars beside the product. */
 #include "kernels/cuda/step.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 /* ---- the state ----------------------------------------------------------------------------------------- */
 
@@ -107,15 +111,9 @@ struct mixer {
                     float4 *S = place(u, r), s;
                     float turned;
                     if (held_at < HELD) {
-                        static_assert(HELD == 4, "all are named");
-                        s = held_at == 0   ? held[0]
-                            : held_at == 1 ? held[1]
-                            : held_at == 2 ? held[2]
-                                           : held[3];
-                        turned = held_at == 0   ? turns[0]
-                                 : held_at == 1 ? turns[1]
-                                 : held_at == 2 ? turns[2]
-                                                : turns[3];
+                        static_assert(HELD == 2, "all are named");
+                        s = held_at ? held[1] : held[0];
+                        turned = held_at ? turns[1] : turns[0];
                     } else {
                         s = __ldcg(S);
                         turned = turn(u, r, pos);
@@ -178,24 +176,13 @@ static __device__ void leave(struct words *words, uint32_t tag)
 }
 
 template <typename W>
-static __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_constant__ struct step_args a)
+static __device__ __forceinline__ void consume(const struct step_args &a, const struct room &m)
 {
-    extern __shared__ uint4 shared[];
-    struct room m;
-    m.in = reinterpret_cast<float *>(shared + PAIRS * 2 * THREADS);
-    m.parts = m.in + a.max_input;
-    m.mix = m.parts + 2 * GROUPS * WARPS * GROUP;
-    m.red = m.mix + WARPS * COLS;
-    m.shares = reinterpret_cast<struct share *>(m.red + 2 * WARPS);
-    if (threadIdx.x <= HEAD)
-        m.shares[threadIdx.x] = share_of(a, threadIdx.x);
-    __syncthreads();
-
     struct words &words = *a.words;
     uint32_t tag = __ldcg(&words.epoch);
     const double pos = (double)(a.pos + (a.steps ? __ldcg(a.steps) : 0));
     const W *token = (const W *)a.embed + (int64_t)__ldcg(a.id) * a.D;
-    struct worker<W> w(a, m, (uint32_t)__cvta_generic_to_shared(shared + threadIdx.x));
+    struct worker<W> w(m);
     float own = 0; /* of the residual stream: the row that this thread publishes in out and l3 */
     if ((int32_t)threadIdx.x < m.shares[OUT].n_dots)
         own = a.embed_scale * to_f32(token[m.shares[OUT].first + threadIdx.x]);
@@ -224,10 +211,10 @@ static __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_co
         if (s.n_dots) {
             w.gather_gated(words.gated, s.cols, tag + TAG_MIX);
             w.product(s, [&](int32_t i, float sum, float scale) {
-                if (i < s.n_dots) {
-                    own += sum * scale;
-                    tell(words.x + s.first + i, __float_as_uint(own), tag + TAG_OUT);
-                }
+                own += sum * scale;
+                const float next = __shfl_down_sync(0xffffffffu, own, 1);
+                if (i < s.n_dots && i % 2 == 0)
+                    tell_pair<W>(words.x, s.first + i, own, next, tag + TAG_OUT);
             });
         }
 
@@ -235,23 +222,20 @@ static __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_co
         w.gather(words.x, s.cols, tag + TAG_OUT);
         w.product(s, [&](int32_t i, float sum, float scale) {
             sum *= scale;
-            const float h = sum * __shfl_xor_sync(0xffffffffu, sum, 1);
-            const float h2 = __shfl_xor_sync(0xffffffffu, h, 2);
-            uint64_t *to = words.h + (s.first + i / 2) / (sizeof(W) == 2 ? 2 : 1);
-            if (i < s.n_dots && sizeof(W) == 2 && i % 4 == 0)
-                tell(to, two_bf16(h, h2), tag + TAG_GLU);
-            if (i < s.n_dots && sizeof(W) == 4 && i % 2 == 0)
-                tell(to, __float_as_uint(h), tag + TAG_GLU);
+            const float h = sum * __shfl_down_sync(0xffffffffu, sum, 1);
+            const float next = __shfl_down_sync(0xffffffffu, h, 2);
+            if (i < s.n_dots && i % 4 == 0)
+                tell_pair<W>(words.h, s.first + i / 2, h, next, tag + TAG_GLU);
         });
 
         s = m.shares[L3];
         if (s.n_dots) {
-            w.gather_act(words.h, s.cols, tag + TAG_GLU);
+            w.gather(words.h, s.cols, tag + TAG_GLU);
             w.product(s, [&](int32_t i, float sum, float) {
-                if (i < s.n_dots) {
-                    own += sum;
-                    tell(words.x + s.first + i, __float_as_uint(own), tag + TAG_L3);
-                }
+                own += sum;
+                const float next = __shfl_down_sync(0xffffffffu, own, 1);
+                if (i < s.n_dots && i % 2 == 0)
+                    tell_pair<W>(words.x, s.first + i, own, next, tag + TAG_L3);
             });
         }
     }
@@ -262,6 +246,42 @@ static __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_co
             a.logits[s.first + i] = sum * scale;
     });
     leave(a.words, tag);
+}
+
+#endif /* __CUDA_ARCH_FEAT_SM90_ALL */
+
+template <typename W>
+static __global__ void __launch_bounds__(THREADS + STREAMER, 1)
+    step_kernel(const __grid_constant__ struct step_args a)
+{
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    extern __shared__ __align__(128) uint8_t shared[];
+    struct room m;
+    m.ring = shared_address(shared);
+    m.full = reinterpret_cast<uint64_t *>(shared + TILES * TILE_BYTES), m.empty = m.full + TILES;
+    m.in = reinterpret_cast<float *>(m.empty + TILES);
+    m.parts = m.in + a.max_input;
+    m.mix = m.parts + 2 * GROUPS * WARPS * GROUP;
+    m.red = m.mix + WARPS * COLS;
+    m.shares = reinterpret_cast<struct share *>(m.red + 2 * WARPS);
+    m.waiting = reinterpret_cast<int *>(m.shares + HEAD + 1);
+    if (threadIdx.x <= HEAD)
+        m.shares[threadIdx.x] = share_of(a, threadIdx.x);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < TILES; i++) {
+            barrier_init(&m.full[i], 1);
+            barrier_init(&m.empty[i], WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        proxy_fence();
+        *m.waiting = false;
+    }
+    __syncthreads();
+    if (threadIdx.x < THREADS)
+        consume<W>(a, m);
+    else
+        stream<W>(a, m);
+#endif
 }
 
 /* ---- host ------------------------------------------------------------------------------------------------
@@ -300,9 +320,20 @@ static bool suits(const struct cuda_backend *be, const struct ltn_network *net, 
     }
     a->max_input = max32(net->embed_dim, max32(net->hidden_dim, net->glu_dim));
     a->max_input = (a->max_input + PAD - 1) / PAD * PAD;
-    *shared = (size_t)PAIRS * 2 * THREADS * 16 + sizeof(struct share) * (HEAD + 1) +
+    *shared = TILES * (TILE_BYTES + 2 * sizeof(uint64_t)) + sizeof(struct share) * (HEAD + 1) + sizeof(int) +
               ((size_t)a->max_input + 2 * GROUPS * WARPS * GROUP + WARPS * COLS + 2 * WARPS) * sizeof(float);
     return *shared <= be->max_shared;
+}
+
+/* What is on its way delays what blocks tell each other, so the less a block has to fetch between two of
+ * them, the lower the limit. Measured at the released shapes: 53, 211 and 770 KB of a product a block. */
+static void loading_limits(struct step_args *a, const struct ltn_network *net, int32_t n_sms)
+{
+    const int64_t D = net->embed_dim, H = net->hidden_dim, G = net->glu_dim;
+    const int64_t each =
+        (5 * D * H + 3 * D * G) / N_PHASES * (int64_t)ltn_dtype_size(net->embed.dtype) / n_sms;
+    a->most_waiting = 2;
+    a->most_loading = each < 128 << 10 ? 2 : each < 512 << 10 ? 3 : 4;
 }
 
 template <typename W>
@@ -314,7 +345,7 @@ static enum ltn_status run(struct cuda_backend *be, const struct step_args &a, s
     together.val.cooperative = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(be->n_sms);
-    config.blockDim = dim3(THREADS);
+    config.blockDim = dim3(THREADS + STREAMER);
     config.dynamicSmemBytes = shared;
     config.stream = be->stream;
     config.attrs = &together;
@@ -346,6 +377,7 @@ enum ltn_status cuda_step(struct ltn_backend *base, const struct ltn_network *ne
     a.state = seq->state;
     a.logits = logits;
     a.words = static_cast<struct words *>(be->step_words);
+    loading_limits(&a, net, be->n_sms);
     for (int32_t l = 0; l < net->n_layers; l++) {
         const struct ltn_layer *y = &net->layers[l];
         a.layers[l] = {
@@ -367,9 +399,11 @@ template <typename W> static enum ltn_status allow_shared(struct cuda_backend *b
 
 enum ltn_status step_open(struct cuda_backend *be, struct ltn_error *err)
 {
-    int together = 0;
+    int together = 0, major = 0, minor = 0;
     CUDA_TRY(be, err, cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, be->device));
-    if (!together)
+    CUDA_TRY(be, err, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, be->device));
+    CUDA_TRY(be, err, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, be->device));
+    if (!together || major != 9 || minor != 0)
         return LTN_OK;
     LTN_TRY(allow_shared<float>(be, err));
     LTN_TRY(allow_shared<__nv_bfloat16>(be, err));
