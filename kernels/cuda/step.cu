@@ -14,11 +14,11 @@
  * A block owns the same part of the residual stream in `out` and in `l3`, and keeps it. Norms are scalars
  * beside the product, as in gemv.cu. Every sum has an order that follows from sizes alone. */
 #include "kernels/cuda/dot.cuh"
+#include "kernels/cuda/quant.cuh"
 
 enum {
     WARPS = 16,
     THREADS = 32 * WARPS,
-    DEPTH = 20,
     MAX_LAYERS = 64,
     COLS = 8, /* columns of a head's state that half a block works on */
     HALF = THREADS / 2,
@@ -28,6 +28,7 @@ enum {
 
 struct step_layer {
     const void *qkvu, *out, *l1, *l2, *l3;
+    struct quant_scales qkvu_scales, out_scales, glu_scales, l3_scales;
     const float *slopes, *theta;
     int64_t state_offset;
 };
@@ -37,6 +38,7 @@ struct step_args {
     enum ltn_act act;
     float embed_scale;
     const void *embed, *head;
+    struct quant_scales embed_scales, head_scales;
     const int32_t *id;
     const int64_t *steps; /* NULL, or added to pos */
     int64_t pos;
@@ -49,6 +51,20 @@ struct step_args {
 };
 
 enum phase { QKVU, OUT, GLU, L3, N_PHASES }; /* of a layer; after the last layer comes the head */
+
+/* What a product is of: sizes, and the outputs of this block. Worked out once, for each phase and the head.
+ */
+struct extent {
+    int32_t outs, cols, first, n_outs;
+};
+
+static __device__ void extent_of(struct extent *e, const struct step_args &a, int phase)
+{
+    e->outs = phase == QKVU ? 4 * a.H : phase == GLU ? a.G : phase == N_PHASES ? a.V : a.D;
+    e->cols = phase == OUT ? a.H : phase == L3 ? a.G : a.D;
+    e->first = (int32_t)((int64_t)e->outs * blockIdx.x / gridDim.x);
+    e->n_outs = (int32_t)((int64_t)e->outs * (blockIdx.x + 1) / gridDim.x) - e->first;
+}
 
 /* A warp's share of one product: dots group, group + groups, ... of its block's, pieces [32 from, 32 to). */
 template <typename W> struct share {
@@ -67,58 +83,76 @@ template <typename W> struct share {
     }
 };
 
-template <typename W> static __device__ struct share<W> share_of(const struct step_args &a, int32_t at) {
-    struct share<W> s;
-    const int32_t layer = at / N_PHASES, warp = threadIdx.x / 32;
-    int32_t outs;
-    s.w2 = NULL;
-    if (layer == a.n_layers) {
-        s.w = (const W *)a.head;
-        outs = a.V, s.cols = a.D;
-    } else {
-        const struct step_layer &l = a.layers[layer];
-        switch (at % N_PHASES) {
-        case QKVU:
-            s.w = (const W *)l.qkvu;
-            outs = 4 * a.H, s.cols = a.D;
-            break;
-        case OUT:
-            s.w = (const W *)l.out;
-            outs = a.D, s.cols = a.H;
-            break;
-        case GLU:
-            s.w = (const W *)l.l1, s.w2 = (const W *)l.l2;
-            outs = a.G, s.cols = a.D;
-            break;
-        default:
-            s.w = (const W *)l.l3;
-            outs = a.D, s.cols = a.G;
-        }
-    }
-    s.first = (int32_t)((int64_t)outs * blockIdx.x / gridDim.x);
-    s.n_outs = (int32_t)((int64_t)outs * (blockIdx.x + 1) / gridDim.x) - s.first;
+template <typename W>
+static __device__ void part_out(struct share<W> &s, const void *w, const void *w2,
+                                const struct quant_scales &, const struct extent &e)
+{
+    const int32_t warp = threadIdx.x / 32;
+    s.w = (const W *)w, s.w2 = (const W *)w2;
+    s.cols = e.cols, s.first = e.first, s.n_outs = e.n_outs;
     s.n_dots = s.w2 ? 2 * s.n_outs : s.n_outs;
     s.n_pieces = s.cols / piece<W, true>::N;
-    s.split = split_of(s.w2 ? 2 * outs : outs);
+    s.split = split_of(s.w2 ? 2 * e.outs : e.outs);
     s.part = warp % s.split, s.group = warp / s.split, s.groups = WARPS / s.split;
     const int32_t n_steps = (s.n_pieces + 31) / 32, per_part = (n_steps + s.split - 1) / s.split;
     s.from = min(s.part * per_part, n_steps), s.to = min(s.from + per_part, n_steps);
+}
+
+template <typename W>
+static __device__ struct share<W> share_of(const struct step_args &a, const struct extent *extents,
+                                           int32_t at) {
+    struct share<W> s;
+    const int32_t layer = at / N_PHASES;
+    if (layer == a.n_layers) {
+        part_out(s, a.head, NULL, a.head_scales, extents[N_PHASES]);
+        return s;
+    }
+    const struct step_layer &l = a.layers[layer];
+    switch (at % N_PHASES) {
+    case QKVU:
+        part_out(s, l.qkvu, NULL, l.qkvu_scales, extents[QKVU]);
+        break;
+    case OUT:
+        part_out(s, l.out, NULL, l.out_scales, extents[OUT]);
+        break;
+    case GLU:
+        part_out(s, l.l1, l.l2, l.glu_scales, extents[GLU]);
+        break;
+    default:
+        part_out(s, l.l3, NULL, l.l3_scales, extents[L3]);
+    }
     return s;
 }
 
-/* The weights of this thread in the order of their use, up to DEPTH pieces ahead of it. */
+/* Pieces in flight, and the bytes of their slots. */
 template <typename W>
-struct feed {
+struct ring_size {
+    static constexpr int DEPTH = 20, BYTES = DEPTH * THREADS * 16;
+};
+
+/* The weights of this thread in the order of their use, as many pieces ahead of it as the ring holds. */
+template <typename W> struct feed {
     const struct step_args &a;
+    const struct extent *extents;
     uint4 *slots;
     struct share<W> s;
     const W *row;
     int32_t at, last, dot, step;
 
+    __device__ feed(const struct step_args &args, const struct extent *all, uint4 *shared, int32_t products)
+        : a(args), extents(all)
+    {
+        slots = shared + threadIdx.x;
+        at = 0, last = products - 1;
+        enter();
+        for (int i = 0; i < ring_size<W>::DEPTH; i++)
+            fetch(i);
+    }
+
     __device__ void enter()
     {
         for (; at <= last; at++) {
-            s = share_of<W>(a, at);
+            s = share_of<W>(a, extents, at);
             if (!s.empty()) {
                 dot = s.group, step = s.from;
                 row = s.row(dot);
@@ -194,8 +228,9 @@ struct room {
 /* Leaves an input in shared memory and the warps' sums of squares in red; value(c) gives what to square and
  * what to stage of columns c .. c + 3. */
 template <typename W, typename F>
-static __device__ __forceinline__ void stage(const struct room &m, int32_t cols, F value)
+static __device__ __forceinline__ void stage(const struct room &m, const struct share<W> &s, F value)
 {
+    const int32_t cols = s.cols;
     float sum = 0;
     for (int32_t c = threadIdx.x * 4; c < cols; c += THREADS * 4) {
         float4 square, v;
@@ -222,6 +257,7 @@ template <typename W>
 static __device__ __forceinline__ void multiply(const struct room &m, const struct share<W> &s,
                                                 struct feed<W> &f, int &slot)
 {
+    constexpr int DEPTH = ring_size<W>::DEPTH;
     const int lane = threadIdx.x % 32;
     if (!s.empty()) {
         for (int32_t i = s.group; i < s.n_dots; i += s.groups) {
@@ -253,6 +289,29 @@ static __device__ float result(const struct room &m, const struct share<W> &s, i
         value += m.sums[dot * s.split + i];
     return value;
 }
+
+/* Element c of the embedding of a token. */
+template <typename W> struct embedding {
+    const W *row;
+    float scale;
+
+    __device__ embedding(const struct step_args &a)
+    {
+        row = (const W *)a.embed + (int64_t)__ldcg(a.id) * a.D;
+        scale = a.embed_scale;
+    }
+    __device__ float operator()(int32_t c) const
+    {
+        return scale * to_f32(row[c]);
+    }
+};
+
+/* The type of the head's weights beside layers in W. */
+template <typename W> struct head_weights {
+    typedef W type;
+};
+
+#include "kernels/cuda/step_quant.cuh"
 
 /* The state's part of a layer. Units of COLS columns of a head go round the halves of the blocks. */
 struct mixer {
@@ -352,40 +411,35 @@ template <typename W, typename A>
 static __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_constant__ struct step_args a)
 {
     extern __shared__ uint4 shared[];
+    __shared__ struct extent extents[N_PHASES + 1];
+    if (threadIdx.x <= N_PHASES)
+        extent_of(&extents[threadIdx.x], a, threadIdx.x);
+    __syncthreads();
     struct room m;
-    m.in = reinterpret_cast<float *>(shared + DEPTH * THREADS);
+    m.in = reinterpret_cast<float *>(shared + ring_size<W>::BYTES / 16);
     m.sums = m.in + a.max_input;
     m.mix = m.sums + a.max_sums;
     m.red = m.mix + WARPS * COLS;
     m.own = m.red + WARPS;
 
-    struct feed<W> f = {
-        a, shared + threadIdx.x
-    };
-    f.at = 0;
-    f.last = N_PHASES * a.n_layers;
-    f.enter();
-    for (int i = 0; i < DEPTH; i++)
-        f.fetch(i);
-
+    struct feed<W> f(a, extents, shared, N_PHASES * a.n_layers + 1);
     struct barrier all = {a.barrier, 0};
     const double pos = (double)(a.pos + (a.steps ? __ldcg(a.steps) : 0));
-    const W *token = (const W *)a.embed + (int64_t)__ldcg(a.id) * a.D;
+    const struct embedding<W> token(a);
     int slot = 0;
     for (int32_t l = 0; l < a.n_layers; l++) {
         const struct step_layer &layer = a.layers[l];
         auto load_x = [&](int32_t c, float4 &square, float4 &v) {
             if (l == 0)
-                v = make_float4(a.embed_scale * to_f32(token[c]), a.embed_scale * to_f32(token[c + 1]),
-                                a.embed_scale * to_f32(token[c + 2]), a.embed_scale * to_f32(token[c + 3]));
+                v = make_float4(token(c), token(c + 1), token(c + 2), token(c + 3));
             else
                 v = load_fresh4(a.x + c);
             square = v;
         };
 
-        struct share<W> s = share_of<W>(a, l * N_PHASES + QKVU);
-        stage<W>(m, s.cols, load_x);
-        multiply<W>(m, s, f, slot);
+        struct share<W> s = share_of<W>(a, extents, l * N_PHASES + QKVU);
+        stage(m, s, load_x);
+        multiply(m, s, f, slot);
         float scale = inverse_rms(m, s.cols);
         for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS) {
             float value = result(m, s, i) * scale;
@@ -400,45 +454,46 @@ static __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_co
         mix.template run<A>(m, pos);
         all.arrive();
 
-        s = share_of<W>(a, l * N_PHASES + OUT);
+        s = share_of<W>(a, extents, l * N_PHASES + OUT);
         if (l == 0)
             for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS)
-                m.own[i] = a.embed_scale * to_f32(token[s.first + i]);
+                m.own[i] = token(s.first + i);
         all.wait();
-        stage<W>(m, s.cols, [&](int32_t c, float4 &square, float4 &v) {
+        stage(m, s, [&](int32_t c, float4 &square, float4 &v) {
             const float4 u = load_fresh4((const A *)a.qkv + 3 * a.H + c);
             square = load_fresh4((const A *)a.o + c);
             v = make_float4(square.x * u.x, square.y * u.y, square.z * u.z, square.w * u.w);
         });
-        multiply<W>(m, s, f, slot);
+        multiply(m, s, f, slot);
         scale = inverse_rms(m, s.cols);
         for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS)
             a.x[s.first + i] = m.own[i] += result(m, s, i) * scale;
         all.arrive();
 
-        s = share_of<W>(a, l * N_PHASES + GLU);
+        s = share_of<W>(a, extents, l * N_PHASES + GLU);
         all.wait();
-        stage<W>(m, s.cols, [&](int32_t c, float4 &square, float4 &v) { square = v = load_fresh4(a.x + c); });
-        multiply<W>(m, s, f, slot);
+        stage(m, s, [&](int32_t c, float4 &square, float4 &v) { square = v = load_fresh4(a.x + c); });
+        multiply(m, s, f, slot);
         scale = inverse_rms(m, s.cols);
         for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS)
             ((A *)a.h)[s.first + i] =
                 from_f32<A>((result(m, s, 2 * i) * scale) * (result(m, s, 2 * i + 1) * scale));
         all.arrive();
 
-        s = share_of<W>(a, l * N_PHASES + L3);
+        s = share_of<W>(a, extents, l * N_PHASES + L3);
         all.wait();
-        stage<W>(m, s.cols,
-                 [&](int32_t c, float4 &square, float4 &v) { square = v = load_fresh4((const A *)a.h + c); });
-        multiply<W>(m, s, f, slot);
+        stage(m, s,
+              [&](int32_t c, float4 &square, float4 &v) { square = v = load_fresh4((const A *)a.h + c); });
+        multiply(m, s, f, slot);
         for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS)
             a.x[s.first + i] = m.own[i] += result(m, s, i);
         all.arrive();
         all.wait();
     }
-    const struct share<W> s = share_of<W>(a, a.n_layers * N_PHASES);
-    stage<W>(m, s.cols, [&](int32_t c, float4 &square, float4 &v) { square = v = load_fresh4(a.x + c); });
-    multiply<W>(m, s, f, slot);
+    typedef typename head_weights<W>::type head;
+    const struct share<head> s = share_of<head>(a, extents, a.n_layers * N_PHASES);
+    stage(m, s, [&](int32_t c, float4 &square, float4 &v) { square = v = load_fresh4(a.x + c); });
+    multiply(m, s, f, slot);
     const float scale = inverse_rms(m, s.cols);
     for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS)
         a.logits[s.first + i] = result(m, s, i) * scale;
@@ -448,53 +503,82 @@ static __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_co
 /* ---- host ------------------------------------------------------------------------------------------------
  */
 
-static int32_t most_sums(int32_t dots, int32_t n_blocks, int32_t pair)
-{
-    return (dots / pair + n_blocks - 1) / n_blocks * pair * split_of(dots);
-}
-
 static int32_t max32(int32_t a, int32_t b)
 {
     return a > b ? a : b;
 }
 
-/* The released shapes and their kin: one gate in qkvu, SimpleRMSNorm, no biases, sizes in whole pieces. */
-static bool suits(const struct cuda_backend *be, const struct ltn_network *net, size_t *shared,
-                  struct step_args *a)
+/* Dots of a block, at most, where an output has `pair` of them. */
+static int32_t most_dots(const struct cuda_backend *be, int32_t outs, int32_t pair)
 {
-    if (ltn_is_quantised(net->embed.dtype))
-        return false;
-    const int32_t n = 16 / (int32_t)ltn_dtype_size(net->embed.dtype);
+    return (outs + be->n_sms - 1) / be->n_sms * pair;
+}
+
+/* Floats of shared memory that the inputs and the warps' results need. */
+template <typename W>
+static void room_of(const struct cuda_backend *be, const struct ltn_network *net, struct step_args *a, W)
+{
+    auto sums = [&](int32_t outs, int32_t pair) { return most_dots(be, outs, pair) * split_of(outs * pair); };
+    a->max_input = max32(net->embed_dim, max32(net->hidden_dim, net->glu_dim));
+    a->max_sums = max32(max32(sums(4 * net->hidden_dim, 1), sums(net->glu_dim, 2)),
+                        max32(sums(net->vocab_size, 1), sums(net->embed_dim, 1)));
+    a->max_sums = (a->max_sums + 3) & ~3;
+}
+
+/* Both in one room, as step_quant.cuh has it: a product's sums beside its input and beside the next. */
+template <typename Q>
+static void room_of(const struct cuda_backend *be, const struct ltn_network *net, struct step_args *a,
+                    struct quant<Q>)
+{
+    const int32_t D = net->embed_dim, H = net->hidden_dim, G = net->glu_dim;
+    auto sums = [&](int32_t outs, int32_t pair, int32_t cols) {
+        return most_dots(be, outs, pair) << log_parts_of(outs * pair, cols);
+    };
+    const int32_t d = input_bytes<Q>(D) / 4, h = input_bytes<Q>(H) / 4, g = input_bytes<Q>(G) / 4,
+                  head = input_bytes<q8>(D) / 4;
+    a->max_input = max32(max32(sums(4 * H, 1, D) + max32(d, h), sums(D, 1, H) + max32(h, d)),
+                         max32(sums(G, 2, D) + max32(d, g), sums(D, 1, G) + max32(g, max32(d, head))));
+    a->max_input = (max32(a->max_input, sums(net->vocab_size, 1, D) + head) + 3) & ~3;
+    a->max_sums = 0;
+}
+
+/* The released shapes and their kin: one gate in qkvu, SimpleRMSNorm, no biases, sizes in whole pieces. */
+static bool suits(const struct cuda_backend *be, const struct ltn_network *net)
+{
+    const enum ltn_dtype dtype = net->layers[0].qkv.w.dtype;
+    const bool quantised = ltn_is_quantised(dtype);
+    const int32_t n = quantised ? UNIT_ROW : 16 / (int32_t)ltn_dtype_size(dtype);
+    const enum ltn_dtype outer = quantised ? LTN_Q8 : dtype;
     const struct ltn_attention *first = &net->layers[0].attention;
     if (!be->step_barrier || net->gate_dim || net->n_layers > MAX_LAYERS || net->final_norm.weight ||
         net->act == LTN_ACT_EXP || first->head_dim % COLS || net->embed_dim % n || net->hidden_dim % n ||
-        net->glu_dim % n || net->head.dtype != net->embed.dtype || !aligned16(net->head.data))
+        net->glu_dim % n || net->embed.dtype != outer || net->head.dtype != outer ||
+        !aligned16(net->head.data) || !aligned16(net->head.scales))
         return false;
     for (int32_t l = 0; l < net->n_layers; l++) {
         const struct ltn_layer *y = &net->layers[l];
         const struct ltn_linear *all[] = {&y->qkv, &y->out, &y->l1, &y->l2, &y->l3};
         for (const struct ltn_linear *linear : all)
-            if (linear->bias || linear->w.dtype != net->embed.dtype || !aligned16(linear->w.data))
+            if (linear->bias || linear->w.dtype != dtype || !aligned16(linear->w.data) ||
+                !aligned16(linear->w.scales))
                 return false;
         if (y->token_norm.weight || y->attn_norm.weight || y->channel_norm.weight ||
             y->attention.state_offset % 4)
             return false;
     }
-    a->max_input = max32(net->embed_dim, max32(net->hidden_dim, net->glu_dim));
-    a->max_sums =
-        max32(max32(most_sums(4 * net->hidden_dim, be->n_sms, 1), most_sums(2 * net->glu_dim, be->n_sms, 2)),
-              max32(most_sums(net->vocab_size, be->n_sms, 1), most_sums(net->embed_dim, be->n_sms, 1)));
-    a->max_sums = (a->max_sums + 3) & ~3;
-    *shared = (size_t)DEPTH * THREADS * 16 +
-              ((size_t)a->max_input + a->max_sums + WARPS * COLS + WARPS + net->embed_dim / be->n_sms + 1) *
-                  sizeof(float);
-    return *shared <= be->max_shared;
+    return true;
 }
 
 template <typename W, typename A>
-static enum ltn_status run(struct cuda_backend *be, const struct step_args &a, size_t shared,
+static enum ltn_status run(struct cuda_backend *be, const struct ltn_network *net, struct step_args *a,
                            struct ltn_error *err)
 {
+    room_of(be, net, a, W());
+    const size_t shared = ring_size<W>::BYTES + ((size_t)a->max_input + a->max_sums + WARPS * COLS + WARPS +
+                                                 net->embed_dim / be->n_sms + 1) *
+                                                    sizeof(float);
+    if (shared > be->max_shared)
+        return LTN_ERR_UNSUPPORTED;
     cudaLaunchAttribute together = {};
     together.id = cudaLaunchAttributeCooperative;
     together.val.cooperative = 1;
@@ -505,7 +589,7 @@ static enum ltn_status run(struct cuda_backend *be, const struct step_args &a, s
     config.stream = be->stream;
     config.attrs = &together;
     config.numAttrs = 1;
-    CUDA_TRY(be, err, (cudaLaunchKernelEx(&config, step_kernel<W, A>, a)));
+    CUDA_TRY(be, err, (cudaLaunchKernelEx(&config, step_kernel<W, A>, *a)));
     return LTN_OK;
 }
 
@@ -516,9 +600,8 @@ enum ltn_status cuda_step(struct ltn_backend *base, const struct ltn_network *ne
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
     struct step_args a;
-    size_t shared;
 
-    if (!suits(be, net, &shared, &a))
+    if (!suits(be, net))
         return LTN_ERR_UNSUPPORTED;
     a.V = net->vocab_size, a.D = net->embed_dim, a.H = net->hidden_dim, a.G = net->glu_dim;
     a.n_heads = net->layers[0].attention.n_heads;
@@ -527,6 +610,7 @@ enum ltn_status cuda_step(struct ltn_backend *base, const struct ltn_network *ne
     a.act = net->act;
     a.embed_scale = net->embed_scale;
     a.embed = net->embed.data, a.head = net->head.data;
+    a.embed_scales.w = net->embed.scales, a.head_scales.w = net->head.scales;
     a.id = id;
     a.steps = be->steps;
     a.pos = seq->pos;
@@ -535,12 +619,27 @@ enum ltn_status cuda_step(struct ltn_backend *base, const struct ltn_network *ne
     a.barrier = be->step_barrier;
     for (int32_t l = 0; l < net->n_layers; l++) {
         const struct ltn_layer *y = &net->layers[l];
-        a.layers[l] = {
-            y->qkv.w.data, y->out.w.data,       y->l1.w.data,       y->l2.w.data,
-            y->l3.w.data,  y->attention.slopes, y->attention.theta, (int64_t)y->attention.state_offset};
+        a.layers[l] = {y->qkv.w.data,
+                       y->out.w.data,
+                       y->l1.w.data,
+                       y->l2.w.data,
+                       y->l3.w.data,
+                       {y->qkv.w.scales, NULL},
+                       {y->out.w.scales, NULL},
+                       {y->l1.w.scales, y->l2.w.scales},
+                       {y->l3.w.scales, NULL},
+                       y->attention.slopes,
+                       y->attention.theta,
+                       (int64_t)y->attention.state_offset};
     }
-#define RUN(W, A) run<W, A>(be, a, shared, err)
-    return FOR_TYPES(be, err, net->embed.dtype, RUN);
+    const enum ltn_dtype dtype = net->layers[0].qkv.w.dtype;
+#define RUN(W, A) run<W, A>(be, net, &a, err)
+    if (ltn_is_quantised(dtype) && be->base.act_dtype != LTN_BF16)
+        return LTN_ERR_UNSUPPORTED;
+    return dtype == LTN_Q8    ? RUN(quant<q8>, __nv_bfloat16)
+           : dtype == LTN_FP8 ? RUN(quant<fp8>, __nv_bfloat16)
+           : dtype == LTN_Q4  ? RUN(quant<q4>, __nv_bfloat16)
+                              : FOR_TYPES(be, err, dtype, RUN);
 #undef RUN
 }
 
@@ -562,6 +661,9 @@ enum ltn_status step_open(struct cuda_backend *be, struct ltn_error *err)
     LTN_TRY((allow_shared<float, float>(be, err)));
     LTN_TRY((allow_shared<__nv_bfloat16, __nv_bfloat16>(be, err)));
     LTN_TRY((allow_shared<__half, __nv_bfloat16>(be, err)));
+    LTN_TRY((allow_shared<quant<q8>, __nv_bfloat16>(be, err)));
+    LTN_TRY((allow_shared<quant<fp8>, __nv_bfloat16>(be, err)));
+    LTN_TRY((allow_shared<quant<q4>, __nv_bfloat16>(be, err)));
     CUDA_TRY(be, err, cudaMalloc(&be->step_barrier, 2 * sizeof(uint32_t)));
     CUDA_TRY(be, err, cudaMemsetAsync(be->step_barrier, 0, 2 * sizeof(uint32_t), be->stream));
     return LTN_OK;
