@@ -1,29 +1,29 @@
-/* step.cu's products with quantised weights (kernels/quant.h): the same ring of pieces on their way, another
- * consumer. Tensor cores multiply, because ordinary arithmetic would bind before memory does at 4 bits.
+/* step.cu's products with quantised weights (kernels/quant.h): another ring and another arithmetic. Tensor
+ * cores multiply, because ordinary instructions would bind before memory does at 4 bits.
  *
  * A unit is what a warp fetches and multiplies at once: 16 rows of weights by 64 bytes of each (64 columns,
- * of q4 128) and their scales. A thread (g, t) = (lane / 4, lane % 4) fetches for itself the pieces of 16
- * bytes number t of rows g and g + 8, which are what mma wants of it as A, given that columns may be taken in
- * any order. B has eight columns, of which a vector needs one: so column 2 k takes the high part and column 2
- * k + 1 the low part of the input of the unit's group k of 32 columns, and both are zero elsewhere. A group's
- * sum, which has a scale of its own, comes out by itself:
+ * of q4 128) and their scales. Warp w has the units w, w + WARPS, ... of all rows. A thread (g, t) = (lane /
+ * 4, lane % 4) fetches for itself the pieces of 16 bytes number t of rows g and g + 8, which are what mma
+ * wants of it as A, given that columns may be taken in any order. B has eight columns, of which a vector
+ * needs one: so column 2 k takes the high part and column 2 k + 1 the low part of the input of the unit's
+ * group k of 32 columns, and both are zero elsewhere. A group's sum, which has a scale of its own, comes out
+ * by itself:
  *
- *   q8, q4  the input is an integer of 16 bits, with a scale for each group, in two bytes; sums are exact,
- * and start at the bits of 1.5 * 2^23, so that they end as f32 fp8     weights become f16, exactly; the input
- * over its group's largest number is the sum of two f16
+ * Of q8 and q4 the input is an integer of 16 bits, with a scale for each group, in two bytes, and sums are
+ * exact. Of fp8 the weights become f16, exactly, and the input over its group's largest number is the sum of
+ * two f16.
  *
- * Columns are parted among the warps by sizes alone, so that the order of every sum follows from sizes. */
+ * Units go round a warp's ring. How many may be on their way at once is limited, and more so while the warp
+ * waits for other blocks: what is asked for stands in one queue with what memory is asked for. */
 #ifndef LTN_CUDA_STEP_QUANT_CUH
 #define LTN_CUDA_STEP_QUANT_CUH
 
 #include "kernels/cuda/quant.cuh"
 
-#include <type_traits>
-
 enum {
-    TILE = 16,          /* rows of a unit */
-    UNIT_ROW = 64,      /* bytes of a row in a unit */
-    PIECES_BYTES = 1024 /* of a unit; then its scales */
+    TILE = 16,           /* rows of a unit */
+    UNIT_ROW = 64,       /* bytes of a row in a unit */
+    PIECES_BYTES = 1024, /* of a unit; then its scales */
 };
 
 static __device__ __forceinline__ void mma_s8(int c[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
@@ -53,7 +53,7 @@ struct unit_input {
 /* 256 times the sum of high parts and the sum of low parts. */
 static __device__ __forceinline__ float joined(int high, int low)
 {
-    return fmaf(__int_as_float(high) - 12582912.0f, 256.0f, __int_as_float(low) - 12582912.0f);
+    return (float)(high * 256 + low);
 }
 
 /* What differs between the formats. COLS: of a unit; GROUPS: of a unit; GROUP_BYTES: of a group's input in
@@ -65,7 +65,7 @@ struct q8 {
     static constexpr float MOST = 32512, UNIT_OF_CODES = 1;
     static __device__ __forceinline__ void dot(float out[2], uint4 a, uint4 b, const struct unit_input &x)
     {
-        int c[4] = {0x4b400000, 0x4b400000, 0x4b400000, 0x4b400000};
+        int c[4] = {0, 0, 0, 0};
         mma_s8(c, a.x, b.x, a.y, b.y, x.first.x, x.first.y);
         mma_s8(c, a.z, b.z, a.w, b.w, x.first.z, x.first.w);
         out[0] = joined(c[0], c[1]), out[1] = joined(c[2], c[3]);
@@ -106,11 +106,11 @@ struct q4 { /* a nibble in the high half of a byte is 16 times its code, as two'
     }
     static __device__ __forceinline__ void dot(float out[2], uint4 a, uint4 b, const struct unit_input &x)
     {
-        int c[4] = {0x4b400000, 0x4b400000, 0x4b400000, 0x4b400000};
-        mma_s8(c, low(a.x), low(b.x), high(a.x), high(b.x), x.first.x, x.second.x);
-        mma_s8(c, low(a.y), low(b.y), high(a.y), high(b.y), x.first.y, x.second.y);
-        mma_s8(c, low(a.z), low(b.z), high(a.z), high(b.z), x.first.z, x.second.z);
-        mma_s8(c, low(a.w), low(b.w), high(a.w), high(b.w), x.first.w, x.second.w);
+        int c[4] = {0, 0, 0, 0};
+        mma_s8(c, low(a.x), low(b.x), high(a.x), high(b.x), x.first.x, x.first.y);
+        mma_s8(c, low(a.y), low(b.y), high(a.y), high(b.y), x.first.z, x.first.w);
+        mma_s8(c, low(a.z), low(b.z), high(a.z), high(b.z), x.second.x, x.second.y);
+        mma_s8(c, low(a.w), low(b.w), high(a.w), high(b.w), x.second.z, x.second.w);
         out[0] = joined(c[0], c[1]), out[1] = joined(c[2], c[3]);
     }
 };
@@ -118,8 +118,8 @@ struct q4 { /* a nibble in the high half of a byte is 16 times its code, as two'
 /* The type of weights that step.cu's kernel is made for: layers in Q, embedding and head in q8. */
 template <typename Q> struct quant {
 };
-template <typename Q> struct head_weights<quant<Q>> {
-    typedef quant<q8> type;
+template <typename Q> struct paired<quant<Q>> {
+    static constexpr bool value = true;
 };
 
 template <typename Q> struct embedding<quant<Q>> {
@@ -131,7 +131,7 @@ template <typename Q> struct embedding<quant<Q>> {
     {
         const int64_t id = __ldcg(a.id);
         codes = (const int8_t *)a.embed + id * a.D;
-        scales = (const __half *)a.embed_scales.w + id * (a.D / LTN_GROUP);
+        scales = (const __half *)a.embed_scales + id * (a.D / LTN_GROUP);
         scale = a.embed_scale;
     }
     __device__ float operator()(int32_t c) const
@@ -140,324 +140,464 @@ template <typename Q> struct embedding<quant<Q>> {
     }
 };
 
-/* Bytes of a unit; of all that a kernel meets, the largest. */
-template <typename Q> static constexpr int unit_bytes()
-{
-    return PIECES_BYTES + TILE * (Q::GROUPS == 4 ? 8 : 4);
-}
-template <typename Q> struct ring_size<quant<Q>> {
-    static constexpr int DEPTH = 9, BYTES = DEPTH * WARPS * unit_bytes<Q>();
+/* Bytes of a unit, and of a ring that also takes the head's; a unit's input in shared memory, with scales. */
+template <typename Q> struct unit_of {
+    static constexpr int BARRIER = PIECES_BYTES + TILE * (Q::GROUPS == 4 ? 8 : 4), BYTES = BARRIER + 16,
+                         INPUT = Q::GROUPS * Q::GROUP_BYTES + 16;
+};
+template <typename Q> struct ring<quant<Q>> {
+    static constexpr int DEPTH = 9, BYTES = DEPTH * WARPS * unit_of<Q>::BYTES;
 };
 
-/* Units side by side in the rows of a matrix. */
-template <typename Q> static __host__ __device__ int32_t units_of(int32_t cols)
+/* Units of a row, and how many of them this warp has. */
+template <typename Q> static __host__ __device__ __forceinline__ int32_t all_units(int32_t cols)
 {
     return (cols + Q::COLS - 1) / Q::COLS;
 }
-
-/* Into how many parts the columns are parted, as a power of two: for matrices of few rows into more. */
-static inline __host__ __device__ int32_t log_parts_of(int32_t dots, int32_t cols)
+template <typename Q> static __device__ __forceinline__ int32_t own_units(int32_t cols)
 {
-    const int32_t columns = (cols + 127) / 128, each = dots <= 4224 ? 1 : 2;
-    int32_t log = 4;
-    while (log > 0 && columns < each << log)
-        log--;
-    return log;
+    return (all_units<Q>(cols) + WARPS - 1 - (int32_t)threadIdx.x / 32) / WARPS;
 }
 
-/* Of an input in shared memory, in bytes: groups, in whole units, and their scales. */
-template <typename Q> static __host__ __device__ int32_t input_bytes(int32_t cols)
-{
-    return units_of<Q>(cols) * Q::GROUPS * (Q::GROUP_BYTES + (int32_t)sizeof(float));
-}
-
-/* A warp's share of one product: tiles group, group + groups, ... of its block's dots, units [from, to). */
-template <typename Q> struct share<quant<Q>> {
-    const uint8_t *w, *w2, *scales, *scales2;
-    int32_t first, n_outs, n_dots, cols, row_bytes, scale_bytes, n_tiles;
-    int32_t parts, part, group, groups, from, to;
-
-    __device__ int64_t row(int32_t dot) const
-    {
-        return first + (w2 ? dot >> 1 : dot);
-    }
-    __device__ const uint8_t *codes_of(int32_t dot) const
-    {
-        return (w2 && (dot & 1) ? w2 : w) + row(dot) * row_bytes;
-    }
-    __device__ const uint8_t *scales_of(int32_t dot) const
-    {
-        return (w2 && (dot & 1) ? scales2 : scales) + row(dot) * scale_bytes;
-    }
-    __device__ bool empty() const
-    {
-        return group >= n_tiles;
-    }
-};
-
-template <typename Q>
-static __device__ void part_out(struct share<quant<Q>> &s, const void *w, const void *w2,
-                                const struct quant_scales &scales, const struct extent &e)
-{
-    const int32_t warp = threadIdx.x / 32;
-    s.w = (const uint8_t *)w, s.w2 = (const uint8_t *)w2;
-    s.scales = (const uint8_t *)scales.w, s.scales2 = (const uint8_t *)scales.w2;
-    s.cols = e.cols, s.first = e.first, s.n_outs = e.n_outs;
-    s.row_bytes = Q::GROUPS == 4 ? s.cols / 2 : s.cols;
-    s.scale_bytes = Q::ROW_SCALES ? 4 : s.cols / LTN_GROUP * 2;
-    s.n_dots = w2 ? 2 * s.n_outs : s.n_outs;
-    s.n_tiles = (s.n_dots + TILE - 1) / TILE;
-    const int32_t log = log_parts_of(w2 ? 2 * e.outs : e.outs, s.cols);
-    s.parts = 1 << log;
-    s.part = warp & (s.parts - 1), s.group = warp >> log, s.groups = WARPS >> log;
-    const int32_t n_units = units_of<Q>(s.cols);
-    s.from = n_units * s.part >> log, s.to = n_units * (s.part + 1) >> log;
-}
-
-/* 16 or 4 bytes on their way into shared memory, or as many zeros. */
-static __device__ __forceinline__ void copy16_or_zero(uint32_t shared, const void *global, bool copy)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-                 "r"(copy ? 16 : 0)
-                 : "memory");
-}
 static __device__ __forceinline__ void copy4_or_zero(uint32_t shared, const void *global, bool copy)
 {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(copy ? 4 : 0)
                  : "memory");
 }
 
-/* The units of this warp in the order of their use. */
+/* Arrives when all copies of this thread up to now are there. */
+static __device__ __forceinline__ void arrive_with_copies(uint32_t barrier)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+static __device__ __forceinline__ bool has_landed(uint32_t barrier, uint32_t parity)
+{
+    uint32_t done;
+    asm volatile("{\n.reg .pred p;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return __all_sync(0xffffffffu, done); /* it has to be the same for all lanes */
+}
+
+static __device__ __forceinline__ void await_landing(uint32_t barrier, uint32_t parity)
+{
+    uint32_t done;
+    do
+        asm volatile("{\n.reg .pred p;\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+    while (!done);
+}
+
+/* The units of this warp in the order of their use. All lanes have the same but for where they copy. */
 template <typename Q> struct feed<quant<Q>> {
-    static constexpr int UNIT = unit_bytes<Q>();
+    static constexpr int DEPTH = ring<quant<Q>>::DEPTH, UNIT = unit_of<Q>::BYTES,
+                         BARRIER = unit_of<Q>::BARRIER;
+
+    struct place { /* in the ring: shared memory, and the parity of the round */
+        uint32_t at, parity;
+    };
 
     const struct step_args &a;
-    const struct extent *extents;
-    uint8_t *ring; /* this warp's */
-    int32_t at, last;
-    /* of the product at hand */
-    int32_t n_tiles, groups, from, to, row_bytes, scale_bytes, scale_step;
-    /* of the tile at hand */
-    int32_t tile, unit;
-    const uint8_t *row[2], *scales;
-    bool there[2], scales_there;
-    int32_t column, scale_column; /* bytes from the rows' begin */
+    const struct share *shares; /* [HEAD + 1] */
+    uint32_t begin, end;        /* shared memory: this warp's units */
+    struct place in, landed, out;
+    int32_t n_coming, n_kept; /* units on their way; on their way or not yet used */
+    int32_t room;             /* for units: none where nothing is left to fetch */
+    /* The unit that comes next: */
+    const uint8_t *piece, *scales;   /* this lane's, of row g and of the row whose scales it brings */
+    int32_t half, step, scales_step; /* bytes to row g + 8; from a tile's last unit on to the next tile */
+    int32_t unit_scales;             /* bytes from a unit's scales to the next */
+    int32_t at, last;                /* products */
+    int32_t coming, coming_idle;     /* units on their way, at most; while waiting */
+    int32_t dots, left, n_units;     /* rows of the block from this tile on; units of the tile's */
+    int32_t scale_row;               /* in a tile; TILE: brings none */
+    bool last_piece, last_scale;     /* whether the last unit of a row has this lane's */
 
-    __device__ feed(const struct step_args &args, const struct extent *all, void *shared, int32_t products)
-        : a(args), extents(all)
+    __device__ __forceinline__ feed(const struct step_args &args, const struct share *all, uint32_t shared)
+        : a(args), shares(all)
     {
-        ring = (uint8_t *)shared + threadIdx.x / 32 * (ring_size<quant<Q>>::BYTES / WARPS);
-        at = 0, last = products - 1;
+        const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        begin = shared + warp * DEPTH * UNIT, end = begin + DEPTH * UNIT;
+        in = landed = out = {begin, 0};
+        n_coming = n_kept = 0, room = DEPTH;
+        coming = a.coming, coming_idle = a.coming_idle;
+#ifdef PROBE
+        const int64_t probe = (a.pos + (a.steps ? __ldcg(a.steps) : 0)) / 1000000;
+        if (probe)
+            coming = probe / 16, coming_idle = probe % 16;
+#endif
+        if (lane < DEPTH)
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 32;" ::"r"(begin + lane * UNIT + BARRIER)
+                         : "memory");
+        __syncwarp();
+        at = 0, last = N_PHASES * a.n_layers;
         enter();
-        for (int i = 0; i < ring_size<quant<Q>>::DEPTH; i++)
-            fetch(i);
-    }
-    template <typename P> __device__ void enter_tile(const struct share<quant<P>> &s)
-    {
-        const int32_t lane = threadIdx.x % 32, end = s.n_dots - 1;
-        for (int i = 0; i < 2; i++) {
-            const int32_t dot = tile * TILE + lane / 4 + 8 * i;
-            there[i] = dot <= end;
-            row[i] = s.codes_of(min(dot, end));
-        }
-        const int32_t dot = tile * TILE + (P::GROUPS == 4 ? lane / 2 : lane % TILE);
-        scales_there = dot <= end && (P::GROUPS == 4 || lane < TILE);
-        scales = s.scales_of(min(dot, end));
-        unit = s.from;
-        column = unit * UNIT_ROW + lane % 4 * 16;
-        scale_column = unit * P::SCALE_STEP + (P::GROUPS == 4 ? lane % 2 * 4 : 0);
+        top_up(coming);
     }
 
-    template <typename P> __device__ bool enter_product()
+    __device__ __forceinline__ void advance(struct place &p)
     {
-        const struct share<quant<P>> s = share_of<quant<P>>(a, extents, at);
-        if (s.empty())
+        p.at += UNIT;
+        if (p.at == end)
+            p.at = begin, p.parity ^= 1;
+    }
+
+    template <typename P>
+    __device__ __forceinline__ void enter_product(int phase, const uint8_t *w, const uint8_t *w2,
+                                                  const uint8_t *s, const uint8_t *s2)
+    {
+        const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, pair = phase == GLU;
+        const int32_t cols = shares[phase].cols, first = shares[phase].first, row = lane / 4;
+        const int32_t row_bytes = P::GROUPS == 4 ? cols / 2 : cols;
+        const int32_t scale_bytes = P::ROW_SCALES ? 4 : cols / LTN_GROUP * 2;
+        const int32_t last_unit = (n_units - 1) * WARPS + warp;
+        scale_row = P::GROUPS == 4 ? lane / 2 : min(lane, (int32_t)TILE);
+        unit_scales = P::ROW_SCALES ? 0 : P::GROUPS * 2;
+        half = (8 >> pair) * row_bytes;
+        step = 2 * half - (n_units - 1) * WARPS * UNIT_ROW;
+        scales_step = (TILE >> pair) * scale_bytes - (n_units - 1) * WARPS * unit_scales;
+        piece = (pair && row & 1 ? w2 : w) + (int64_t)(first + (row >> pair)) * row_bytes + warp * UNIT_ROW +
+                lane % 4 * 16;
+        scales = (pair && scale_row & 1 ? s2 : s) + (int64_t)(first + (scale_row >> pair)) * scale_bytes +
+                 warp * unit_scales + (P::GROUPS == 4 ? lane % 2 * 4 : 0);
+        last_piece = last_unit * UNIT_ROW + lane % 4 * 16 < row_bytes;
+        last_scale = P::GROUPS < 4 || last_unit * UNIT_ROW + lane % 2 * 32 < row_bytes;
+        left = n_units;
+    }
+
+    __device__ __forceinline__ void enter()
+    {
+        for (; at < last; at++) {
+            const int phase = at % N_PHASES;
+            dots = shares[phase].n_dots, n_units = own_units<Q>(shares[phase].cols);
+            if (dots == 0 || n_units == 0)
+                continue;
+            const struct step_layer &l = a.layers[at / N_PHASES % MAX_LAYERS];
+            const void *w = phase == QKVU ? l.qkvu : phase == OUT ? l.out : phase == GLU ? l.l1 : l.l3;
+            const void *s = l.scales[phase == QKVU ? 0 : phase == OUT ? 1 : phase == GLU ? 2 : 4];
+            enter_product<Q>(phase, (const uint8_t *)w, (const uint8_t *)l.l2, (const uint8_t *)s,
+                             (const uint8_t *)l.scales[3]);
+            return;
+        }
+        dots = at == last ? shares[HEAD].n_dots : 0, n_units = own_units<q8>(shares[HEAD].cols);
+        if (dots == 0 || n_units == 0)
+            room = 0;
+        else
+            enter_product<q8>(HEAD, (const uint8_t *)a.head, NULL, (const uint8_t *)a.head_scales, NULL);
+    }
+
+    __device__ __forceinline__ void fetch()
+    {
+        const int32_t lane = threadIdx.x % 32, row = lane / 4;
+        const bool more = left > 1, there = more || last_piece;
+        copy_or_zero(in.at + lane * 16, piece, there && row < dots);
+        copy_or_zero(in.at + 512 + lane * 16, piece + half, there && row + 8 < dots);
+        if (scale_row < TILE)
+            copy4_or_zero(in.at + PIECES_BYTES + lane * 4, scales, (more || last_scale) && scale_row < dots);
+        arrive_with_copies(in.at + BARRIER);
+        advance(in);
+        n_coming++, n_kept++;
+        piece += more ? WARPS * UNIT_ROW : step;
+        scales += more ? WARPS * unit_scales : scales_step;
+        if (!more) {
+            left = n_units + 1;
+            dots -= TILE;
+            if (dots <= 0) {
+                at++;
+                enter();
+                left++;
+            }
+        }
+        left--;
+    }
+
+    /* Whether one more may be on its way. */
+    __device__ __forceinline__ bool may_come(int32_t most)
+    {
+        if (n_coming < most)
+            return true;
+        if (!has_landed(landed.at + BARRIER, landed.parity))
             return false;
-        n_tiles = s.n_tiles, groups = s.groups, from = s.from, to = s.to;
-        row_bytes = s.row_bytes, scale_bytes = s.scale_bytes, scale_step = P::SCALE_STEP;
-        tile = s.group;
-        enter_tile(s);
+        advance(landed);
+        n_coming--;
         return true;
     }
 
-    __device__ void enter()
+    __device__ __forceinline__ void top_up(int32_t most)
     {
-        for (; at <= last; at++)
-            if (at == last ? enter_product<q8>() : enter_product<Q>())
-                return;
+        while (n_kept < room && may_come(most))
+            fetch();
     }
 
-    __device__ void fetch(int slot)
+    /* Shared memory of the oldest unit, when it is there. */
+    __device__ __forceinline__ uint32_t oldest()
     {
-        if (at <= last) {
-            const int32_t lane = threadIdx.x % 32;
-            const uint32_t to_shared = (uint32_t)__cvta_generic_to_shared(ring + slot * UNIT);
-            for (int i = 0; i < 2; i++)
-                copy16_or_zero(to_shared + (i * 32 + lane) * 16, row[i] + column,
-                               there[i] && column < row_bytes);
-            if (Q::GROUPS == 4 || lane < TILE)
-                copy4_or_zero(to_shared + PIECES_BYTES + lane * 4, scales + scale_column,
-                              scales_there && scale_column < scale_bytes);
-            column += UNIT_ROW;
-            scale_column += scale_step;
-            if (++unit == to) {
-                tile += groups;
-                if (tile >= n_tiles) {
-                    at++;
-                    enter();
-                } else if (at == last) {
-                    enter_tile(share_of<quant<q8>>(a, extents, at));
-                } else {
-                    enter_tile(share_of<quant<Q>>(a, extents, at));
-                }
-            }
+        await_landing(out.at + BARRIER, out.parity);
+        if (n_coming == n_kept) {
+            advance(landed);
+            n_coming--;
         }
-        end_copy_group();
+        return out.at;
+    }
+
+    /* It has been read. */
+    __device__ __forceinline__ void used()
+    {
+        __syncwarp();
+        advance(out);
+        n_kept--;
+        if (n_kept < room && may_come(coming))
+            fetch();
+    }
+
+    /* Beside waiting. */
+    __device__ __forceinline__ void idle()
+    {
+        top_up(coming_idle);
     }
 };
 
-/* Leaves an input in shared memory and the warps' sums of squares in red; value(c) gives what to square and
- * what to stage of columns c .. c + 3. Eight neighbouring threads make a group. */
-template <typename Q, typename F>
-static __device__ __forceinline__ void stage(const struct room &m, const struct share<quant<Q>> &s, F value)
+static __device__ __forceinline__ float load_shared_f32(uint32_t shared)
 {
-    const int32_t cols = s.cols, n_groups = units_of<Q>(cols) * Q::GROUPS;
-    uint8_t *x = reinterpret_cast<uint8_t *>(m.in);
-    float *scales = reinterpret_cast<float *>(x + n_groups * Q::GROUP_BYTES);
-    float sum = 0;
-    for (int32_t first = 0; first < n_groups * LTN_GROUP; first += THREADS * 4) {
-        const int32_t c = first + threadIdx.x * 4;
-        float4 v = make_float4(0, 0, 0, 0);
-        if (c < cols) {
-            float4 square;
-            value(c, square, v);
-            sum += square.x * square.x + square.y * square.y + square.z * square.z + square.w * square.w;
-        }
-        float most = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-        for (int offset = 4; offset > 0; offset /= 2)
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(shared) : "memory");
+    return v;
+}
+static __device__ __forceinline__ float load_shared_f16(uint32_t shared)
+{
+    uint16_t v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(shared) : "memory");
+    return __half2float(__ushort_as_half(v));
+}
+
+template <typename Q> struct worker<quant<Q>> {
+    const struct room &m;
+    struct feed<quant<Q>> f;
+    int32_t lane, warp, buffer;
+    float squares; /* of this lane's columns of the input */
+
+    __device__ __forceinline__ worker(const struct step_args &a, const struct room &room, uint4 *ring)
+        : m(room), f(a, room.shares, (uint32_t)__cvta_generic_to_shared(ring))
+    {
+        lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        buffer = 0;
+    }
+
+    __device__ __forceinline__ void idle()
+    {
+        f.idle();
+    }
+
+    /* Input is taken in runs of 64 columns, two a lane: number i, and how many this warp has. */
+    template <typename P> __device__ __forceinline__ int32_t column(int32_t i) const
+    {
+        constexpr int RUNS = P::COLS / 64;
+        return (i / RUNS * WARPS + warp) * P::COLS + i % RUNS * 64 + 2 * lane;
+    }
+    template <typename P> static __device__ __forceinline__ int32_t runs(int32_t cols)
+    {
+        return own_units<P>(cols) * (P::COLS / 64);
+    }
+
+    /* Of a run, columns a and b of this lane; 16 lanes have a group. */
+    template <typename P> __device__ __forceinline__ void put(int32_t i, float a, float b)
+    {
+        constexpr int RUNS = P::COLS / 64;
+        uint8_t *in = reinterpret_cast<uint8_t *>(m.in) + (i / RUNS * WARPS + warp) * unit_of<P>::INPUT;
+        const int32_t group = i % RUNS * 2 + lane / 16, c = 2 * (lane % 16);
+        float most = fmaxf(fabsf(a), fabsf(b));
+        for (int offset = 8; offset > 0; offset /= 2)
             most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, offset));
-        const float inverse = most > 1e-30f ? Q::MOST / most : 0;
-        if (c >= n_groups * LTN_GROUP)
-            continue;
-        if (c % LTN_GROUP == 0)
-            scales[c / LTN_GROUP] = most / (Q::MOST * Q::UNIT_OF_CODES);
-        uint8_t *to = x + c / LTN_GROUP * Q::GROUP_BYTES;
-        if (Q::ROW_SCALES) {
-            const float part[4] = {v.x * inverse, v.y * inverse, v.z * inverse, v.w * inverse};
-            __half high[4], low[4];
-            for (int i = 0; i < 4; i++) {
-                high[i] = __float2half_rn(part[i]);
-                low[i] = __float2half_rn(part[i] - __half2float(high[i]));
-            }
-            *reinterpret_cast<uint2 *>(to + c % LTN_GROUP * 2) = *reinterpret_cast<uint2 *>(high);
-            *reinterpret_cast<uint2 *>(to + 64 + c % LTN_GROUP * 2) = *reinterpret_cast<uint2 *>(low);
+        const float inverse = most > 1e-30f ? __fdividef(P::MOST, most) : 0;
+        if (c == 0)
+            reinterpret_cast<float *>(in + P::GROUPS * P::GROUP_BYTES)[group] =
+                most * (1 / (P::MOST * P::UNIT_OF_CODES));
+        in += group * P::GROUP_BYTES;
+        if (P::ROW_SCALES) {
+            const __half2 high = __floats2half2_rn(a * inverse, b * inverse);
+            const float2 back = __half22float2(high);
+            *reinterpret_cast<__half2 *>(in + 2 * c) = high;
+            *reinterpret_cast<__half2 *>(in + 64 + 2 * c) =
+                __floats2half2_rn(a * inverse - back.x, b * inverse - back.y);
         } else {
             /* The low 16 bits of 1.5 * 2^23 + 128 + n are a high byte and a low one plus 128. */
-            const uint32_t n0 = __float_as_uint(fmaf(v.x, inverse, 12583040.0f)),
-                           n1 = __float_as_uint(fmaf(v.y, inverse, 12583040.0f)),
-                           n2 = __float_as_uint(fmaf(v.z, inverse, 12583040.0f)),
-                           n3 = __float_as_uint(fmaf(v.w, inverse, 12583040.0f));
-            const uint32_t n01 = __byte_perm(n0, n1, 0x5140), n23 = __byte_perm(n2, n3, 0x5140);
-            *reinterpret_cast<uint32_t *>(to + c % LTN_GROUP) = __byte_perm(n01, n23, 0x7632);
-            *reinterpret_cast<uint32_t *>(to + 32 + c % LTN_GROUP) =
-                __byte_perm(n01, n23, 0x5410) ^ 0x80808080u;
+            const uint32_t n0 = __float_as_uint(fmaf(a, inverse, 12583040.0f)),
+                           n1 = __float_as_uint(fmaf(b, inverse, 12583040.0f));
+            const int32_t to =
+                P::GROUPS == 4 ? c / 4 % 4 * 8 + c / 16 * 4 + c % 4 : c; /* as q4's dot() has it */
+            *reinterpret_cast<uint16_t *>(in + to) = (uint16_t)__byte_perm(n0, n1, 0x0051);
+            *reinterpret_cast<uint16_t *>(in + 32 + to) = (uint16_t)(__byte_perm(n0, n1, 0x0040) ^ 0x8080);
         }
     }
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0)
-        m.red[threadIdx.x / 32] = sum;
-    __syncthreads();
-}
 
-/* Where the parts' sums of a product lie: behind the largest input, as the next may be staged beside them. */
-template <typename Q> static __device__ float *sums_of(const struct room &m, const struct share<quant<Q>> &s)
-{
-    return m.sums - s.parts * s.n_dots;
-}
+    template <typename P>
+    __device__ __forceinline__ void gather_as(const uint64_t *words, int32_t cols, uint32_t tag)
+    {
+        constexpr int N = 4;
+        const int32_t n = runs<P>(cols);
+        squares = 0;
+        for (int32_t from = 0; from < n; from += N) {
+            ulonglong2 v[N];
+            await_all(
+                v, [&](int i) { return words + column<P>(from + i); },
+                [&](int i) { return from + i < n && column<P>(from + i) < cols; }, tag, *this);
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                if (from + i < n) {
+                    const float a = value_of(v[i].x), b = value_of(v[i].y);
+                    squares = fmaf(b, b, fmaf(a, a, squares));
+                    put<P>(from + i, a, b);
+                }
+        }
+        __syncwarp();
+    }
+    __device__ __forceinline__ void gather(const uint64_t *words, int32_t cols, uint32_t tag)
+    {
+        gather_as<Q>(words, cols, tag);
+    }
 
-/* The block's dots with the staged input, into the sums; ends with a barrier of the block. P: the product's
- * format; the ring's is Q. */
-template <typename P, typename Q>
-static __device__ __forceinline__ void multiply_units(const struct room &m, const struct share<quant<P>> &s,
-                                                      struct feed<quant<Q>> &f, int &slot)
-{
-    constexpr int DEPTH = ring_size<quant<Q>>::DEPTH;
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const uint8_t *x = reinterpret_cast<const uint8_t *>(m.in);
-    const float *x_scales =
-        reinterpret_cast<const float *>(x + units_of<P>(s.cols) * P::GROUPS * P::GROUP_BYTES);
-    float *sums = sums_of(m, s);
+    __device__ __forceinline__ void gather_act(const uint64_t *words, int32_t cols, uint32_t tag)
+    {
+        constexpr int N = 12;
+        const int32_t n = runs<Q>(cols);
+        for (int32_t from = 0; from < n; from += N) {
+            uint64_t v[N];
+            await_all(
+                v, [&](int i) { return words + column<Q>(from + i) / 2; },
+                [&](int i) { return from + i < n && column<Q>(from + i) < cols; }, tag, *this);
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                if (from + i < n) {
+                    const float2 f = values_of(v[i]);
+                    put<Q>(from + i, f.x, f.y);
+                }
+        }
+        __syncwarp();
+    }
 
-    /* The group of this thread's pieces as B has to have it, and of its sums. */
-    const int own = P::GROUPS == 4 ? t : t / 2, group = P::GROUPS == 4 ? t : t % 2;
-    const bool is_own = g / 2 == own;
-    x += own * P::GROUP_BYTES + g % 2 * (P::GROUP_BYTES / 2) +
-         (P::GROUPS == 4 ? 0 : t % 2 * (P::GROUP_BYTES / 4));
-    const int scale_at = PIECES_BYTES + (P::ROW_SCALES ? g * 4 : (g * P::GROUPS + group) * 2);
-    struct unit_input in = {};
-    for (int32_t tile = s.group; tile < s.n_tiles; tile += s.groups) {
+    __device__ __forceinline__ void gather_gated(const uint64_t *words, int32_t cols, uint32_t tag)
+    {
+        constexpr int N = 4;
+        const int32_t n = runs<Q>(cols);
+        squares = 0;
+        for (int32_t from = 0; from < n; from += N) {
+            ulonglong2 v[N];
+            await_all(
+                v, [&](int i) { return words + column<Q>(from + i); },
+                [&](int i) { return from + i < n && column<Q>(from + i) < cols; }, tag, *this);
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                if (from + i < n) {
+                    const float2 a = values_of(v[i].x), b = values_of(v[i].y);
+                    squares = fmaf(b.x, b.x, fmaf(a.x, a.x, squares));
+                    put<Q>(from + i, a.x * a.y, b.x * b.y);
+                }
+        }
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void gather_row(const struct embedding<quant<Q>> &row, int32_t cols)
+    {
+        const int32_t n = runs<Q>(cols);
+        squares = 0;
+        for (int32_t i = 0; i < n; i++) {
+            const int32_t c = column<Q>(i);
+            const float a = c < cols ? row(c) : 0, b = c < cols ? row(c + 1) : 0;
+            squares = fmaf(b, b, fmaf(a, a, squares));
+            put<Q>(i, a, b);
+        }
+        __syncwarp();
+    }
+
+    /* This warp's sums of a tile's rows: of row g in lanes with t = 0 and 2, of row g + 8 in the others. */
+    template <typename P> __device__ __forceinline__ float tile_sums(int32_t n_units)
+    {
+        const int32_t g = lane / 4, t = lane % 4;
+        /* The group of this thread's pieces, where B is not zero, and the group of its sums. */
+        const int32_t own = P::GROUPS == 4 ? t : t / 2, group = P::GROUPS == 4 ? t : t % 2;
+        const bool is_own = g / 2 == own;
+        const uint8_t *in = reinterpret_cast<const uint8_t *>(m.in) + warp * unit_of<P>::INPUT;
+        const uint8_t *x = in + own * P::GROUP_BYTES + g % 2 * (P::GROUP_BYTES / 2) +
+                           (P::GROUPS == 4 ? 0 : t % 2 * (P::GROUP_BYTES / 4));
+        const float *x_scale = reinterpret_cast<const float *>(in + P::GROUPS * P::GROUP_BYTES) + group;
+        const int32_t scale_at = PIECES_BYTES + (P::ROW_SCALES ? g * 4 : (g * P::GROUPS + group) * 2);
         float acc[2] = {0, 0}, row_scale[2] = {1, 1};
-        for (int32_t unit = s.from; unit < s.to; unit++) {
-            const uint8_t *from = f.ring + slot * feed<quant<Q>>::UNIT;
-            wait_copy_groups<DEPTH - 1>();
-            __syncwarp(); /* scales come by other threads of the warp */
-            const uint4 a = reinterpret_cast<const uint4 *>(from)[lane],
-                        b = reinterpret_cast<const uint4 *>(from)[32 + lane];
-            float scale[2];
-            for (int i = 0; i < 2; i++) {
-                const uint8_t *one = from + scale_at + i * 8 * (P::ROW_SCALES ? 4 : P::GROUPS * 2);
-                if (P::ROW_SCALES)
-                    row_scale[i] = *reinterpret_cast<const float *>(one);
-                else
-                    scale[i] = __half2float(*reinterpret_cast<const __half *>(one));
-            }
-            const uint8_t *own_x = x + unit * (P::GROUPS * P::GROUP_BYTES);
+        struct unit_input b = {};
+        for (int32_t unit = 0; unit < n_units; unit++) {
             if (is_own) { /* elsewhere it stays zero */
-                in.first = reinterpret_cast<const uint4 *>(own_x)[0];
+                b.first = reinterpret_cast<const uint4 *>(x)[0];
                 if (P::GROUPS == 4 || P::ROW_SCALES)
-                    in.second = reinterpret_cast<const uint4 *>(own_x)[1];
+                    b.second = reinterpret_cast<const uint4 *>(x)[1];
             }
-            const float x_scale = x_scales[unit * P::GROUPS + group];
-            __syncwarp();
-            f.fetch(slot);
-            slot = slot == DEPTH - 1 ? 0 : slot + 1;
-            float sum[2];
-            P::dot(sum, a, b, in);
+            const float scale = *x_scale;
+            const uint32_t from = f.oldest();
+            const uint4 a0 = load_shared(from + lane * 16), a1 = load_shared(from + 512 + lane * 16);
+            float scales[2] = {1, 1};
             for (int i = 0; i < 2; i++)
-                acc[i] = fmaf(sum[i], P::ROW_SCALES ? x_scale : scale[i] * x_scale, acc[i]);
+                if (P::ROW_SCALES)
+                    row_scale[i] = load_shared_f32(from + scale_at + i * 32);
+                else
+                    scales[i] = load_shared_f16(from + scale_at + i * 16 * P::GROUPS);
+            float sum[2];
+            P::dot(sum, a0, a1, b);
+            f.used();
+            acc[0] = fmaf(sum[0], scales[0] * scale, acc[0]);
+            acc[1] = fmaf(sum[1], scales[1] * scale, acc[1]);
+            x += WARPS * unit_of<P>::INPUT;
+            x_scale += WARPS * unit_of<P>::INPUT / (int)sizeof(float);
         }
-        for (int i = 0; i < 2; i++) {
-            acc[i] += __shfl_xor_sync(0xffffffffu, acc[i], 1);
-            acc[i] += __shfl_xor_sync(0xffffffffu, acc[i], 2);
-            const int32_t dot = tile * TILE + g + 8 * i;
-            if (t == 0 && dot < s.n_dots)
-                sums[s.part * s.n_dots + dot] = acc[i] * row_scale[i];
+        acc[0] *= row_scale[0], acc[1] *= row_scale[1];
+        const bool odd = t & 1;
+        const float sum = (odd ? acc[1] : acc[0]) + __shfl_xor_sync(0xffffffffu, odd ? acc[0] : acc[1], 1);
+        return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
+    }
+
+    template <typename P, typename F>
+    __device__ __forceinline__ void product_as(const struct share &s, F publish)
+    {
+        const int32_t n_units = own_units<P>(s.cols);
+        const float square = warp_sum(squares);
+        for (int32_t from = 0; from < s.n_dots; from += PASS) {
+            float *parts = m.parts + buffer * GROUPS * WARPS * GROUP, *red = m.red + buffer * WARPS;
+            const int32_t n = min(s.n_dots - from, (int32_t)PASS);
+            for (int32_t tile = 0; tile * TILE < n; tile++) {
+                const float sum = tile_sums<P>(n_units);
+                if (lane % 4 < 2)
+                    parts[(tile / 2 * WARPS + warp) * GROUP + tile % 2 * TILE + lane % 4 * 8 + lane / 4] =
+                        sum;
+            }
+            if (lane == 0)
+                red[warp] = square;
+            meet();
+            if (warp * GROUP < n) {
+                const float sum = tree16(parts + warp * WARPS * GROUP + lane, GROUP);
+                publish(from + warp * GROUP + lane, sum, rsqrtf(tree16(red, 1) / s.cols + 1e-6f));
+            }
+            buffer ^= 1;
         }
     }
-    __syncthreads();
-}
+    template <typename F> __device__ __forceinline__ void product(const struct share &s, F publish)
+    {
+        product_as<Q>(s, publish);
+    }
 
-template <typename Q>
-static __device__ __forceinline__ void multiply(const struct room &m, const struct share<quant<Q>> &s,
-                                                struct feed<quant<Q>> &f, int &slot)
-{
-    multiply_units(m, s, f, slot);
-}
-template <typename Q>
-static __device__ __forceinline__ typename std::enable_if<!std::is_same<Q, q8>::value>::type
-multiply(const struct room &m, const struct share<quant<q8>> &s, struct feed<quant<Q>> &f, int &slot)
-{
-    multiply_units(m, s, f, slot);
-}
-
-template <typename Q>
-static __device__ float result(const struct room &m, const struct share<quant<Q>> &s, int32_t dot)
-{
-    const float *sums = sums_of(m, s);
-    float value = 0;
-    for (int i = 0; i < s.parts; i++)
-        value += sums[i * s.n_dots + dot];
-    return value;
-}
+    /* The head's. */
+    __device__ __forceinline__ void gather_last(const uint64_t *words, int32_t cols, uint32_t tag)
+    {
+        gather_as<q8>(words, cols, tag);
+    }
+    template <typename F> __device__ __forceinline__ void product_last(const struct share &s, F publish)
+    {
+        product_as<q8>(s, publish);
+    }
+};
 
 #endif
