@@ -137,7 +137,7 @@ static enum ltn_status whole_step(const struct pass *p, const struct ltn_model *
     const struct ltn_network net = {c->vocab_size,     c->embed_dim, c->hidden_dim, c->glu_dim,   c->gate_dim,
                                     c->n_layers,       c->act,       scale,         model->embed, model->head,
                                     model->final_norm, model->layers};
-    return p->ops->step(p->be, &net, p->seqs, p->ids, ws->logits, ws->x, ws->qkv, ws->o, ws->gate, p->err);
+    return p->ops->step(p->be, &net, p->seqs, p->ids, ws->logits, p->err);
 }
 
 enum ltn_status ltn_forward_ids(const struct ltn_model *model, struct ltn_workspace *ws, const int32_t *ids,

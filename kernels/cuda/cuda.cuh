@@ -25,7 +25,7 @@ extern "C" {
 struct gemm_library; /* cuBLASLt, opened when it is first needed: gemm.cu */
 
 enum {
-    STAGES = 4,                 /* pinned buffers on the way to and from the device */
+    STAGES = 6,                 /* pinned buffers on the way to and from the device */
     STAGE_BYTES = 4 << 20,      /* of each */
     WORKSPACE_BYTES = 32 << 20, /* for cuBLASLt; fixed, as the algorithm it picks depends on it */
     CONVERTED_BYTES = 64 << 20, /* activations on their way to f16, see gemm.cu */
@@ -57,9 +57,9 @@ struct cuda_backend {
     size_t fp8_bytes;
     void *widened; /* device, [widened_bytes]: linear_quant.cu's matrices in bf16; NULL until they are used */
     size_t widened_bytes;
-    uint8_t *partials;      /* device: batch.cu's partial sums and counters */
-    uint32_t *step_barrier; /* device: step.cu's; NULL: the device cannot hold all blocks at once */
-    const int64_t *steps;   /* while recording: what is added to positions; else NULL */
+    uint8_t *partials;    /* device: batch.cu's partial sums and counters */
+    void *step_words;     /* device: step.cu's; NULL: the device cannot hold all blocks at once */
+    const int64_t *steps; /* while recording: what is added to positions; else NULL */
 };
 
 static inline struct cuda_backend *cuda_of(struct ltn_backend *be)
@@ -412,13 +412,18 @@ enum ltn_status cuda_norm_logits(struct ltn_backend *be, float *out, const float
 /* step.cu */
 enum ltn_status step_open(struct cuda_backend *be, struct ltn_error *err);
 enum ltn_status cuda_step(struct ltn_backend *be, const struct ltn_network *net, const struct ltn_seq *seq,
-                          const int32_t *id, float *logits, float *x, void *qkv, void *o, void *h,
-                          struct ltn_error *err);
+                          const int32_t *id, float *logits, struct ltn_error *err);
+
+/* transfer.cu */
+enum ltn_status cuda_upload(struct ltn_backend *be, void *dst, const void *host, size_t bytes,
+                            struct ltn_error *err);
+enum ltn_status cuda_download(struct ltn_backend *be, void *host, const void *src, size_t bytes,
+                              struct ltn_error *err);
 
 /* sample.cu */
 enum ltn_status cuda_sample(struct ltn_backend *be, int32_t *ids, const float *logits, int32_t rows,
                             int32_t cols, const struct ltn_choice *choice, struct ltn_draws *draws,
-                            float *adjusted, int64_t *steps, int32_t *log, int32_t log_rows,
+                            float *scratch, int64_t *steps, int32_t *log, int32_t log_rows,
                             struct ltn_error *err);
 
 /* record.cu */

@@ -19,6 +19,7 @@
 #define LTN_CUDA_STEP_QUANT_CUH
 
 #include "kernels/cuda/quant.cuh"
+#include "kernels/cuda/step.cuh"
 
 enum {
     TILE = 16,           /* rows of a unit */
