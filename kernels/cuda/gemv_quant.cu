@@ -107,7 +107,7 @@ static __device__ __forceinline__ void put_input(uint8_t *x, int32_t c, int32_t 
     float most = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
     for (int offset = 4; offset > 0; offset /= 2)
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, offset));
-    const float inverse = most > 0 ? MOST_CODE / most : 0;
+    const float inverse = most > 1e-30f ? MOST_CODE / most : 0;
     const int code[4] = {__float2int_rn(v.x * inverse), __float2int_rn(v.y * inverse),
                          __float2int_rn(v.z * inverse), __float2int_rn(v.w * inverse)};
     int sum = code[0] + code[1] + code[2] + code[3];

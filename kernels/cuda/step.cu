@@ -299,7 +299,7 @@ static bool suits(const struct cuda_backend *be, const struct ltn_network *net)
     const enum ltn_dtype dtype = net->layers[0].qkv.w.dtype;
     const bool quantised = ltn_is_quantised(dtype);
     const enum ltn_dtype outer = quantised ? LTN_Q8 : dtype;
-    const int32_t n = quantised ? UNIT_ROW : 16 / (int32_t)ltn_dtype_size(dtype);
+    const int32_t n = dtype == LTN_Q4 ? q4::COLS : quantised ? q8::COLS : 16 / (int32_t)ltn_dtype_size(dtype);
     const struct ltn_attention *first = &net->layers[0].attention;
     if (!be->step_words || net->gate_dim || net->n_layers > MAX_LAYERS || net->final_norm.weight ||
         net->act == LTN_ACT_EXP || first->head_dim % COLS || net->embed_dim % n || net->hidden_dim % n ||

@@ -1,13 +1,13 @@
 /* step.cu's products with quantised weights (kernels/quant.h): another ring and another arithmetic. Tensor
  * cores multiply, because ordinary instructions would bind before memory does at 4 bits.
  *
- * A unit is what a warp fetches and multiplies at once: 16 rows of weights by 64 bytes of each (64 columns,
- * of q4 128) and their scales. Warp w has the units w, w + WARPS, ... of all rows. A thread (g, t) = (lane /
- * 4, lane % 4) fetches for itself the pieces of 16 bytes number t of rows g and g + 8, which are what mma
- * wants of it as A, given that columns may be taken in any order. B has eight columns, of which a vector
- * needs one: so column 2 k takes the high part and column 2 k + 1 the low part of the input of the unit's
- * group k of 32 columns, and both are zero elsewhere. A group's sum, which has a scale of its own, comes out
- * by itself:
+ * A unit is what a warp fetches and multiplies at once: a tile of 32 rows of weights by 64 bytes of each (64
+ * columns, of q4 128) and their scales. Warp w has the units w, w + WARPS, ... of all rows. A thread (g, t) =
+ * (lane / 4, lane % 4) fetches for itself the pieces of 16 bytes number t of rows g, g + 8, g + 16 and g +
+ * 24, which are what mma wants of it as A, given that columns may be taken in any order. B has eight columns,
+ * of which a vector needs one: so column 2 k takes the high part and column 2 k + 1 the low part of the input
+ * of the unit's group k of 32 columns, and both are zero elsewhere. A group's sum, which has a scale of its
+ * own, comes out by itself.
  *
  * Of q8 and q4 the input is an integer of 16 bits, with a scale for each group, in two bytes, and sums are
  * exact. Of fp8 the weights become f16, exactly, and the input over its group's largest number is the sum of
@@ -22,9 +22,10 @@
 #include "kernels/cuda/step.cuh"
 
 enum {
-    TILE = 16,           /* rows of a unit */
-    UNIT_ROW = 64,       /* bytes of a row in a unit */
-    PIECES_BYTES = 1024, /* of a unit; then its scales */
+    PIECES = 4,                     /* of a thread in a unit */
+    TILE = 8 * PIECES,              /* rows of a unit */
+    UNIT_ROW = 64,                  /* bytes of a row in a unit */
+    PIECES_BYTES = TILE * UNIT_ROW, /* of a unit; then its scales */
 };
 
 static __device__ __forceinline__ void mma_s8(int c[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
@@ -147,22 +148,25 @@ template <typename Q> struct unit_of {
                          INPUT = Q::GROUPS * Q::GROUP_BYTES + 16;
 };
 template <typename Q> struct ring<quant<Q>> {
-    static constexpr int DEPTH = 9, BYTES = DEPTH * WARPS * unit_of<Q>::BYTES;
+    static constexpr int DEPTH = Q::ROW_SCALES ? 4 : 5, BYTES = DEPTH * WARPS * unit_of<Q>::BYTES;
 };
 
 /* Units of a row, and how many of them this warp has. */
 template <typename Q> static __host__ __device__ __forceinline__ int32_t all_units(int32_t cols)
 {
-    return (cols + Q::COLS - 1) / Q::COLS;
+    return cols / Q::COLS;
 }
 template <typename Q> static __device__ __forceinline__ int32_t own_units(int32_t cols)
 {
     return (all_units<Q>(cols) + WARPS - 1 - (int32_t)threadIdx.x / 32) / WARPS;
 }
 
-static __device__ __forceinline__ void copy4_or_zero(uint32_t shared, const void *global, bool copy)
+/* BYTES into shared memory, or zeros. */
+template <int BYTES>
+static __device__ __forceinline__ void copy_few_or_zero(uint32_t shared, const void *global, bool copy)
 {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(copy ? 4 : 0)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared), "l"(global),
+                 "r"(copy ? BYTES : 0), "n"(BYTES)
                  : "memory");
 }
 
@@ -219,8 +223,6 @@ template <typename Q> struct feed<quant<Q>> {
     int32_t at, last;                /* products */
     int32_t coming, coming_idle;     /* units on their way, at most; while waiting */
     int32_t dots, left, n_units;     /* rows of the block from this tile on; units of the tile's */
-    int32_t scale_row;               /* in a tile; TILE: brings none */
-    bool last_piece, last_scale;     /* whether the last unit of a row has this lane's */
 
     __device__ __forceinline__ feed(const struct step_args &args, const struct share *all, uint32_t shared)
         : a(args), shares(all)
@@ -259,18 +261,14 @@ template <typename Q> struct feed<quant<Q>> {
         const int32_t cols = shares[phase].cols, first = shares[phase].first, row = lane / 4;
         const int32_t row_bytes = P::GROUPS == 4 ? cols / 2 : cols;
         const int32_t scale_bytes = P::ROW_SCALES ? 4 : cols / LTN_GROUP * 2;
-        const int32_t last_unit = (n_units - 1) * WARPS + warp;
-        scale_row = P::GROUPS == 4 ? lane / 2 : min(lane, (int32_t)TILE);
         unit_scales = P::ROW_SCALES ? 0 : P::GROUPS * 2;
         half = (8 >> pair) * row_bytes;
-        step = 2 * half - (n_units - 1) * WARPS * UNIT_ROW;
+        step = PIECES * half - (n_units - 1) * WARPS * UNIT_ROW;
         scales_step = (TILE >> pair) * scale_bytes - (n_units - 1) * WARPS * unit_scales;
         piece = (pair && row & 1 ? w2 : w) + (int64_t)(first + (row >> pair)) * row_bytes + warp * UNIT_ROW +
                 lane % 4 * 16;
-        scales = (pair && scale_row & 1 ? s2 : s) + (int64_t)(first + (scale_row >> pair)) * scale_bytes +
-                 warp * unit_scales + (P::GROUPS == 4 ? lane % 2 * 4 : 0);
-        last_piece = last_unit * UNIT_ROW + lane % 4 * 16 < row_bytes;
-        last_scale = P::GROUPS < 4 || last_unit * UNIT_ROW + lane % 2 * 32 < row_bytes;
+        scales = (pair && lane & 1 ? s2 : s) + (int64_t)(first + (lane >> pair)) * scale_bytes +
+                 warp * unit_scales;
         left = n_units;
     }
 
@@ -298,11 +296,14 @@ template <typename Q> struct feed<quant<Q>> {
     __device__ __forceinline__ void fetch()
     {
         const int32_t lane = threadIdx.x % 32, row = lane / 4;
-        const bool more = left > 1, there = more || last_piece;
-        copy_or_zero(in.at + lane * 16, piece, there && row < dots);
-        copy_or_zero(in.at + 512 + lane * 16, piece + half, there && row + 8 < dots);
-        if (scale_row < TILE)
-            copy4_or_zero(in.at + PIECES_BYTES + lane * 4, scales, (more || last_scale) && scale_row < dots);
+        const bool more = left > 1;
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+            copy_or_zero(in.at + i * 512 + lane * 16, piece + i * half, row + 8 * i < dots);
+        if (Q::GROUPS == 4 && unit_scales == 8)
+            copy_few_or_zero<8>(in.at + PIECES_BYTES + lane * 8, scales, lane < dots);
+        else
+            copy_few_or_zero<4>(in.at + PIECES_BYTES + lane * 4, scales, lane < dots);
         arrive_with_copies(in.at + BARRIER);
         advance(in);
         n_coming++, n_kept++;
@@ -518,7 +519,7 @@ template <typename Q> struct worker<quant<Q>> {
         __syncwarp();
     }
 
-    /* This warp's sums of a tile's rows: of row g in lanes with t = 0 and 2, of row g + 8 in the others. */
+    /* This warp's sums of a tile's rows: of row g + 8 t. */
     template <typename P> __device__ __forceinline__ float tile_sums(int32_t n_units)
     {
         const int32_t g = lane / 4, t = lane % 4;
@@ -529,8 +530,9 @@ template <typename Q> struct worker<quant<Q>> {
         const uint8_t *x = in + own * P::GROUP_BYTES + g % 2 * (P::GROUP_BYTES / 2) +
                            (P::GROUPS == 4 ? 0 : t % 2 * (P::GROUP_BYTES / 4));
         const float *x_scale = reinterpret_cast<const float *>(in + P::GROUPS * P::GROUP_BYTES) + group;
-        const int32_t scale_at = PIECES_BYTES + (P::ROW_SCALES ? g * 4 : (g * P::GROUPS + group) * 2);
-        float acc[2] = {0, 0}, row_scale[2] = {1, 1};
+        constexpr int ROW_SCALE = P::ROW_SCALES ? 4 : 2 * P::GROUPS; /* bytes */
+        const int32_t scale_at = PIECES_BYTES + g * ROW_SCALE + (P::ROW_SCALES ? 0 : group * 2);
+        float acc[PIECES] = {}, row_scale[PIECES] = {};
         struct unit_input b = {};
         for (int32_t unit = 0; unit < n_units; unit++) {
             if (is_own) { /* elsewhere it stays zero */
@@ -540,25 +542,35 @@ template <typename Q> struct worker<quant<Q>> {
             }
             const float scale = *x_scale;
             const uint32_t from = f.oldest();
-            const uint4 a0 = load_shared(from + lane * 16), a1 = load_shared(from + 512 + lane * 16);
-            float scales[2] = {1, 1};
-            for (int i = 0; i < 2; i++)
+            uint4 w[PIECES];
+            float scales[PIECES], sum[PIECES];
+#pragma unroll
+            for (int i = 0; i < PIECES; i++) {
+                w[i] = load_shared(from + i * 512 + lane * 16);
                 if (P::ROW_SCALES)
-                    row_scale[i] = load_shared_f32(from + scale_at + i * 32);
+                    row_scale[i] = load_shared_f32(from + scale_at + i * 8 * ROW_SCALE);
                 else
-                    scales[i] = load_shared_f16(from + scale_at + i * 16 * P::GROUPS);
-            float sum[2];
-            P::dot(sum, a0, a1, b);
+                    scales[i] = load_shared_f16(from + scale_at + i * 8 * ROW_SCALE);
+            }
+#pragma unroll
+            for (int i = 0; i < PIECES; i += 2)
+                P::dot(sum + i, w[i], w[i + 1], b);
             f.used();
-            acc[0] = fmaf(sum[0], scales[0] * scale, acc[0]);
-            acc[1] = fmaf(sum[1], scales[1] * scale, acc[1]);
+#pragma unroll
+            for (int i = 0; i < PIECES; i++)
+                acc[i] = fmaf(sum[i], P::ROW_SCALES ? scale : scales[i] * scale, acc[i]);
             x += WARPS * unit_of<P>::INPUT;
             x_scale += WARPS * unit_of<P>::INPUT / (int)sizeof(float);
         }
-        acc[0] *= row_scale[0], acc[1] *= row_scale[1];
-        const bool odd = t & 1;
-        const float sum = (odd ? acc[1] : acc[0]) + __shfl_xor_sync(0xffffffffu, odd ? acc[0] : acc[1], 1);
-        return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (P::ROW_SCALES)
+            for (int i = 0; i < PIECES; i++)
+                acc[i] *= row_scale[i];
+        const bool b1 = t & 1, b2 = t & 2;
+        float two[2];
+        for (int i = 0; i < 2; i++)
+            two[i] = (b1 ? acc[2 * i + 1] : acc[2 * i]) +
+                     __shfl_xor_sync(0xffffffffu, b1 ? acc[2 * i] : acc[2 * i + 1], 1);
+        return (b2 ? two[1] : two[0]) + __shfl_xor_sync(0xffffffffu, b2 ? two[0] : two[1], 2);
     }
 
     template <typename P, typename F>
@@ -569,12 +581,9 @@ template <typename Q> struct worker<quant<Q>> {
         for (int32_t from = 0; from < s.n_dots; from += PASS) {
             float *parts = m.parts + buffer * GROUPS * WARPS * GROUP, *red = m.red + buffer * WARPS;
             const int32_t n = min(s.n_dots - from, (int32_t)PASS);
-            for (int32_t tile = 0; tile * TILE < n; tile++) {
-                const float sum = tile_sums<P>(n_units);
-                if (lane % 4 < 2)
-                    parts[(tile / 2 * WARPS + warp) * GROUP + tile % 2 * TILE + lane % 4 * 8 + lane / 4] =
-                        sum;
-            }
+            static_assert(TILE == GROUP, "a tile's sums go together");
+            for (int32_t tile = 0; tile * TILE < n; tile++)
+                parts[(tile * WARPS + warp) * GROUP + lane % 4 * 8 + lane / 4] = tile_sums<P>(n_units);
             if (lane == 0)
                 red[warp] = square;
             meet();

@@ -98,7 +98,7 @@ static void rig_open(struct rig *r, enum ltn_dtype dtype, bool cuda)
         CHECK(ltn_cpu_open(&r->be, 2, &err));
     if (ltn_is_quantised(dtype)) {
         struct ltn_config config = shape;
-        config.glu_dim = 320; /* whole and half units of the step's kernel */
+        config.glu_dim = 384; /* in whole units of the step's kernel */
         CHECK(ltn_config_check(&config, &err));
         random_model(&r->model, &config, dtype, r->be);
     } else {
@@ -278,7 +278,7 @@ static void test_wide(void **state)
                                 .n_layers = 2,
                                 .n_heads = 8,
                                 .glu_dim = dtype == LTN_F32          ? 2056
-                                           : ltn_is_quantised(dtype) ? 6208
+                                           : ltn_is_quantised(dtype) ? 6272
                                                                      : 6152,
                                 .act = LTN_ACT_SILU,
                                 .tied = true,
