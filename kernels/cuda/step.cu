@@ -366,7 +366,7 @@ enum ltn_status cuda_step(struct ltn_backend *base, const struct ltn_network *ne
     a.embed_scale = net->embed_scale;
     a.embed = net->embed.data, a.head = net->head.data;
     a.embed_scales = net->embed.scales, a.head_scales = net->head.scales;
-    a.coming = 9, a.coming_idle = 9;
+    a.coming = 2, a.coming_idle = 1;
     a.id = id;
     a.steps = be->steps;
     a.pos = seq->pos;

@@ -232,11 +232,6 @@ template <typename Q> struct feed<quant<Q>> {
         in = landed = out = {begin, 0};
         n_coming = n_kept = 0, room = DEPTH;
         coming = a.coming, coming_idle = a.coming_idle;
-#ifdef PROBE
-        const int64_t probe = (a.pos + (a.steps ? __ldcg(a.steps) : 0)) / 1000000;
-        if (probe)
-            coming = probe / 16, coming_idle = probe % 16;
-#endif
         if (lane < DEPTH)
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 32;" ::"r"(begin + lane * UNIT + BARRIER)
                          : "memory");
