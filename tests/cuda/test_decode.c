@@ -229,6 +229,7 @@ static void test_fused_against_composed(void **state)
     ways[2].norm_linear = NULL;
     ways[2].norm_glu = NULL;
     ways[2].gated_linear_add = NULL;
+    ways[2].lightning_linear_add = NULL;
     ways[2].norm_logits = NULL;
     double most[WAYS - 1] = {0, 0};
     for (int t = 0; t < 40; t++) {
