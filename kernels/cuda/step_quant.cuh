@@ -190,15 +190,20 @@ static __device__ __forceinline__ bool has_landed(uint32_t barrier, uint32_t par
 
 static __device__ __forceinline__ void await_landing(uint32_t barrier, uint32_t parity)
 {
+#if __CUDA_ARCH__ >= 900
+#define WAIT "mbarrier.try_wait" /* which may rest meanwhile */
+#else
+#define WAIT "mbarrier.test_wait"
+#endif
     uint32_t done;
     do
-        asm volatile("{\n.reg .pred p;\n"
-                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        asm volatile("{\n.reg .pred p;\n" WAIT ".parity.shared::cta.b64 p, [%1], %2;\n"
                      "selp.u32 %0, 1, 0, p;\n}"
                      : "=r"(done)
                      : "r"(barrier), "r"(parity)
                      : "memory");
     while (!done);
+#undef WAIT
 }
 
 /* The units of this warp in the order of their use. All lanes have the same but for where they copy. */
