@@ -12,7 +12,7 @@ enum {
     STREAMER = 32, /* threads of the warp that streams weights */
     TILES = 10,
     TILE_ROWS = 8,
-    ROW_BYTES = 2048, /* of a row in a stage */
+    ROW_BYTES = 2048, /* of a row in a tile */
     TILE_BYTES = TILE_ROWS * ROW_BYTES,
     LANES = 8,  /* that share a row */
     GROUP = 32, /* rows whose sums a warp holds at once: eight a lane */
@@ -33,16 +33,18 @@ enum { TAG_QKVU = 1, TAG_MIX, TAG_OUT, TAG_GLU, TAG_L3, N_TAGS = TAG_L3 };
 
 struct step_layer {
     const void *qkvu, *out, *l1, *l2, *l3;
+    const void *scales[5]; /* theirs, of quantised weights */
     const float *slopes, *theta;
     int64_t state_offset;
 };
 
-/* Between blocks; be->step_words. Activations are f32, or with 16-bit weights two bf16 in a word. */
+/* Between blocks; be->step_words. Activations are f32, or two bf16 in a word (`paired`); so is x (`rounded`).
+ */
 struct words {
     uint32_t epoch; /* the last tag that was used */
     uint32_t left;  /* blocks that have left a launch after which tags begin again; else 0 */
     uint32_t unused[30];
-    uint64_t x[MAX_DIM];         /* activations */
+    uint64_t x[MAX_DIM];         /* the residual stream where it enters products */
     uint64_t qkvu[4 * MAX_DIM];  /* f32 */
     uint64_t gated[2 * MAX_DIM]; /* o and u, side by side */
     uint64_t h[MAX_GLU];         /* activations */
@@ -52,7 +54,7 @@ struct step_args {
     int32_t V, D, H, G, n_heads, head_dim, n_layers;
     enum ltn_act act;
     float embed_scale;
-    const void *embed, *head;
+    const void *embed, *head, *embed_scales, *head_scales;
     const int32_t *id;
     const int64_t *steps; /* NULL, or added to pos */
     int64_t pos;
@@ -60,17 +62,10 @@ struct step_args {
     float *logits;
     struct words *words;
     int32_t max_input; /* floats */
-    int32_t most_loading,
-        most_waiting; /* stages on their way at once, and while blocks wait for each other */
+    /* Tiles, or of quantised weights units of a warp, on their way at most; and while blocks wait. */
+    int32_t coming, coming_idle;
     struct step_layer layers[MAX_LAYERS];
 };
-
-/* A block's rows of one kind of product; of GLU the rows of two matrices alternate. */
-struct share {
-    int32_t first, n_dots, cols;
-};
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 /* All threads of the block that take part in products. */
 static __device__ __forceinline__ void meet()
@@ -122,59 +117,11 @@ static __device__ __forceinline__ uint32_t two_bf16(float a, float b)
     return *reinterpret_cast<const uint32_t *>(&v);
 }
 
-static __device__ __forceinline__ uint64_t await(const uint64_t *p, uint64_t word, uint32_t tag)
+/* Columns c and c + 1, c even. */
+template <bool PAIRED>
+static __device__ __forceinline__ void tell_two(uint64_t *words, int32_t c, float a, float b, uint32_t tag)
 {
-    while (stale(word, tag))
-        word = look(p);
-    return word;
-}
-
-/* N words or pairs of words at from + i stride, for i < n, all under way together. */
-template <int N>
-static __device__ __forceinline__ void await_all(uint64_t (&v)[N], const uint64_t *from, int32_t stride,
-                                                 int32_t n, uint32_t tag)
-{
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        v[i] = i < n ? look(from + i * stride) : (uint64_t)tag << 32;
-    bool again;
-    do {
-        again = false;
-#pragma unroll
-        for (int i = 0; i < N; i++)
-            if (stale(v[i], tag)) {
-                v[i] = look(from + i * stride);
-                again = true;
-            }
-    } while (again);
-}
-
-template <int N>
-static __device__ __forceinline__ void await_all(ulonglong2 (&v)[N], const uint64_t *from, int32_t stride,
-                                                 int32_t n, uint32_t tag)
-{
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        v[i] = i < n ? look2(from + i * stride) : make_ulonglong2((uint64_t)tag << 32, (uint64_t)tag << 32);
-    bool again;
-    do {
-        again = false;
-#pragma unroll
-        for (int i = 0; i < N; i++)
-            if (stale(v[i].x, tag) || stale(v[i].y, tag)) {
-                v[i] = look2(from + i * stride);
-                again = true;
-            }
-    } while (again);
-}
-
-/* ---- weights ------------------------------------------------------------------------------------------- */
-
-/* Activations c and c + 1, c even. */
-template <typename W>
-static __device__ __forceinline__ void tell_pair(uint64_t *words, int32_t c, float a, float b, uint32_t tag)
-{
-    if (sizeof(W) == 2) {
+    if (PAIRED) {
         tell(words + c / 2, two_bf16(a, b), tag);
     } else {
         tell(words + c, __float_as_uint(a), tag);
@@ -182,7 +129,101 @@ static __device__ __forceinline__ void tell_pair(uint64_t *words, int32_t c, flo
     }
 }
 
-/* Columns of a piece, and of a warp in a stage. */
+static __device__ __forceinline__ uint64_t await(const uint64_t *p, uint64_t word, uint32_t tag)
+{
+    while (stale(word, tag))
+        word = look(p);
+    return word;
+}
+
+/* What a thread does not wait for. */
+static __device__ __forceinline__ uint64_t there(uint64_t, uint32_t tag)
+{
+    return (uint64_t)tag << 32;
+}
+static __device__ __forceinline__ ulonglong2 there(ulonglong2, uint32_t tag)
+{
+    return make_ulonglong2((uint64_t)tag << 32, (uint64_t)tag << 32);
+}
+static __device__ __forceinline__ void look_at(uint64_t &v, const uint64_t *p)
+{
+    v = look(p);
+}
+static __device__ __forceinline__ void look_at(ulonglong2 &v, const uint64_t *p)
+{
+    v = look2(p);
+}
+static __device__ __forceinline__ bool stale(ulonglong2 v, uint32_t tag)
+{
+    return stale(v.x, tag) || stale(v.y, tag);
+}
+
+/* N words or pairs of words from place(i), where wanted(i), all under way together; by whole warps, which
+ * call who.idle() beside waiting. */
+template <typename V, int N, typename P, typename I, typename W>
+static __device__ __forceinline__ void await_all(V (&v)[N], P place, I wanted, uint32_t tag, W &who)
+{
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        v[i] = there(v[i], tag);
+        if (wanted(i))
+            look_at(v[i], place(i));
+    }
+    for (;;) {
+        bool again = false;
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            if (stale(v[i], tag)) {
+                look_at(v[i], place(i));
+                again = true;
+            }
+        if (!__any_sync(0xffffffffu, again))
+            break;
+        who.idle();
+    }
+}
+
+/* ---- weights ------------------------------------------------------------------------------------------- */
+
+/* A block's rows of one kind of product; of GLU the rows of two matrices alternate. */
+struct share {
+    int32_t first, n_dots, cols;
+};
+
+/* Whether activations are bf16, two in a word. */
+template <typename W> struct paired {
+    static constexpr bool value = sizeof(W) == 2;
+};
+
+/* Whether the residual stream is bf16 where it enters products; what is added to it stays f32 in its block.
+ */
+template <typename W> struct rounded {
+    static constexpr bool value = paired<W>::value;
+};
+
+/* The embedding of the token, column by column. */
+template <typename W> struct embedding {
+    const W *row;
+    float scale;
+
+    __device__ embedding(const struct step_args &a)
+    {
+        row = (const W *)a.embed + (int64_t)__ldcg(a.id) * a.D;
+        scale = a.embed_scale;
+    }
+    __device__ float operator()(int32_t c) const
+    {
+        return scale * to_f32(row[c]);
+    }
+};
+
+/* Shared memory for weights on their way: tiles, barriers, a flag; whether a warp does nothing but stream
+ * them. */
+template <typename W> struct ring {
+    static constexpr int BYTES = TILES * (TILE_BYTES + 2 * (int)sizeof(uint64_t)) + 16, STREAMS = true;
+};
+
+/* Columns of a piece, and of a warp in a tile. */
 template <typename W> struct geometry {
     static constexpr int PIECE = 16 / sizeof(W), UNIT = LANES * PIECE;
     static_assert(WARPS * LANES * 16 == ROW_BYTES, "a piece for every lane");
@@ -218,45 +259,81 @@ static __device__ __forceinline__ uint4 load_shared(uint32_t shared)
     return v;
 }
 
-/* Where a ring stands for whoever walks it. */
-struct position {
-    uint32_t stage, parity;
-
-    __device__ __forceinline__ void next()
-    {
-        if (++stage == TILES)
-            stage = 0, parity ^= 1;
-    }
-};
-
 /* ---- products ------------------------------------------------------------------------------------------ */
 
-/* Shared memory. */
+/* Shared memory beside the ring. */
 struct room {
-    uint32_t ring;          /* [TILES][TILE_ROWS][ROW_BYTES] weights */
-    uint64_t *full, *empty; /* [TILES] barriers */
-    volatile int *waiting;  /* whether this block waits for others */
-    float *in;    /* [max_input] by units; of 16-bit weights the first fours of all pieces, then the others */
-    float *parts; /* [2][GROUPS][WARPS][GROUP] the warps' sums */
-    float *red;   /* [2][WARPS] sums of squares */
-    float *mix;   /* [2][WARPS / 2][COLS] */
+    float *in;            /* [max_input] as the worker has it */
+    float *parts;         /* [2][GROUPS][WARPS][GROUP] the warps' sums */
+    float *red;           /* [2][WARPS] sums of squares */
+    float *mix;           /* [2][WARPS / 2][COLS] */
     struct share *shares; /* [HEAD + 1] */
 };
 
+static __device__ __forceinline__ float tree16(const float *v, int stride)
+{
+    static_assert(WARPS == 16, "four levels");
+    float s[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++, v += 4 * stride)
+        s[i] = (v[0] + v[stride]) + (v[2 * stride] + v[3 * stride]);
+    return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
+template <typename W> struct worker;
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+struct tile_ring {
+    uint32_t tiles;         /* shared memory: [TILES][TILE_ROWS][ROW_BYTES] */
+    uint64_t *full, *empty; /* [TILES] barriers */
+    volatile int *waiting;  /* whether this block waits for others */
+
+    __device__ __forceinline__ tile_ring(uint4 *shared)
+    {
+        tiles = shared_address(shared);
+        full = reinterpret_cast<uint64_t *>(shared + TILES * TILE_BYTES / 16), empty = full + TILES;
+        waiting = reinterpret_cast<int *>(empty + TILES);
+    }
+
+    __device__ void open() const
+    {
+        for (int i = 0; i < TILES; i++) {
+            barrier_init(&full[i], 1);
+            barrier_init(&empty[i], WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        proxy_fence();
+        *waiting = false;
+    }
+};
+
+/* Where a ring stands for whoever walks it. */
+struct position {
+    uint32_t tile, parity;
+
+    __device__ __forceinline__ void next()
+    {
+        if (++tile == TILES)
+            tile = 0, parity ^= 1;
+    }
+};
+
 /* The warp that streams the block's weights, in the order of their use: by products, eights of rows, and runs
- * of columns. A lane takes a row of each stage. What is on its way delays what blocks tell each other, so
+ * of columns. A lane takes a row of each tile. What is on its way delays what blocks tell each other, so
  * there is a limit to it, and another while they wait. */
 template <typename W>
-static __device__ __forceinline__ void stream(const struct step_args &a, const struct room &m)
+static __device__ __forceinline__ void stream(const struct step_args &a, const struct share *shares,
+                                              const struct tile_ring &r)
 {
     const int32_t lane = threadIdx.x % 32, last = N_PHASES * a.n_layers;
     struct position to = {0, 0};
-    int32_t n = 0; /* stages so far */
+    int32_t n = 0; /* tiles so far */
     if (lane >= TILE_ROWS)
         return;
     for (int32_t at = 0; at <= last; at++) {
         const int phase = at == last ? HEAD : at % N_PHASES;
-        const struct share s = m.shares[phase];
+        const struct share s = shares[phase];
         const struct step_layer &l = a.layers[at / N_PHASES % MAX_LAYERS];
         const bool two = phase == GLU;
         const void *w = phase == HEAD   ? a.head
@@ -271,18 +348,18 @@ static __device__ __forceinline__ void stream(const struct step_args &a, const s
             const int32_t rows = min((int32_t)TILE_ROWS, s.n_dots - dot);
             for (int32_t from = 0; from < row_bytes; from += ROW_BYTES) {
                 const int32_t bytes = min((int32_t)ROW_BYTES, row_bytes - from);
-                barrier_wait(&m.empty[to.stage], to.parity ^ 1);
+                barrier_wait(&r.empty[to.tile], to.parity ^ 1);
                 for (;;) {
-                    const int32_t k = n - (*m.waiting ? a.most_waiting : a.most_loading);
-                    if (k < 0 || barrier_passed(&m.full[k % TILES], k / TILES & 1))
+                    const int32_t k = n - (*r.waiting ? a.coming_idle : a.coming);
+                    if (k < 0 || barrier_passed(&r.full[k % TILES], k / TILES & 1))
                         break;
                 }
                 if (lane == 0)
-                    barrier_arrive_expect(&m.full[to.stage], rows * bytes);
+                    barrier_arrive_expect(&r.full[to.tile], rows * bytes);
                 __syncwarp((1u << TILE_ROWS) - 1);
                 if (lane < rows)
-                    bulk_load(m.ring + to.stage * TILE_BYTES + lane * ROW_BYTES, row + from, bytes,
-                              &m.full[to.stage]);
+                    bulk_load(r.tiles + to.tile * TILE_BYTES + lane * ROW_BYTES, row + from, bytes,
+                              &r.full[to.tile]);
                 to.next();
                 n++;
             }
@@ -300,31 +377,27 @@ static __device__ __forceinline__ void mma(float4 &c, uint32_t a0, uint32_t a1, 
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-static __device__ __forceinline__ float tree16(const float *v, int stride)
-{
-    static_assert(WARPS == 16, "four levels");
-    float s[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++, v += 4 * stride)
-        s[i] = (v[0] + v[stride]) + (v[2 * stride] + v[3 * stride]);
-    return (s[0] + s[1]) + (s[2] + s[3]);
-}
-
 /* What a warp does for products. It alone reads and writes its units of the input. */
 template <typename W> struct worker {
     using G = geometry<W>;
-    static constexpr bool PAIRED = sizeof(W) == 2; /* activations are bf16, two in a word */
+    static constexpr bool PAIRED = paired<W>::value;
     static constexpr bool TENSOR = __is_same(W, __nv_bfloat16);
     const struct room &m;
+    struct tile_ring r;
     struct position at;
     int32_t lane, warp, buffer;
     float squares; /* of this lane's columns of the input */
 
-    __device__ __forceinline__ worker(const struct room &room) : m(room)
+    __device__ __forceinline__ worker(const struct step_args &, const struct room &room, uint4 *shared)
+        : m(room), r(shared)
     {
         lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         at = {0, 0};
         buffer = 0;
+    }
+
+    __device__ __forceinline__ void idle()
+    {
     }
 
     /* Columns c and c + 1 of this lane. */
@@ -347,7 +420,7 @@ template <typename W> struct worker {
     {
         __syncwarp();
         if (threadIdx.x == 0)
-            *m.waiting = false;
+            *r.waiting = false;
     }
 
     /* The input from words of activations; of columns without a word: 0. */
@@ -361,10 +434,13 @@ template <typename W> struct worker {
             const int32_t n = 2 * lane < G::UNIT && c < cols ? (cols - c + STRIDE - 1) / STRIDE : 0;
             ulonglong2 v[N];
             uint64_t pair[N];
+            const auto wanted = [&](int i) { return i < n; };
             if constexpr (PAIRED)
-                await_all(pair, words + c / 2, STRIDE / 2, n, tag);
+                await_all(
+                    pair, [&](int i) { return words + (c + i * STRIDE) / 2; }, wanted, tag, *this);
             else
-                await_all(v, words + c, STRIDE, n, tag);
+                await_all(
+                    v, [&](int i) { return words + c + i * STRIDE; }, wanted, tag, *this);
 #pragma unroll
             for (int i = 0; i < N; i++)
                 if (unit + i < n_units) {
@@ -380,6 +456,11 @@ template <typename W> struct worker {
         ready();
     }
 
+    __device__ __forceinline__ void gather_act(const uint64_t *words, int32_t cols, uint32_t tag)
+    {
+        gather(words, cols, tag);
+    }
+
     /* u * o, and the squares of o. */
     __device__ __forceinline__ void gather_gated(const uint64_t *words, int32_t cols, uint32_t tag)
     {
@@ -390,11 +471,15 @@ template <typename W> struct worker {
             const int32_t c = column(unit);
             const int32_t n = 2 * lane < G::UNIT && c < cols ? (cols - c + STRIDE - 1) / STRIDE : 0;
             ulonglong2 v[N], v2[N];
+            const auto wanted = [&](int i) { return i < n; };
             if constexpr (PAIRED) {
-                await_all(v, words + c, STRIDE, n, tag);
+                await_all(
+                    v, [&](int i) { return words + c + i * STRIDE; }, wanted, tag, *this);
             } else {
-                await_all(v, words + 2 * c, 2 * STRIDE, n, tag);
-                await_all(v2, words + 2 * c + 2, 2 * STRIDE, n, tag);
+                await_all(
+                    v, [&](int i) { return words + 2 * (c + i * STRIDE); }, wanted, tag, *this);
+                await_all(
+                    v2, [&](int i) { return words + 2 * (c + i * STRIDE) + 2; }, wanted, tag, *this);
             }
 #pragma unroll
             for (int i = 0; i < N; i++)
@@ -414,7 +499,7 @@ template <typename W> struct worker {
     }
 
     /* From a row of the embedding. */
-    __device__ __forceinline__ void gather_row(const W *row, int32_t cols, float scale)
+    __device__ __forceinline__ void gather_row(const struct embedding<W> &row, int32_t cols)
     {
         const int32_t n_units = units_of<W>(cols);
         squares = 0;
@@ -422,7 +507,7 @@ template <typename W> struct worker {
             const int32_t c = column(unit);
             float a = 0, b = 0;
             if (2 * lane < G::UNIT && c < cols)
-                a = scale * to_f32(row[c]), b = scale * to_f32(row[c + 1]);
+                a = row(c), b = row(c + 1);
             squares = fmaf(b, b, fmaf(a, a, squares));
             put(unit, a, b);
         }
@@ -433,7 +518,7 @@ template <typename W> struct worker {
     {
         __syncwarp();
         if (lane == 0)
-            barrier_arrive(&m.empty[at.stage]);
+            barrier_arrive(&r.empty[at.tile]);
         at.next();
     }
 
@@ -456,16 +541,16 @@ template <typename W> struct worker {
         const uint4 none = make_uint4(0, 0, 0, 0);
         const uint16_t *in = reinterpret_cast<const uint16_t *>(m.in) + unit + lane * 8;
 #pragma unroll
-        for (int r = 0; r < 4; r++)
-            if (r < eights) {
+        for (int e = 0; e < 4; e++)
+            if (e < eights) {
                 float4 c = make_float4(0, 0, 0, 0);
                 for (int32_t from = 0; from < cols; from += WARPS * G::UNIT) {
                     const uint32_t piece =
-                        m.ring + at.stage * TILE_BYTES + g * ROW_BYTES + warp * 128 + t * 16;
+                        r.tiles + at.tile * TILE_BYTES + g * ROW_BYTES + warp * 128 + t * 16;
                     uint4 x = none;
                     if (lane < 8 && from + unit + lane * 8 < cols)
                         x = *reinterpret_cast<const uint4 *>(in + from);
-                    barrier_wait(&m.full[at.stage], at.parity);
+                    barrier_wait(&r.full[at.tile], at.parity);
                     uint4 p = load_shared(piece + odd * 64), q = load_shared(piece + (odd ^ 1) * 64);
                     if (from + WARPS * G::UNIT > cols) { /* what lies beyond is of another tile */
                         const int32_t left = cols - from - unit - t * 8;
@@ -477,7 +562,7 @@ template <typename W> struct worker {
                     release();
                 }
                 if (t == 0)
-                    to[8 * r + g] = odd ? c.y + c.z : c.x + c.w;
+                    to[8 * e + g] = odd ? c.y + c.z : c.x + c.w;
             }
     }
 
@@ -487,20 +572,20 @@ template <typename W> struct worker {
         float acc[8] = {0, 0, 0, 0, 0, 0, 0, 0};
         const int32_t own = warp * G::UNIT + lane % LANES * G::PIECE;
 #pragma unroll
-        for (int r = 0; r < 4; r++)
-            if (r < eights) {
+        for (int e = 0; e < 4; e++)
+            if (e < eights) {
                 const float *in = m.in + warp * G::UNIT + lane % LANES * 4;
                 for (int32_t from = 0; from < cols; from += WARPS * G::UNIT) {
-                    const uint32_t piece = m.ring + at.stage * TILE_BYTES + lane / LANES * ROW_BYTES +
+                    const uint32_t piece = r.tiles + at.tile * TILE_BYTES + lane / LANES * ROW_BYTES +
                                            (warp * LANES + lane % LANES) * 16;
-                    barrier_wait(&m.full[at.stage], at.parity);
+                    barrier_wait(&r.full[at.tile], at.parity);
                     if (from + own < cols) {
                         const uint4 w0 = load_shared(piece), w1 = load_shared(piece + 4 * ROW_BYTES);
                         const float4 lo = *reinterpret_cast<const float4 *>(in + from);
                         const float4 hi =
                             PAIRED ? *reinterpret_cast<const float4 *>(in + from + G::UNIT / 2) : lo;
-                        acc[2 * r] = dot<W>::add(w0, lo, hi, acc[2 * r]);
-                        acc[2 * r + 1] = dot<W>::add(w1, lo, hi, acc[2 * r + 1]);
+                        acc[2 * e] = dot<W>::add(w0, lo, hi, acc[2 * e]);
+                        acc[2 * e + 1] = dot<W>::add(w1, lo, hi, acc[2 * e + 1]);
                     }
                     release();
                 }
@@ -538,7 +623,17 @@ template <typename W> struct worker {
             buffer ^= 1;
         }
         if (threadIdx.x == 0)
-            *m.waiting = true;
+            *r.waiting = true;
+    }
+
+    /* The head's. */
+    __device__ __forceinline__ void gather_last(const uint64_t *words, int32_t cols, uint32_t tag)
+    {
+        gather(words, cols, tag);
+    }
+    template <typename F> __device__ __forceinline__ void product_last(const struct share &s, F publish)
+    {
+        product(s, publish);
     }
 };
 
