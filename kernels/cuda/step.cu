@@ -318,7 +318,7 @@ static bool suits(const struct cuda_backend *be, const struct ltn_network *net)
         net->act == LTN_ACT_EXP || first->head_dim % COLS || net->embed_dim % n || net->hidden_dim % n ||
         net->glu_dim % n || net->embed.dtype != outer || net->head.dtype != outer ||
         !aligned16(net->head.data) || !aligned16(net->head.scales) ||
-        (quantised && be->base.act_dtype != LTN_BF16))
+        (quantised ? be->base.act_dtype != LTN_BF16 : !be->step_streams))
         return false;
     if (net->embed_dim > MAX_DIM || net->hidden_dim > MAX_DIM || net->glu_dim > MAX_GLU ||
         4 * net->hidden_dim < be->n_sms || net->glu_dim / 2 < be->n_sms || net->embed_dim > PASS * be->n_sms)
@@ -432,8 +432,11 @@ template <typename W> static enum ltn_status allow_shared(struct cuda_backend *b
 
 enum ltn_status step_open(struct cuda_backend *be, struct ltn_error *err)
 {
-    int together = 0;
+    int together = 0, major = 0, minor = 0;
     CUDA_TRY(be, err, cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, be->device));
+    CUDA_TRY(be, err, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, be->device));
+    CUDA_TRY(be, err, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, be->device));
+    be->step_streams = major == 9 && minor == 0;
     if (!together)
         return LTN_OK;
     LTN_TRY(allow_shared<float>(be, err));
