@@ -1,5 +1,5 @@
-/* Instructions of sm_90a that the fused convolutions need beside kernels/cuda/hopper.cuh: plain bulk copies,
- * the copy engine's im2col mode, products of a warpgroup in the sizes used here. */
+/* Instructions of sm_90a that the fused convolutions need beside kernels/cuda/hopper.cuh: bulk copies to
+ * several blocks, the copy engine's im2col mode, products of a warpgroup in the sizes used here. */
 #ifndef LTN_CONV_HOPPER_CUH
 #define LTN_CONV_HOPPER_CUH
 
@@ -7,14 +7,6 @@
 
 #include <cuda_bf16.h>
 #include <stdint.h>
-
-static __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint64_t *bar)
-{
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
-        "l"(src), "r"(bytes), "r"(shared_address(bar))
-        : "memory");
-}
 
 /* To the same place, with the same barrier, in every block of the mask. */
 static __device__ __forceinline__ void bulk_load_multicast(uint32_t dst, const void *src, uint32_t bytes,
