@@ -85,7 +85,7 @@ test-cuda: setup ## run the tests that need a GPU
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
 
 sanitize-cuda: setup ## run short GPU tests under compute-sanitizer: memory, initialisation, barriers, races
-	@$(MAKE) --no-print-directory -j$(JOBS) all $(CUDA_BIN)
+	@$(MAKE) --no-print-directory -j$(JOBS) all $(CUDA_BIN) $(B)/tests/cuda/attention
 	LTN_BIN=$(BIN) sh tests/cuda/sanitize.sh $(B)/tests/cuda
 
 bench-gpu: setup ## measure decoding, reading, attention and convolution on the GPU, beside their peers, into tools/results
