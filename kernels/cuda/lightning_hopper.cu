@@ -188,71 +188,6 @@ __device__ __forceinline__ void issue_state(float (&kv)[32], uint64_t k_desc, co
         wgmma_64<false>(kv, lo, k_desc, 1);
 }
 
-/* The state over n chunks without outputs, from the block's i-th on: with nothing to publish there is room to
- * weigh the next chunk's values while the products of this one run. */
-template <class L>
-__device__ __forceinline__ void walk_state(float (&s)[L::kD / 2], int i, int n, float e, uint32_t ring,
-                                           uint32_t v_at, small_shared &sh)
-{
-    uint32_t hi[2][4][4], lo[2][4][4];
-    const int lane = threadIdx.x & 31, end = i + n;
-    auto weigh = [&](int chunk, int to) {
-        const turn<L> now(chunk);
-        barrier_wait(&sh.full[now.stage], now.phase);
-#pragma unroll
-        for (int kk = 0; kk < 4; ++kk) {
-            uint32_t x[4];
-            ldmatrix_trans(x, ring + now.stage * L::kStage + 2 * L::kKey + kk * 2048 + v_at);
-            weigh_values<L>(hi[to][kk], lo[to][kk], x, sh.weight + 16 * kk);
-        }
-    };
-    if (n > 0)
-        weigh(i, 0);
-    for (; i < end; i += 2)
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-            if (i + m == end)
-                break;
-            const turn<L> now(i + m);
-            const uint64_t k_desc = descriptor(ring + now.stage * L::kStage + L::kKey);
-            float kv[L::kHalves][32];
-            wgmma_fence();
-#pragma unroll
-            for (int half = 0; half < L::kHalves; ++half) {
-#pragma unroll
-                for (int kk = 0; kk < 4; ++kk)
-                    issue_state<L>(kv[half], k_desc + half * (kBox >> 4) + kk * (2048 >> 4), hi[m][kk],
-                                   lo[m][kk], kk);
-                wgmma_commit();
-            }
-            if (i + m + 1 < end)
-                weigh(i + m + 1, 1 - m);
-#pragma unroll
-            for (int half = 0; half < L::kHalves; ++half) {
-                if (half + 1 < L::kHalves)
-                    wgmma_wait<1>();
-                else
-                    wgmma_wait<0>();
-                pin(kv[half]);
-                if (half + 1 == L::kHalves) {
-#pragma unroll
-                    for (int kk = 0; kk < 4; ++kk) {
-                        pin(hi[m][kk]);
-                        pin(lo[m][kk]);
-                    }
-                    __syncwarp();
-                    if (lane == 0) {
-                        barrier_arrive(&sh.empty[now.stage]);
-                        barrier_arrive(&sh.empty[now.stage]); /* for the output group, which skips it */
-                    }
-                }
-#pragma unroll
-                for (int j = 0; j < 32; ++j)
-                    s[32 * half + j] += fmaf(-e, s[32 * half + j], kv[half][j]);
-            }
-        }
-}
-
 template <class L> __device__ void carry_state(const lightning_params &p, char *base, small_shared &sh)
 {
     const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
@@ -280,13 +215,7 @@ template <class L> __device__ void carry_state(const lightning_params &p, char *
         float s[L::kD / 2];
         begin_state<L>(s, p, it, slope);
 
-        int c = it.chunk0;
-        if constexpr (!L::kTurned) {
-            walk_state<L>(s, i, it.fused - c, e, ring, v_at, sh);
-            i += it.fused - c;
-            c = it.fused;
-        }
-        for (; c < it.chunk1; ++c, ++i) {
+        for (int c = it.chunk0; c < it.chunk1; ++c, ++i) {
             const turn<L> now(i);
             const uint32_t at = ring + now.stage * L::kStage;
             barrier_wait(&sh.full[now.stage], now.phase);

@@ -441,19 +441,18 @@ void split_sequence(struct lightning_seq *s, int walkers)
         s->seg_len = 0;
         return;
     }
-    /* Segment 0 makes outputs while the others walk, at 0.4 of the time, so it is as much shorter; the last
-     * takes the rest. */
+    /* Segment 0 does twice the work of its phase's others, so it is half as long; the last takes the rest. */
     s->n_seg = w + 1;
-    s->seg_len = (5 * n + 5 * w + 1) / (5 * w + 2);
-    s->first_len = (2 * s->seg_len + 4) / 5;
+    s->seg_len = (2 * n + 2 * w) / (2 * w + 1);
+    s->first_len = (s->seg_len + 1) / 2;
     while (s->first_len + (w - 1) * s->seg_len >= n)
         s->first_len > 1 ? --s->first_len : --s->seg_len;
 }
 
-/* Segments of about equal cost, where a chunk without outputs costs 0.4 of one with. */
+/* Segments of about equal cost, where a chunk without outputs costs 0.7 of one with. */
 void split_warm(struct lightning_seq *s, int segments)
 {
-    static const int permille[kMaxWarm + 1][kMaxWarm - 1] = {{}, {}, {625}, {510, 816}, {460, 735, 901}};
+    static const int permille[kMaxWarm + 1][kMaxWarm - 1] = {{}, {}, {720}, {700, 920}, {690, 900, 970}};
     int n = segments < kMaxWarm ? segments : kMaxWarm;
     while (n > 1 && s->n_chunks < 2 * n)
         --n;
