@@ -28,6 +28,7 @@ enum { TAG_QKVU = 1, TAG_MIX, TAG_OUT, TAG_GLU, TAG_L3, N_TAGS = TAG_L3 };
 
 struct step_layer {
     const void *qkvu, *out, *l1, *l2, *l3;
+    const void *scales[5]; /* theirs, of quantised weights */
     const float *slopes, *theta;
     int64_t state_offset;
 };
@@ -47,14 +48,15 @@ struct step_args {
     int32_t V, D, H, G, n_heads, head_dim, n_layers;
     enum ltn_act act;
     float embed_scale;
-    const void *embed, *head;
+    const void *embed, *head, *embed_scales, *head_scales;
     const int32_t *id;
     const int64_t *steps; /* NULL, or added to pos */
     int64_t pos;
     float *state;
     float *logits;
     struct words *words;
-    int32_t max_input; /* floats */
+    int32_t max_input;           /* floats */
+    int32_t coming, coming_idle; /* of a quantised feed: units on their way, at most */
     struct step_layer layers[MAX_LAYERS];
 };
 
@@ -115,43 +117,51 @@ static __device__ __forceinline__ uint64_t await(const uint64_t *p, uint64_t wor
     return word;
 }
 
-/* N words or pairs of words at from + i stride, for i < n, all under way together. */
-template <int N>
-static __device__ __forceinline__ void await_all(uint64_t (&v)[N], const uint64_t *from, int32_t stride,
-                                                 int32_t n, uint32_t tag)
+/* What a thread does not wait for. */
+static __device__ __forceinline__ uint64_t there(uint64_t, uint32_t tag)
+{
+    return (uint64_t)tag << 32;
+}
+static __device__ __forceinline__ ulonglong2 there(ulonglong2, uint32_t tag)
+{
+    return make_ulonglong2((uint64_t)tag << 32, (uint64_t)tag << 32);
+}
+static __device__ __forceinline__ void look_at(uint64_t &v, const uint64_t *p)
+{
+    v = look(p);
+}
+static __device__ __forceinline__ void look_at(ulonglong2 &v, const uint64_t *p)
+{
+    v = look2(p);
+}
+static __device__ __forceinline__ bool stale(ulonglong2 v, uint32_t tag)
+{
+    return stale(v.x, tag) || stale(v.y, tag);
+}
+
+/* N words or pairs of words from place(i), where wanted(i), all under way together; by whole warps, which
+ * call who.idle() beside waiting. */
+template <typename V, int N, typename P, typename I, typename W>
+static __device__ __forceinline__ void await_all(V (&v)[N], P place, I wanted, uint32_t tag, W &who)
 {
 #pragma unroll
-    for (int i = 0; i < N; i++)
-        v[i] = i < n ? look(from + i * stride) : (uint64_t)tag << 32;
-    bool again;
-    do {
-        again = false;
+    for (int i = 0; i < N; i++) {
+        v[i] = there(v[i], tag);
+        if (wanted(i))
+            look_at(v[i], place(i));
+    }
+    for (;;) {
+        bool again = false;
 #pragma unroll
         for (int i = 0; i < N; i++)
             if (stale(v[i], tag)) {
-                v[i] = look(from + i * stride);
+                look_at(v[i], place(i));
                 again = true;
             }
-    } while (again);
-}
-
-template <int N>
-static __device__ __forceinline__ void await_all(ulonglong2 (&v)[N], const uint64_t *from, int32_t stride,
-                                                 int32_t n, uint32_t tag)
-{
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        v[i] = i < n ? look2(from + i * stride) : make_ulonglong2((uint64_t)tag << 32, (uint64_t)tag << 32);
-    bool again;
-    do {
-        again = false;
-#pragma unroll
-        for (int i = 0; i < N; i++)
-            if (stale(v[i].x, tag) || stale(v[i].y, tag)) {
-                v[i] = look2(from + i * stride);
-                again = true;
-            }
-    } while (again);
+        if (!__any_sync(0xffffffffu, again))
+            break;
+        who.idle();
+    }
 }
 
 /* ---- weights ------------------------------------------------------------------------------------------- */
@@ -159,6 +169,32 @@ static __device__ __forceinline__ void await_all(ulonglong2 (&v)[N], const uint6
 /* A block's rows of one kind of product; of GLU the rows of two matrices alternate. */
 struct share {
     int32_t first, n_dots, cols;
+};
+
+/* Whether activations are bf16, two in a word. */
+template <typename W> struct paired {
+    static constexpr bool value = sizeof(W) == 2;
+};
+
+/* The embedding of the token, column by column. */
+template <typename W> struct embedding {
+    const W *row;
+    float scale;
+
+    __device__ embedding(const struct step_args &a)
+    {
+        row = (const W *)a.embed + (int64_t)__ldcg(a.id) * a.D;
+        scale = a.embed_scale;
+    }
+    __device__ float operator()(int32_t c) const
+    {
+        return scale * to_f32(row[c]);
+    }
+};
+
+/* Shared memory for weights on their way. */
+template <typename W> struct ring {
+    static constexpr int BYTES = PAIRS * 2 * THREADS * 16;
 };
 
 /* Columns of a piece, and of a warp at a time. */
@@ -332,17 +368,21 @@ static __device__ __forceinline__ float tree16(const float *v, int stride)
 /* What a warp does for products. It alone reads and writes its units of the input. */
 template <typename W> struct worker {
     using G = geometry<W>;
-    static constexpr bool PAIRED = sizeof(W) == 2; /* activations are bf16, two in a word */
+    static constexpr bool PAIRED = paired<W>::value;
     const struct room &m;
     struct feed<W> f;
     int32_t lane, warp, buffer;
     float squares; /* of this lane's columns of the input */
 
-    __device__ __forceinline__ worker(const struct step_args &a, const struct room &room, uint32_t slots)
-        : m(room), f(a, room.shares, slots)
+    __device__ __forceinline__ worker(const struct step_args &a, const struct room &room, uint4 *ring)
+        : m(room), f(a, room.shares, (uint32_t)__cvta_generic_to_shared(ring + threadIdx.x))
     {
         lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         buffer = 0;
+    }
+
+    __device__ __forceinline__ void idle()
+    {
     }
 
     /* Columns c and c + 1 of this lane. */
@@ -369,7 +409,8 @@ template <typename W> struct worker {
             ulonglong2 v[N];
             const int32_t c = column(unit);
             const int32_t n = 2 * lane < G::UNIT && c < cols ? (cols - c + STRIDE - 1) / STRIDE : 0;
-            await_all(v, words + c, STRIDE, n, tag);
+            await_all(
+                v, [&](int i) { return words + c + i * STRIDE; }, [&](int i) { return i < n; }, tag, *this);
 #pragma unroll
             for (int i = 0; i < N; i++)
                 if (unit + i < n_units) {
@@ -392,7 +433,9 @@ template <typename W> struct worker {
             for (int32_t unit = 0; unit < n_units; unit += N) {
                 uint64_t v[N];
                 const int32_t c = column(unit), n = c < cols ? (cols - c + STRIDE - 1) / STRIDE : 0;
-                await_all(v, words + c / 2, STRIDE / 2, n, tag);
+                await_all(
+                    v, [&](int i) { return words + (c + i * STRIDE) / 2; }, [&](int i) { return i < n; }, tag,
+                    *this);
 #pragma unroll
                 for (int i = 0; i < N; i++)
                     if (unit + i < n_units) {
@@ -414,11 +457,15 @@ template <typename W> struct worker {
             const int32_t c = column(unit);
             const int32_t n = 2 * lane < G::UNIT && c < cols ? (cols - c + STRIDE - 1) / STRIDE : 0;
             ulonglong2 v[N], v2[N];
+            const auto wanted = [&](int i) { return i < n; };
             if constexpr (PAIRED) {
-                await_all(v, words + c, STRIDE, n, tag);
+                await_all(
+                    v, [&](int i) { return words + c + i * STRIDE; }, wanted, tag, *this);
             } else {
-                await_all(v, words + 2 * c, 2 * STRIDE, n, tag);
-                await_all(v2, words + 2 * c + 2, 2 * STRIDE, n, tag);
+                await_all(
+                    v, [&](int i) { return words + 2 * (c + i * STRIDE); }, wanted, tag, *this);
+                await_all(
+                    v2, [&](int i) { return words + 2 * (c + i * STRIDE) + 2; }, wanted, tag, *this);
             }
 #pragma unroll
             for (int i = 0; i < N; i++)
@@ -438,7 +485,7 @@ template <typename W> struct worker {
     }
 
     /* From a row of the embedding. */
-    __device__ __forceinline__ void gather_row(const W *row, int32_t cols, float scale)
+    __device__ __forceinline__ void gather_row(const struct embedding<W> &row, int32_t cols)
     {
         const int32_t n_units = units_of<W>(cols);
         squares = 0;
@@ -446,7 +493,7 @@ template <typename W> struct worker {
             const int32_t c = column(unit);
             float a = 0, b = 0;
             if (2 * lane < G::UNIT && c < cols)
-                a = scale * to_f32(row[c]), b = scale * to_f32(row[c + 1]);
+                a = row(c), b = row(c + 1);
             squares = fmaf(b, b, fmaf(a, a, squares));
             put(unit, a, b);
         }
@@ -502,6 +549,16 @@ template <typename W> struct worker {
             }
             buffer ^= 1;
         }
+    }
+
+    /* The head's. */
+    __device__ __forceinline__ void gather_last(const uint64_t *words, int32_t cols, uint32_t tag)
+    {
+        gather(words, cols, tag);
+    }
+    template <typename F> __device__ __forceinline__ void product_last(const struct share &s, F publish)
+    {
+        product(s, publish);
     }
 };
 
