@@ -17,11 +17,11 @@ namespace
 constexpr int kBlock = 3 * kGroup;
 
 struct tma_params : fused_tiles {
-    const ltn_tma_strip *strips_table;
     const char *weights;
+    ltn_tma_strips strips;
     int sh, sw, pt, pl, cg;
-    int strips, taps, slots, stages, slot_bytes, strip_bytes;
-    int at_stages, at_strips, at_barriers; /* in shared memory */
+    int n_strips, taps, slots, stages, slot_bytes, strip_bytes;
+    int at_stages, at_barriers; /* in shared memory */
     int pair;
     bool resident;
 };
@@ -47,21 +47,21 @@ __device__ __forceinline__ tile own_tile(const tma_params &p, int index, int bn)
 template <int BN>
 __device__ void load_strips(const tma_params &p, const CUtensorMap *map, uint32_t base, barriers &bar)
 {
-    const ltn_tma_strip *strips = p.strips_table;
     turn now;
     for (int index = blockIdx.x / p.pair; index < p.tiles; index += gridDim.x / p.pair) {
         const tile t = own_tile(p, index, BN);
         const int row = quotient(t.first, p.by_wq), image = quotient(row, p.by_hq);
         const int x = (t.first - row * static_cast<int>(p.by_wq.d)) * p.sw - p.pl;
         const int y = (row - image * static_cast<int>(p.by_hq.d)) * p.sh - p.pt;
-        for (int s = 0; s < p.strips; ++s) {
-            const int4 strip = __ldg(reinterpret_cast<const int4 *>(strips + s));
-            barrier_wait(&bar.empty[now.at], now.phase ^ 1);
-            barrier_arrive_expect(&bar.full[now.at], p.strip_bytes);
-            tma_load_im2col(base + now.at * p.slot_bytes, map, t.group * p.cg + strip.x, x, y, image, strip.y,
-                            strip.z, &bar.full[now.at]);
-            now.next(p.slots);
-        }
+        for (int line = 0; line < p.strips.lines; ++line)
+            for (int u = 0; u < p.strips.rows; ++u)
+                for (int phase = 0; phase < p.strips.phases; ++phase, now.next(p.slots)) {
+                    barrier_wait(&bar.empty[now.at], now.phase ^ 1);
+                    barrier_arrive_expect(&bar.full[now.at], p.strip_bytes);
+                    tma_load_im2col(base + now.at * p.slot_bytes, map, t.group * p.cg + line * p.strips.line,
+                                    x, y, image, p.strips.phase[phase].x, u * p.strips.down,
+                                    &bar.full[now.at]);
+                }
     }
 }
 
@@ -129,8 +129,7 @@ __device__ __forceinline__ void release(const tma_params &p, barriers &bar, int 
 }
 
 template <typename T, int BN, int MT>
-__device__ void multiply(const tma_params &p, uint32_t base, const ltn_tma_strip *strips, barriers &bar,
-                         int group)
+__device__ void multiply(const tma_params &p, uint32_t base, barriers &bar, int group)
 {
     const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
     turn a, w;
@@ -139,7 +138,7 @@ __device__ void multiply(const tma_params &p, uint32_t base, const ltn_tma_strip
 
     for (int index = blockIdx.x / p.pair; index < p.tiles; index += gridDim.x / p.pair) {
         if (skip-- > 0) {
-            a.skip(p.strips, p.slots);
+            a.skip(p.n_strips, p.slots);
             w.skip(p.taps, p.stages);
             continue;
         }
@@ -148,23 +147,27 @@ __device__ void multiply(const tma_params &p, uint32_t base, const ltn_tma_strip
         int accumulate = 0, a_held = -1, w_held = -1; /* what the group of products before reads */
         barrier_wait(&bar.order[group], order);
         order ^= 1;
-        for (int s = 0; s < p.strips; ++s, a.next(p.slots)) {
-            const int4 taps = *(reinterpret_cast<const int4 *>(strips + s) + 0);
-            const int4 rest = *(reinterpret_cast<const int4 *>(strips + s) + 1);
-            barrier_wait(&bar.full[a.at], a.phase);
-            uint64_t from = matrix_descriptor(base + a.at * p.slot_bytes) + rest.x * (LTN_TMA_LINE / 16);
-            for (int t = 0; t < taps.w; ++t, from += rest.y * (LTN_TMA_LINE / 16)) {
-                barrier_wait(&bar.w_full[w.at], p.resident ? 0 : w.phase);
-                add_tap<T, BN, MT>(acc, from,
-                                   matrix_descriptor(base + p.at_stages + w.at * (BN * LTN_TMA_LINE)), rest.z,
-                                   accumulate);
-                accumulate = 1;
-                wgmma_wait<1>();
-                release(p, bar, lane, a_held, w_held);
-                w_held = p.resident ? -1 : w.at;
-                a_held = t + 1 == taps.w ? a.at : -1;
-                w.next(p.stages);
-            }
+        for (int line = 0; line < p.strips.lines; ++line) {
+            const int steps = line + 1 < p.strips.lines ? 4 : p.strips.last_steps;
+            for (int u = 0; u < p.strips.rows; ++u)
+                for (int phase = 0; phase < p.strips.phases; ++phase, a.next(p.slots)) {
+                    const int taps = p.strips.phase[phase].taps;
+                    uint64_t from = matrix_descriptor(base + a.at * p.slot_bytes) +
+                                    p.strips.phase[phase].shift * (LTN_TMA_LINE / 16);
+                    barrier_wait(&bar.full[a.at], a.phase);
+                    for (int t = 0; t < taps; ++t, from += p.strips.apart * (LTN_TMA_LINE / 16)) {
+                        barrier_wait(&bar.w_full[w.at], p.resident ? 0 : w.phase);
+                        add_tap<T, BN, MT>(acc, from,
+                                           matrix_descriptor(base + p.at_stages + w.at * (BN * LTN_TMA_LINE)),
+                                           steps, accumulate);
+                        accumulate = 1;
+                        wgmma_wait<1>();
+                        release(p, bar, lane, a_held, w_held);
+                        w_held = p.resident ? -1 : w.at;
+                        a_held = t + 1 == taps ? a.at : -1;
+                        w.next(p.stages);
+                    }
+                }
         }
         if (lane == 0)
             barrier_arrive(&bar.order[group ^ 1]);
@@ -209,18 +212,18 @@ __global__ void __launch_bounds__(kBlock, 1)
     const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
     char *aligned = raw + (base - shared_address(raw));
     barriers &bar = *reinterpret_cast<barriers *>(aligned + p.at_barriers);
-    ltn_tma_strip *strips = reinterpret_cast<ltn_tma_strip *>(aligned + p.at_strips);
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 2 * kGroup) {
+        prefetch_map(&map);
         begin(p, bar);
-    for (int i = threadIdx.x; i < p.strips * 2; i += kBlock)
-        reinterpret_cast<int4 *>(strips)[i] = reinterpret_cast<const int4 *>(p.strips_table)[i];
+    }
     __syncthreads();
-    cluster_sync();
+    if (p.pair == 2) /* the other block's barriers too */
+        cluster_sync();
     const int group =
         __shfl_sync(0xFFFFFFFF, threadIdx.x / kGroup, 0); /* the compiler then knows that it is uniform */
     if (group < 2) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        multiply<T, BN, MT>(p, base, strips, bar, group);
+        multiply<T, BN, MT>(p, base, bar, group);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == 2 * kGroup)
@@ -229,7 +232,8 @@ __global__ void __launch_bounds__(kBlock, 1)
             load_filters<BN>(p, base, bar);
     }
     __syncwarp();
-    cluster_sync(); /* the other block may still send here */
+    if (p.pair == 2) /* the other block may still send here */
+        cluster_sync();
 #else
     __shared__ volatile char absent[1]; /* tells refuse() */
     absent[0] = 0;
@@ -292,13 +296,13 @@ tma_params params_of(const ltn_tma_plan &plan, const ltn_conv_shape &s)
     p.pl = s.pl;
     p.cg = s.ci / s.groups;
     p.strips = plan.strips;
+    p.n_strips = plan.n_strips;
     p.taps = plan.taps;
     p.slots = plan.slots;
     p.stages = plan.stages;
     p.slot_bytes = plan.slot_bytes;
     p.strip_bytes = plan.load * LTN_TMA_LINE;
     p.at_stages = plan.at_stages;
-    p.at_strips = plan.at_strips;
     p.at_barriers = plan.at_barriers;
     p.pair = plan.pair;
     p.resident = plan.resident;
@@ -346,8 +350,7 @@ enum ltn_status create(conv_device *dev, conv_op *op, const float *filter, ltn_e
         status = dev->base.ops->upload(&dev->base, op->filter, packed, plan.bytes, err);
     free(packed);
     LTN_TRY(status);
-    f->params.strips_table = static_cast<const ltn_tma_strip *>(op->filter);
-    f->params.weights = static_cast<const char *>(op->filter) + plan.at_weights;
+    f->params.weights = static_cast<const char *>(op->filter);
     op->base.info.filter_bytes = plan.bytes;
     snprintf(op->base.info.variant, sizeof op->base.info.variant, "%s, tile %d x %d, filters %s%s",
              plan.overlap ? "rows" : "taps", 64 * plan.mt, plan.bn, plan.resident ? "resident" : "streamed",
@@ -404,7 +407,7 @@ enum ltn_status run(conv_device *dev, conv_op *op, void *y, const void *x, void 
         config.dynamicSmemBytes = static_cast<size_t>(f->plan.shared_bytes);
         config.stream = dev->stream;
         config.attrs = cluster;
-        config.numAttrs = 1;
+        config.numAttrs = p.pair == 2 ? 1 : 0;
         CONV_TRY(dev, err, cudaLaunchKernelEx(&config, f->kernel, p, map));
     }
     return LTN_OK;

@@ -38,6 +38,12 @@ static __device__ __forceinline__ void tma_load_im2col(uint32_t dst, const CUten
                  : "memory");
 }
 
+/* Has the map at hand before the first copy needs it. */
+static __device__ __forceinline__ void prefetch_map(const CUtensorMap *map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 /* ---- products ---- */
 
 #define ACC8(d, i)                                                                                           \
