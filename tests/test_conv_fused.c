@@ -310,7 +310,7 @@ static void test_plans_of_the_copy_engine_compute_the_convolution(void **state)
         p.hi = p.hi > 12 ? 12 : p.hi;
         if (p.hi + p.pt + p.pb < p.dh * (p.hf - 1) + 1)
             p.pt = p.dh * (p.hf - 1);
-        struct ltn_tma_choice choice = {.mt = i % 3 ? 0 : 4, .pair = test_below(&rng, 3), .overlap = i % 2};
+        struct ltn_tma_choice choice = {.mt = i % 3 ? 0 : 4, .overlap = i % 2};
         struct ltn_tma_plan plan;
         if (ltn_tma_choose(&plan, &p, &choice, &err) != LTN_OK)
             CHECK(ltn_tma_choose(&plan, &p, NULL, &err));

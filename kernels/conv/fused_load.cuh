@@ -188,51 +188,78 @@ template <> struct elements<float> {
 };
 
 template <typename T>
-__device__ __forceinline__ elements<T> gather(const fused_params &p, const T *x, const walker &w,
-                                              const int2 *fetch)
+__device__ __forceinline__ void gather_one(elements<T> &out, int i, const fused_params &p, const T *x,
+                                           const walker &w, int offset, int tap)
+{
+    out.v[i] = 0;
+    if (w.inside(p, tap >> 16, tap & 0xFFFF)) {
+        if (sizeof(T) == 2)
+            out.v[i] = __ldg(reinterpret_cast<const unsigned short *>(x + w.at + offset));
+        else
+            out.v[i] = __ldg(reinterpret_cast<const unsigned *>(x + w.at + offset));
+    }
+}
+
+/* The same unit of two positions. */
+template <typename T>
+__device__ __forceinline__ void gather(elements<T> (&out)[2], const fused_params &p, const T *x,
+                                       const walker (&w)[2], const int2 *fetch)
 {
     constexpr int V = elements<T>::kUnit;
-    elements<T> out;
-    int4 e[V / 2]; /* two entries each */
 #pragma unroll
-    for (int k = 0; k < V / 2; ++k)
-        e[k] = __ldg(reinterpret_cast<const int4 *>(fetch) + k);
+    for (int k = 0; k < V; k += 2) {
+        const int4 e = __ldg(reinterpret_cast<const int4 *>(fetch + k)); /* two entries */
 #pragma unroll
-    for (int k = 0; k < V; ++k) {
-        int offset = k & 1 ? e[k / 2].z : e[k / 2].x, tap = k & 1 ? e[k / 2].w : e[k / 2].y;
-        out.v[k] = 0;
-        if (w.inside(p, tap >> 16, tap & 0xFFFF)) {
-            if (sizeof(T) == 2)
-                out.v[k] = __ldg(reinterpret_cast<const unsigned short *>(x + w.at + offset));
-            else
-                out.v[k] = __ldg(reinterpret_cast<const unsigned *>(x + w.at + offset));
+        for (int i = 0; i < 2; ++i) {
+            gather_one(out[i], k, p, x, w[i], e.x, e.y);
+            gather_one(out[i], k + 1, p, x, w[i], e.z, e.w);
         }
     }
-    return out;
 }
 
 /* Units are gathered element by element: any layout, any number of channels. A thread stays in one column
- * phase, and neighbouring threads take neighbouring columns. */
+ * phase, and neighbouring threads take neighbouring columns; two units of two positions are under way at a
+ * time. */
 template <typename T>
 __device__ void load_elements(const fused_params &p, const T *x, int first, int block, uint32_t slot,
                               uint64_t *full, int thread)
 {
     constexpr int V = elements<T>::kUnit;
-    const int from = thread / p.phases, phase = thread - from * p.phases;
+    const int from = thread / p.phases, phase = thread - from * p.phases, step = p.walk.positions;
     const int2 *fetch = p.fetch + block * p.subplanes * V;
-    if (from < p.walk.positions) {
-        walker w(p, first + from, 0, phase, phase * p.x_col);
+    if (from < step) {
+        const walker begin(p, first + from, 0, phase, phase * p.x_col);
+        walker w[2] = {begin, begin};
+        w[1].next(p);
         uint32_t at = slot + (phase * p.subplanes * p.stride + from) * 16;
-        for (int pos = from; pos < p.load; pos += p.walk.positions, at += p.walk.positions * 16) {
+        for (int pos = from; pos < p.load; pos += 2 * step, at += 2 * step * 16) {
+            const bool two = pos + step < p.load;
+            if (!two)
+                w[1].images = 0; /* nothing is inside */
             int k = 0;
             for (; k + 2 <= p.subplanes; k += 2) {
-                elements<T> a = gather(p, x, w, fetch + k * V), b = gather(p, x, w, fetch + (k + 1) * V);
-                store_unit(at + k * p.stride * 16, a.unit());
-                store_unit(at + (k + 1) * p.stride * 16, b.unit());
+                elements<T> a[2], b[2];
+                gather(a, p, x, w, fetch + k * V);
+                gather(b, p, x, w, fetch + (k + 1) * V);
+                store_unit(at + k * p.stride * 16, a[0].unit());
+                store_unit(at + (k + 1) * p.stride * 16, b[0].unit());
+                if (two) {
+                    store_unit(at + (k * p.stride + step) * 16, a[1].unit());
+                    store_unit(at + ((k + 1) * p.stride + step) * 16, b[1].unit());
+                }
             }
-            if (k < p.subplanes)
-                store_unit(at + k * p.stride * 16, gather(p, x, w, fetch + k * V).unit());
-            w.next(p);
+            if (k < p.subplanes) {
+                elements<T> a[2];
+                gather(a, p, x, w, fetch + k * V);
+                store_unit(at + k * p.stride * 16, a[0].unit());
+                if (two)
+                    store_unit(at + (k * p.stride + step) * 16, a[1].unit());
+            }
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                w[i].next(p);
+                w[i].next(p);
+            }
         }
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -3,8 +3,7 @@
  *
  * One block stays on each multiprocessor and takes tiles in turn. Warpgroups 0 and 1 multiply, each every
  * other tile: while one writes its outputs, the products of the other follow. Warp 8 brings strips, in im2col
- * mode and rounded to tf32 where that is asked for; warp 9 packed filters, which two blocks of a cluster may
- * share: then each brings half of every stage to both. */
+ * mode and rounded to tf32 where that is asked for; warp 9 packed filters. */
 #include "kernels/conv/fused_tma.h"
 #include "kernels/conv/fused_write.cuh"
 
@@ -22,7 +21,6 @@ struct tma_params : fused_tiles {
     int sh, sw, pt, pl, cg;
     int n_strips, taps, slots, stages, slot_bytes, strip_bytes;
     int at_stages, at_barriers; /* in shared memory */
-    int pair;
     bool resident;
 };
 
@@ -35,21 +33,13 @@ static_assert(sizeof(barriers) <= 1024, "fits in the plan's part");
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/* This block's tile, of those that its cluster does at a time. */
-__device__ __forceinline__ tile own_tile(const tma_params &p, int index, int bn)
-{
-    tile t = tile_at(p, index, bn);
-    t.first += static_cast<int>(cluster_rank()) * (p.tile_rows / p.pair);
-    return t;
-}
-
 /* By one thread. */
 template <int BN>
 __device__ void load_strips(const tma_params &p, const CUtensorMap *map, uint32_t base, barriers &bar)
 {
     turn now;
-    for (int index = blockIdx.x / p.pair; index < p.tiles; index += gridDim.x / p.pair) {
-        const tile t = own_tile(p, index, BN);
+    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+        const tile t = tile_at(p, index, BN);
         const int row = quotient(t.first, p.by_wq), image = quotient(row, p.by_hq);
         const int x = (t.first - row * static_cast<int>(p.by_wq.d)) * p.sw - p.pl;
         const int y = (row - image * static_cast<int>(p.by_hq.d)) * p.sh - p.pt;
@@ -69,21 +59,16 @@ __device__ void load_strips(const tma_params &p, const CUtensorMap *map, uint32_
 template <int BN> __device__ void load_filters(const tma_params &p, uint32_t base, barriers &bar)
 {
     constexpr uint32_t kBytes = BN * LTN_TMA_LINE;
-    const uint32_t part = kBytes / p.pair, own = cluster_rank() * part;
     turn now;
-    for (int index = blockIdx.x / p.pair; index < p.tiles; index += gridDim.x / p.pair) {
+    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
         const tile t = tile_at(p, index, BN);
         const char *from =
-            p.weights + (static_cast<int64_t>(t.group) * p.by_n_tiles.d + t.n_tile) * p.taps * kBytes + own;
+            p.weights + (static_cast<int64_t>(t.group) * p.by_n_tiles.d + t.n_tile) * p.taps * kBytes;
         for (int k = 0; k < p.taps; ++k, from += kBytes) {
-            const uint32_t to = base + p.at_stages + now.at * kBytes + own;
             if (!p.resident)
                 barrier_wait(&bar.w_empty[now.at], now.phase ^ 1);
             barrier_arrive_expect(&bar.w_full[now.at], kBytes);
-            if (p.pair == 2)
-                bulk_load_multicast(to, from, part, &bar.w_full[now.at], 3);
-            else
-                bulk_load(to, from, part, &bar.w_full[now.at]);
+            bulk_load(base + p.at_stages + now.at * kBytes, from, kBytes, &bar.w_full[now.at]);
             now.next(p.stages);
         }
         if (p.resident)
@@ -119,12 +104,12 @@ __device__ __forceinline__ void add_tap(float (&acc)[MT][BN / 2], uint64_t a, ui
         add_steps<T, BN, MT, 3>(acc, a, w, accumulate);
 }
 
-/* Strip a and stage w are read; -1: none. */
-__device__ __forceinline__ void release(const tma_params &p, barriers &bar, int lane, int a, int w)
+/* Strip a and stage w are read; -1: none. By one lane of each warp. */
+__device__ __forceinline__ void release(barriers &bar, int a, int w)
 {
-    if (w >= 0 && lane < p.pair)
-        barrier_arrive_at(&bar.w_empty[w], lane);
-    if (a >= 0 && lane == 0)
+    if (w >= 0)
+        barrier_arrive(&bar.w_empty[w]);
+    if (a >= 0)
         barrier_arrive(&bar.empty[a]);
 }
 
@@ -136,7 +121,7 @@ __device__ void multiply(const tma_params &p, uint32_t base, barriers &bar, int 
     int skip = group;           /* tiles of the other warpgroup before this one's next */
     uint32_t order = group ^ 1; /* the first turn is warpgroup 0's */
 
-    for (int index = blockIdx.x / p.pair; index < p.tiles; index += gridDim.x / p.pair) {
+    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
         if (skip-- > 0) {
             a.skip(p.n_strips, p.slots);
             w.skip(p.taps, p.stages);
@@ -162,7 +147,8 @@ __device__ void multiply(const tma_params &p, uint32_t base, barriers &bar, int 
                                            steps, accumulate);
                         accumulate = 1;
                         wgmma_wait<1>();
-                        release(p, bar, lane, a_held, w_held);
+                        if (lane == 0)
+                            release(bar, a_held, w_held);
                         w_held = p.resident ? -1 : w.at;
                         a_held = t + 1 == taps ? a.at : -1;
                         w.next(p.stages);
@@ -173,14 +159,10 @@ __device__ void multiply(const tma_params &p, uint32_t base, barriers &bar, int 
             barrier_arrive(&bar.order[group ^ 1]);
         wgmma_wait<0>();
         pin(acc);
-        release(p, bar, lane, a_held, w_held);
-        const tile t = own_tile(p, index, BN);
-        const int position = t.first + warp * 16 + (lane >> 2);
-#pragma unroll
-        for (int m = 0; m < MT; ++m) {
-            write_row<T, BN>(p, acc[m], 0, position + m * 64, t);
-            write_row<T, BN>(p, acc[m], 1, position + m * 64 + 8, t);
-        }
+        if (lane == 0)
+            release(bar, a_held, w_held);
+        const tile t = tile_at(p, index, BN);
+        write_tile<T, BN, MT>(p, acc, t.first + warp * 16 + (lane >> 2), t);
     }
 }
 
@@ -194,7 +176,7 @@ __device__ __forceinline__ void begin(const tma_params &p, barriers &bar)
 #pragma unroll 1
     for (int i = 0; i < p.stages; ++i) {
         barrier_init(&bar.w_full[i], 1);
-        barrier_init(&bar.w_empty[i], 4 * p.pair);
+        barrier_init(&bar.w_empty[i], 4);
     }
     for (int i = 0; i < 2; ++i)
         barrier_init(&bar.order[i], 4);
@@ -217,8 +199,6 @@ __global__ void __launch_bounds__(kBlock, 1)
         begin(p, bar);
     }
     __syncthreads();
-    if (p.pair == 2) /* the other block's barriers too */
-        cluster_sync();
     const int group =
         __shfl_sync(0xFFFFFFFF, threadIdx.x / kGroup, 0); /* the compiler then knows that it is uniform */
     if (group < 2) {
@@ -231,9 +211,6 @@ __global__ void __launch_bounds__(kBlock, 1)
         else if (threadIdx.x == 2 * kGroup + 32)
             load_filters<BN>(p, base, bar);
     }
-    __syncwarp();
-    if (p.pair == 2) /* the other block may still send here */
-        cluster_sync();
 #else
     __shared__ volatile char absent[1]; /* tells refuse() */
     absent[0] = 0;
@@ -288,8 +265,9 @@ tma_params params_of(const ltn_tma_plan &plan, const ltn_conv_shape &s)
     p.by_n_tiles = conv_divisor_of(plan.n_tiles);
     p.ho = plan.ho;
     p.wo = plan.wo;
-    p.tile_rows = 64 * plan.mt * plan.pair;
+    p.tile_rows = 64 * plan.mt;
     p.relu = s.relu;
+    p.whole = p.cog % plan.unit == 0;
     p.sh = s.sh;
     p.sw = s.sw;
     p.pt = s.pt;
@@ -304,7 +282,6 @@ tma_params params_of(const ltn_tma_plan &plan, const ltn_conv_shape &s)
     p.strip_bytes = plan.load * LTN_TMA_LINE;
     p.at_stages = plan.at_stages;
     p.at_barriers = plan.at_barriers;
-    p.pair = plan.pair;
     p.resident = plan.resident;
     return p;
 }
@@ -352,9 +329,8 @@ enum ltn_status create(conv_device *dev, conv_op *op, const float *filter, ltn_e
     LTN_TRY(status);
     f->params.weights = static_cast<const char *>(op->filter);
     op->base.info.filter_bytes = plan.bytes;
-    snprintf(op->base.info.variant, sizeof op->base.info.variant, "%s, tile %d x %d, filters %s%s",
-             plan.overlap ? "rows" : "taps", 64 * plan.mt, plan.bn, plan.resident ? "resident" : "streamed",
-             plan.pair == 2 ? " in pairs" : "");
+    snprintf(op->base.info.variant, sizeof op->base.info.variant, "%s, tile %d x %d, filters %s",
+             plan.overlap ? "rows" : "taps", 64 * plan.mt, plan.bn, plan.resident ? "resident" : "streamed");
     CONV_TRY(dev, err,
              cudaFuncSetAttribute(f->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes));
     return LTN_OK;
@@ -397,18 +373,10 @@ enum ltn_status run(conv_device *dev, conv_op *op, void *y, const void *x, void 
         int m_tiles = (p.n * f->plan.ho * f->plan.wq + p.tile_rows - 1) / p.tile_rows;
         p.by_m_tiles = conv_divisor_of(m_tiles);
         p.tiles = m_tiles * f->plan.n_tiles * s.groups;
-        const int clusters = dev->n_sms / p.pair;
-        cudaLaunchAttribute cluster[1] = {};
-        cluster[0].id = cudaLaunchAttributeClusterDimension;
-        cluster[0].val.clusterDim = {static_cast<unsigned>(p.pair), 1, 1};
-        cudaLaunchConfig_t config = {};
-        config.gridDim = dim3(static_cast<unsigned>((p.tiles < clusters ? p.tiles : clusters) * p.pair));
-        config.blockDim = dim3(kBlock);
-        config.dynamicSmemBytes = static_cast<size_t>(f->plan.shared_bytes);
-        config.stream = dev->stream;
-        config.attrs = cluster;
-        config.numAttrs = p.pair == 2 ? 1 : 0;
-        CONV_TRY(dev, err, cudaLaunchKernelEx(&config, f->kernel, p, map));
+        const int grid = p.tiles < dev->n_sms ? p.tiles : dev->n_sms;
+        const tma_fn kernel = f->kernel;
+        kernel<<<grid, kBlock, f->plan.shared_bytes, dev->stream>>>(p, map);
+        CONV_TRY(dev, err, cudaGetLastError());
     }
     return LTN_OK;
 }

@@ -46,7 +46,6 @@ struct ltn_tma_plan {
     struct ltn_tma_strips strips;
     int n_strips, taps; /* of one tile */
     int load;           /* positions of a strip: a tile's and the largest shift */
-    int pair;           /* blocks, of a cluster, that share the filters' way from the L2: 1 or 2 */
     bool resident;      /* all filters stay in shared memory */
     int slots, stages;  /* strips and taps of filters in shared memory */
     int slot_bytes, stage_bytes;
@@ -56,7 +55,7 @@ struct ltn_tma_plan {
 
 /* Overrides for measuring; 0 or -1: the plan chooses. */
 struct ltn_tma_choice {
-    int mt, pair, overlap;
+    int mt, overlap;
 };
 
 /* Decides how the shape is computed; choice may be NULL. LTN_ERR_UNSUPPORTED: not this way. */

@@ -69,12 +69,7 @@ static bool set_memory(struct ltn_tma_plan *plan, const struct ltn_conv_shape *s
         return false;
     plan->resident = s->groups * plan->n_tiles == 1 && plan->taps <= LTN_TMA_MAX_STAGES &&
                      plan->taps * plan->stage_bytes + 3 * plan->slot_bytes <= left;
-    if (plan->resident) {
-        plan->stages = plan->taps;
-        plan->pair = 1;
-    } else { /* half and half */
-        plan->stages = left / 2 / plan->stage_bytes;
-    }
+    plan->stages = plan->resident ? plan->taps : left / 2 / plan->stage_bytes; /* else half and half */
     plan->slots = (left - plan->stages * plan->stage_bytes) / plan->slot_bytes;
     if (plan->slots > LTN_TMA_MAX_SLOTS)
         plan->slots = LTN_TMA_MAX_SLOTS;
@@ -104,7 +99,7 @@ static double cost(const struct ltn_tma_plan *plan, const struct ltn_conv_shape 
                        : plan->mt == 4  ? 38
                                         : 42);
     double bytes = (double)plan->n_strips * plan->load * LTN_TMA_LINE +
-                   (plan->resident ? 0 : (double)plan->taps * plan->stage_bytes / plan->pair);
+                   (plan->resident ? 0 : (double)plan->taps * plan->stage_bytes);
     double l2 = bytes / 33;
     double high = products > l2 ? products : l2, low = products > l2 ? l2 : products;
     return rounds * (high + low / 4);
@@ -145,16 +140,13 @@ enum ltn_status ltn_tma_choose(struct ltn_tma_plan *plan, const struct ltn_conv_
     base.bn = cog <= 64 ? 64 : ceil_div(cog, 96) * 96 < ceil_div(cog, 128) * 128 ? 96 : 128;
     base.n_tiles = ceil_div(cog, base.bn);
     double least = -1;
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 4; ++i) {
         struct ltn_tma_plan now = base;
         now.overlap = i & 1;
-        now.pair = i & 2 ? 2 : 1;
-        now.mt = i & 4 ? 4 : 2;
+        now.mt = i & 2 ? 4 : 2;
         if ((now.mt == 4 && now.bn != 64) || (choice->mt && choice->mt != now.mt) ||
-            (choice->overlap >= 0 && choice->overlap != now.overlap))
-            continue;
-        if (!set_strips(&now, s) || !set_memory(&now, s) || !can_map(&now, s) ||
-            (choice->pair && choice->pair != now.pair && !now.resident))
+            (choice->overlap >= 0 && choice->overlap != now.overlap) || !set_strips(&now, s) ||
+            !set_memory(&now, s) || !can_map(&now, s))
             continue;
         double c = cost(&now, s);
         if (least < 0 || c < least) {

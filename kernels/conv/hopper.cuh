@@ -16,16 +16,6 @@ static __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, 
         : "memory");
 }
 
-/* To the same place, with the same barrier, in every block of the mask. */
-static __device__ __forceinline__ void bulk_load_multicast(uint32_t dst, const void *src, uint32_t bytes,
-                                                           uint64_t *bar, uint16_t mask)
-{
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1], %2, [%3], %4;" ::"r"(dst),
-                 "l"(src), "r"(bytes), "r"(shared_address(bar)), "h"(mask)
-                 : "memory");
-}
-
 /* Pixels in a row from (x, y) of an image on, in the map's box, each moved by (right, down). */
 static __device__ __forceinline__ void tma_load_im2col(uint32_t dst, const CUtensorMap *map, int channel,
                                                        int x, int y, int image, int right, int down,
