@@ -104,13 +104,11 @@ __device__ __forceinline__ void add_tap(float (&acc)[MT][BN / 2], uint64_t a, ui
         add_steps<T, BN, MT, 3>(acc, a, w, accumulate);
 }
 
-/* Strip a and stage w are read; -1: none. By one lane of each warp. */
-__device__ __forceinline__ void release(barriers &bar, int a, int w)
+/* Strip a and stage w are read; -1: none. */
+__device__ __forceinline__ void release(barriers &bar, int lane, int a, int w)
 {
-    if (w >= 0)
-        barrier_arrive(&bar.w_empty[w]);
-    if (a >= 0)
-        barrier_arrive(&bar.empty[a]);
+    barrier_arrive_if(&bar.w_empty[w], lane == 0 && w >= 0);
+    barrier_arrive_if(&bar.empty[a], lane == 0 && a >= 0);
 }
 
 template <typename T, int BN, int MT>
@@ -147,38 +145,35 @@ __device__ void multiply(const tma_params &p, uint32_t base, barriers &bar, int 
                                            steps, accumulate);
                         accumulate = 1;
                         wgmma_wait<1>();
-                        if (lane == 0)
-                            release(bar, a_held, w_held);
+                        release(bar, lane, a_held, w_held);
                         w_held = p.resident ? -1 : w.at;
                         a_held = t + 1 == taps ? a.at : -1;
                         w.next(p.stages);
                     }
                 }
         }
-        if (lane == 0)
-            barrier_arrive(&bar.order[group ^ 1]);
+        barrier_arrive_if(&bar.order[group ^ 1], lane == 0);
         wgmma_wait<0>();
         pin(acc);
-        if (lane == 0)
-            release(bar, a_held, w_held);
+        release(bar, lane, a_held, w_held);
         const tile t = tile_at(p, index, BN);
         write_tile<T, BN, MT>(p, acc, t.first + warp * 16 + (lane >> 2), t);
     }
 }
 
+/* By all threads, each its barrier. */
 __device__ __forceinline__ void begin(const tma_params &p, barriers &bar)
 {
-#pragma unroll 1
-    for (int i = 0; i < p.slots; ++i) {
+    const int i = threadIdx.x;
+    if (i < p.slots) {
         barrier_init(&bar.full[i], 1);
         barrier_init(&bar.empty[i], 4);
     }
-#pragma unroll 1
-    for (int i = 0; i < p.stages; ++i) {
+    if (i < p.stages) {
         barrier_init(&bar.w_full[i], 1);
         barrier_init(&bar.w_empty[i], 4);
     }
-    for (int i = 0; i < 2; ++i)
+    if (i < 2)
         barrier_init(&bar.order[i], 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -194,10 +189,9 @@ __global__ void __launch_bounds__(kBlock, 1)
     const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
     char *aligned = raw + (base - shared_address(raw));
     barriers &bar = *reinterpret_cast<barriers *>(aligned + p.at_barriers);
-    if (threadIdx.x == 2 * kGroup) {
+    if (threadIdx.x == 2 * kGroup)
         prefetch_map(&map);
-        begin(p, bar);
-    }
+    begin(p, bar);
     __syncthreads();
     const int group =
         __shfl_sync(0xFFFFFFFF, threadIdx.x / kGroup, 0); /* the compiler then knows that it is uniform */

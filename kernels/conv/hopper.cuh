@@ -8,6 +8,18 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
+/* Without a branch, behind which the compiler would no longer know what is the same in all threads. */
+static __device__ __forceinline__ void barrier_arrive_if(uint64_t *bar, bool wanted)
+{
+    asm volatile("{\n"
+                 ".reg .pred wanted;\n"
+                 "setp.ne.s32 wanted, %1, 0;\n"
+                 "@wanted mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+                 "}\n" ::"r"(shared_address(bar)),
+                 "r"(static_cast<int>(wanted))
+                 : "memory");
+}
+
 static __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint64_t *bar)
 {
     asm volatile(
