@@ -205,6 +205,15 @@ struct ltn_ops {
                                         int32_t ld_gate, const struct ltn_norm *norm,
                                         const struct ltn_linear *l, int32_t rows, void *scratch,
                                         struct ltn_error *err);
+    /* x += (gate * Norm(o)) W^T + b, o = lightning(q, k, v): a token mixer behind its first product. x: f32
+     * [rows, W.rows]; o: act [rows, W.cols], undefined on return as scratch is; the rest as in lightning and
+     * gated_norm */
+    enum ltn_status (*lightning_linear_add)(struct ltn_backend *be, float *x, const void *q, const void *k,
+                                            const void *v, int32_t ld, const struct ltn_attention *a,
+                                            const struct ltn_seq *seqs, int32_t n_seqs, const void *gate,
+                                            int32_t ld_gate, const struct ltn_norm *norm,
+                                            const struct ltn_linear *l, int32_t rows, void *o, void *scratch,
+                                            struct ltn_error *err);
     /* out = Norm(x) W^T.  out: f32 [rows, W.rows]; x: f32 [rows, W.cols] */
     enum ltn_status (*norm_logits)(struct ltn_backend *be, float *out, const float *x,
                                    const struct ltn_norm *norm, const struct ltn_matrix *w, int32_t rows,
@@ -219,22 +228,20 @@ struct ltn_ops {
                                   const struct ltn_matrix *w, struct ltn_error *err);
 
     /* One token of one stream through the whole network: its logits, and its state advanced. id: [1]; logits:
-     * f32 [V]; x: f32 [D]; qkv: act [4H]; o: act [H]; h: act [G]; all backend memory, and x .. h hold nothing
-     * of use on return. LTN_ERR_UNSUPPORTED: nothing was done, as sizes or switches do not suit; compose. */
+     * f32 [V]; both backend memory. LTN_ERR_UNSUPPORTED: nothing was done, as sizes or switches do not suit;
+     * compose. */
     enum ltn_status (*step)(struct ltn_backend *be, const struct ltn_network *net, const struct ltn_seq *seq,
-                            const int32_t *id, float *logits, float *x, void *qkv, void *o, void *h,
-                            struct ltn_error *err);
+                            const int32_t *id, float *logits, struct ltn_error *err);
 
     /* ---- decoding without the host between the tokens: where record is set, so are all of these -----------
      */
     /* ids[r] = the token chosen from logits[r], as kernels/sample.h has it, to the last id the same on every
      * backend; log[*steps % log_rows][r] = ids[r], or what stands there in place of an id, and then ids[r] =
-     * 0; draws[r] advances by the token; *steps += 1. adjusted: room for f32 [rows, cols], or NULL where
-     * there are neither penalties nor biases. ids: [rows]; logits: f32 [rows, cols]; draws: [rows]; log:
-     * [log_rows, rows]; all backend memory; choice: host. */
+     * 0; draws[r] advances by the token; *steps += 1. scratch: room for f32 [2, rows, cols]. ids: [rows];
+     * logits: f32 [rows, cols]; draws: [rows]; log: [log_rows, rows]; all backend memory; choice: host. */
     enum ltn_status (*sample)(struct ltn_backend *be, int32_t *ids, const float *logits, int32_t rows,
                               int32_t cols, const struct ltn_choice *choice, struct ltn_draws *draws,
-                              float *adjusted, int64_t *steps, int32_t *log, int32_t log_rows,
+                              float *scratch, int64_t *steps, int32_t *log, int32_t log_rows,
                               struct ltn_error *err);
     /* From record to recorded, operations of this thread are noted, not run (upload, download, alloc, free
      * and sync must not be called); other threads wait. recorded ends it, also after an operation that

@@ -5,7 +5,6 @@
 
 #include <new>
 #include <stdio.h>
-#include <thread>
 
 enum ltn_status cuda_fail(struct cuda_backend *be, struct ltn_error *err, const char *what, const char *file,
                           int line, cudaError_t code)
@@ -76,80 +75,6 @@ static enum ltn_status cuda_sync(struct ltn_backend *base, struct ltn_error *err
     return LTN_OK;
 }
 
-/* Takes the next whole pinned buffer, once the copy that last used it is done. */
-static cudaError_t take_stage(struct cuda_backend *be)
-{
-    cudaError_t code = cudaEventRecord(be->staged[be->next_stage], be->stream);
-    be->next_stage = (be->next_stage + 1) % STAGES;
-    be->stage_used = 0;
-    return code != cudaSuccess ? code : cudaEventSynchronize(be->staged[be->next_stage]);
-}
-
-/* One host thread copies at a fraction of what the bus carries; a full buffer is filled by several. */
-static void copy_wide(uint8_t *dst, const uint8_t *src, size_t bytes)
-{
-    enum { PARTS = 4, WORTH_THREADS = 1 << 20 };
-    if (bytes < WORTH_THREADS) {
-        memcpy(dst, src, bytes);
-        return;
-    }
-    std::thread worker[PARTS - 1];
-    size_t part = (bytes / PARTS + 63) & ~(size_t)63;
-    size_t own = bytes; /* this thread copies what no worker could be had for, from the start */
-    for (int i = PARTS - 1; i > 0; i--) {
-        size_t from = i * part;
-        try {
-            worker[i - 1] = std::thread(memcpy, dst + from, src + from, own - from);
-        } catch (...) {
-            break;
-        }
-        own = from;
-    }
-    memcpy(dst, src, own);
-    for (std::thread &t : worker)
-        if (t.joinable())
-            t.join();
-}
-
-static enum ltn_status cuda_upload(struct ltn_backend *base, void *dst, const void *host, size_t bytes,
-                                   struct ltn_error *err)
-{
-    struct cuda_backend *be = cuda_of(base);
-    struct turn turn(be);
-    const uint8_t *from = (const uint8_t *)host;
-    uint8_t *to = (uint8_t *)dst;
-    while (bytes > 0) {
-        if (be->stage_used == STAGE_BYTES)
-            CUDA_TRY(be, err, take_stage(be));
-        size_t room = STAGE_BYTES - be->stage_used, n = bytes < room ? bytes : room;
-        uint8_t *stage = be->stage[be->next_stage] + be->stage_used;
-        copy_wide(stage, from, n);
-        CUDA_TRY(be, err, cudaMemcpyAsync(to, stage, n, cudaMemcpyHostToDevice, be->stream));
-        be->stage_used += (n + 63) & ~(size_t)63;
-        from += n, to += n, bytes -= n;
-    }
-    return LTN_OK;
-}
-
-static enum ltn_status cuda_download(struct ltn_backend *base, void *host, const void *src, size_t bytes,
-                                     struct ltn_error *err)
-{
-    struct cuda_backend *be = cuda_of(base);
-    struct turn turn(be);
-    const uint8_t *from = (const uint8_t *)src;
-    uint8_t *to = (uint8_t *)host;
-    do {
-        size_t n = bytes < STAGE_BYTES ? bytes : (size_t)STAGE_BYTES;
-        CUDA_TRY(be, err, take_stage(be));
-        uint8_t *stage = be->stage[be->next_stage];
-        CUDA_TRY(be, err, cudaMemcpyAsync(stage, from, n, cudaMemcpyDeviceToHost, be->stream));
-        CUDA_TRY(be, err, cudaStreamSynchronize(be->stream));
-        memcpy(to, stage, n);
-        from += n, to += n, bytes -= n;
-    } while (bytes > 0);
-    return LTN_OK;
-}
-
 enum ltn_status make_room(struct cuda_backend *be, void **room, size_t *bytes, size_t needed,
                           struct ltn_error *err)
 {
@@ -165,16 +90,23 @@ enum ltn_status make_room(struct cuda_backend *be, void **room, size_t *bytes, s
     return LTN_OK;
 }
 
-static __global__ void __launch_bounds__(512) sum_kernel(uint64_t *out, const ulonglong2 *src, size_t n)
+enum { SUM_THREADS = 256, SUM_LOADS = 4, SUM_TILE = SUM_THREADS * SUM_LOADS };
+
+static __global__ void __launch_bounds__(SUM_THREADS)
+    sum_kernel(uint64_t *out, const ulonglong2 *src, size_t n)
 {
-    const size_t stride = (size_t)gridDim.x * blockDim.x;
     uint64_t sum = 0;
     let_next_start();
     wait_for_previous();
-#pragma unroll 8
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) {
-        const ulonglong2 v = __ldcs(src + i);
-        sum += v.x + v.y;
+    for (size_t tile = (size_t)blockIdx.x * SUM_TILE; tile < n; tile += (size_t)gridDim.x * SUM_TILE) {
+        const size_t first = tile + threadIdx.x;
+        ulonglong2 v[SUM_LOADS];
+#pragma unroll
+        for (int i = 0; i < SUM_LOADS; i++)
+            v[i] = first + i * SUM_THREADS < n ? __ldcs(src + first + i * SUM_THREADS) : ulonglong2{0, 0};
+#pragma unroll
+        for (int i = 0; i < SUM_LOADS; i++)
+            sum += v[i].x + v[i].y;
     }
     for (int offset = 16; offset > 0; offset /= 2)
         sum += __shfl_xor_sync(0xffffffffu, sum, offset);
@@ -188,16 +120,32 @@ static enum ltn_status cuda_sum(struct ltn_backend *base, uint64_t *out, const v
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
     CUDA_TRY(be, err, cudaMemsetAsync(out, 0, sizeof *out, be->stream));
-    LAUNCH(be, err, sum_kernel, dim3(4 * be->n_sms), dim3(512), 0, out, (const ulonglong2 *)src, bytes / 16);
+    LAUNCH(be, err, sum_kernel, dim3(8 * be->n_sms), dim3(SUM_THREADS), 0, out, (const ulonglong2 *)src,
+           bytes / 16);
     return LTN_OK;
 }
 
 /* ---- attention: by sequences -----------------------------------------------------------------------------
  */
 
-/* *done: whether the tensor-core kernels took the call: for sequences of more than one row. */
-static enum ltn_status lightning_tensor(struct cuda_backend *be, struct ltn_lightning_call *call, bool *done,
-                                        struct ltn_error *err)
+/* Whether so much room is there, or made now: nothing can be allocated while operations are recorded. */
+static enum ltn_status room_now(struct cuda_backend *be, void **room, size_t *bytes, size_t needed,
+                                bool *there, struct ltn_error *err)
+{
+    cudaStreamCaptureStatus recording = cudaStreamCaptureStatusNone;
+    *there = needed <= *bytes;
+    if (*there)
+        return LTN_OK;
+    CUDA_TRY(be, err, cudaStreamIsCapturing(be->stream, &recording));
+    if (recording != cudaStreamCaptureStatusNone)
+        return LTN_OK;
+    *there = true;
+    return make_room(be, room, bytes, needed, err);
+}
+
+/* For sequences of more than one row. */
+enum ltn_status lightning_tensor(struct cuda_backend *be, struct ltn_lightning_call *call, bool *done,
+                                 struct ltn_error *err)
 {
     const struct ltn_attention *a = call->a;
     bool many = false;
@@ -207,12 +155,16 @@ static enum ltn_status lightning_tensor(struct cuda_backend *be, struct ltn_ligh
     if (!many || be->base.act_dtype != LTN_BF16)
         return LTN_OK;
     const size_t needed = ltn_lightning_workspace(a->n_heads, a->head_dim, a->theta != NULL);
-    if (needed > be->lightning_bytes) {
-        cudaStreamCaptureStatus recording;
-        CUDA_TRY(be, err, cudaStreamIsCapturing(be->stream, &recording));
-        if (recording != cudaStreamCaptureStatusNone) /* nothing can be allocated now */
-            return LTN_OK;
-        LTN_TRY(make_room(be, &be->lightning_workspace, &be->lightning_bytes, needed, err));
+    bool there;
+    LTN_TRY(room_now(be, &be->lightning_workspace, &be->lightning_bytes, needed, &there, err));
+    if (!there)
+        return LTN_OK;
+    if (a->theta) {
+        const struct ltn_seq *last = &call->seqs[call->n_seqs - 1];
+        const size_t turned =
+            ltn_lightning_turned((int64_t)last->first + last->count, a->n_heads, a->head_dim);
+        LTN_TRY(room_now(be, &be->turned, &be->turned_bytes, turned, &there, err));
+        call->turned = turned > 0 && there ? be->turned : NULL;
     }
     call->workspace = be->lightning_workspace;
     call->workspace_bytes = be->lightning_bytes;
@@ -222,13 +174,22 @@ static enum ltn_status lightning_tensor(struct cuda_backend *be, struct ltn_ligh
     return LTN_OK;
 }
 
-static enum ltn_status cuda_lightning(struct ltn_backend *base, void *o, const void *q, const void *k,
-                                      const void *v, int32_t ld, const struct ltn_attention *a,
-                                      const struct ltn_seq *seqs, int32_t n_seqs, struct ltn_error *err)
+enum ltn_status cuda_lightning(struct ltn_backend *base, void *o, const void *q, const void *k, const void *v,
+                               int32_t ld, const struct ltn_attention *a, const struct ltn_seq *seqs,
+                               int32_t n_seqs, struct ltn_error *err)
 {
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
-    struct ltn_lightning_call call = {o, q, k, v, ld, a, seqs, n_seqs, NULL, 0, 0, false, be->steps};
+    struct ltn_lightning_call call = {};
+    call.o = o;
+    call.q = q;
+    call.k = k;
+    call.v = v;
+    call.ld = ld;
+    call.a = a;
+    call.seqs = seqs;
+    call.n_seqs = n_seqs;
+    call.steps = be->steps;
     bool done;
     LTN_TRY(lightning_tensor(be, &call, &done, err));
     if (done)
@@ -258,10 +219,11 @@ static void cuda_close(struct ltn_backend *base)
     gemm_close(be);
     cudaFree(be->widened);
     cudaFree(be->lightning_workspace);
+    cudaFree(be->turned);
     cudaFree(be->copy_workspace);
     cudaFree(be->fp8_workspace);
     cudaFree(be->partials);
-    cudaFree(be->step_barrier);
+    cudaFree(be->step_words);
     for (int i = 0; i < STAGES; i++) {
         cudaFreeHost(be->stage[i]);
         if (be->staged[i])
@@ -294,6 +256,7 @@ static const struct ltn_ops cuda_ops = {
     .norm_linear = cuda_norm_linear,
     .norm_glu = cuda_norm_glu,
     .gated_linear_add = cuda_gated_linear_add,
+    .lightning_linear_add = cuda_lightning_linear_add,
     .norm_logits = cuda_norm_logits,
     .matrix_fp8 = cuda_matrix_fp8,
     .step = cuda_step,
