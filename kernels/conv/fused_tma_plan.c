@@ -135,7 +135,8 @@ enum ltn_status ltn_tma_choose(struct ltn_tma_plan *plan, const struct ltn_conv_
         choice = &any;
     if (s->type == LTN_CONV_F32 || s->layout != LTN_NHWC || cg % (2 * base.unit) != 0 || s->sh > 8 ||
         s->sw > 8 || (int64_t)s->dh * (s->hf - 1) > 255 || (int64_t)s->dw * (s->wf - 1) > 255 ||
-        s->pt > 128 || s->pl > 128 || s->hi > 1 << 20 || s->wi > 1 << 20 || cg > 1 << 20)
+        s->pt > 128 || s->pl > 128 || (double)s->hi * s->wi * s->ci >= 1e11 || s->hi > 1 << 20 ||
+        s->wi > 1 << 20 || cg > 1 << 20)
         return ltn_fail(err, LTN_ERR_UNSUPPORTED, "convolution: not a shape for strips by the copy engine");
     base.bn = cog <= 64 ? 64 : ceil_div(cog, 96) * 96 < ceil_div(cog, 128) * 128 ? 96 : 128;
     base.n_tiles = ceil_div(cog, base.bn);
