@@ -281,4 +281,18 @@ static inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder()
     return fn;
 }
 
+/* The map of [rows, columns], `ld` elements of `size` bytes from row to row, in swizzled boxes of 128 bytes
+ * by box_rows. */
+static inline bool tensor_map(CUtensorMap *map, CUtensorMapDataType type, int size, const void *base,
+                              int64_t rows, int64_t columns, int64_t ld, uint32_t box_rows)
+{
+    const cuuint64_t dims[2] = {(cuuint64_t)columns, (cuuint64_t)rows};
+    const cuuint64_t strides[1] = {(cuuint64_t)ld * size};
+    const cuuint32_t box[2] = {(cuuint32_t)(128 / size), box_rows}, step[2] = {1, 1};
+    return tensor_map_encoder()(map, type, 2, const_cast<void *>(base), dims, strides, box, step,
+                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 #endif
