@@ -87,7 +87,7 @@ test-cuda: setup ## run the tests that need a GPU
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
 
 sanitize-cuda: setup ## run short GPU tests under compute-sanitizer: memory, initialisation, barriers, races
-	@$(MAKE) --no-print-directory -j$(JOBS) all $(CUDA_BIN)
+	@$(MAKE) --no-print-directory -j$(JOBS) all $(CUDA_BIN) $(B)/tests/cuda/attention
 	LTN_BIN=$(BIN) sh tests/cuda/sanitize.sh $(B)/tests/cuda
 
 bench-gpu: setup ## measure decoding, reading, attention and convolution, on a GPU beside their peers, into tools/results
@@ -101,7 +101,10 @@ bench-gpu: setup ## measure decoding, reading, attention and convolution, on a G
 	python3 tools/quant_table.py $(patsubst %,--bench %.json,tools/results/decode $(addprefix $(B)/gpu-,q8 fp8 q4) $(addprefix $(B)/cpu-,bf16 q8 fp8 q4))
 	python3 tools/bench_attention_peers.py --ltn $(B)/tests/cuda/libattention.so -o tools/results/attention.json
 	python3 tools/bench_prefill.py --bench $(BIN)/ltn-bench -o tools/results/prefill.json
-	$(BIN)/ltn-bench conv --device cuda --format json >tools/results/conv.json
+	$(BIN)/ltn-bench conv --device cuda --format json >tools/results/conv.new
+	mv tools/results/conv.new tools/results/conv.json
+	python3 tools/bench_conv_torch.py -o tools/results/conv_torch.json
+	python3 tools/plot_conv.py
 
 programs: $(PROGRAMS) $(B)/libltn.a $(BIN)/libltn.so
 

@@ -24,22 +24,20 @@ SHAPES = {"385m": (24, 1024, 8, 2816), "1b": (16, 2048, 16, 5632), "7b": (30, 40
 VOCAB, HEAD_DIM = 64000, 128
 
 
-def fla(heads):
-    """q, k [1, n, heads, d], v [1, n, heads, e] -> [1, n, heads, e]"""
+def fla():
+    """q, k, v [1, n, heads, 128] -> [1, n, heads, 128]"""
     from fla.ops.simple_gla import chunk_simple_gla
 
     return lambda q, k, v, slopes: chunk_simple_gla(q, k, v, g_gamma=-slopes, scale=1.0)[0]
 
 
-def lightning(heads):
-    """The same. Heads lie outside for this kernel, and keys wider than 128 go in parts: the sum of their outputs."""
+def lightning():
+    """The same; heads lie outside for this kernel."""
     from lightning_attn.ops.triton.lightning_attn2 import lightning_attn2
 
     def attend(q, k, v, slopes):
         q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-        parts = [lightning_attn2(a.contiguous(), b.contiguous(), v, slopes.view(heads, 1, 1))
-                 for a, b in zip(q.split(HEAD_DIM, -1), k.split(HEAD_DIM, -1))]
-        return functools.reduce(lambda a, b: a + b, parts).transpose(1, 2)
+        return lightning_attn2(q, k, v, slopes.view(-1, 1, 1)).transpose(1, 2)
 
     return attend
 
@@ -54,7 +52,7 @@ def peer(name, shape):
 
     layers, width, heads, glu = SHAPES[shape]
     attention, compiled = PEERS[name]
-    attend = attention(heads)
+    attend = attention()
     fuse = functools.partial(torch.compile, dynamic=False) if compiled else lambda f: f
 
     def weight(rows, cols):
@@ -78,8 +76,8 @@ def peer(name, shape):
         return q, k, v, u
 
     @fuse
-    def turn(q, k, cos, sin):
-        return torch.cat([q * cos, q * sin], -1), torch.cat([k * cos, k * sin], -1)
+    def turn(q, k, by):
+        return q * by, k * by
 
     @fuse
     def after(x, o, u, wo, w12, w3):
@@ -91,9 +89,10 @@ def peer(name, shape):
         x = embed[ids].float() * width ** 0.5
         for l, (wqkvu, wo, w12, w3) in enumerate(mats):
             q, k, v, u = before(x, wqkvu)
-            if l == 0:
-                q, k = turn(q, k, cos, sin)
-            o = attend(q, k, v, slopes[l])
+            if l == 0:  # LRPE: keys twice as wide are the sum of two attentions
+                o = attend(*turn(q, k, cos), v, slopes[l]) + attend(*turn(q, k, sin), v, slopes[l])
+            else:
+                o = attend(q, k, v, slopes[l])
             x = after(x, o.reshape(-1, width), u, wo, w12, w3)
         return F.linear(norm(x[-1:]), embed).float()
 
@@ -144,6 +143,7 @@ def main():
     ap.add_argument("--fp8-lengths", default="32768", help="of ltn in fp8, briefly")
     ap.add_argument("--brief", type=float, default=0.5, help="seconds of these, and of the peer")
     ap.add_argument("--peer-lengths", type=int, nargs="*", default=[32768])
+    ap.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     ap.add_argument("--compile", action="store_true", help="time nothing and write nothing: run each peer once, which "
                     "fills the caches of compiled kernels")
     args = ap.parse_args()
@@ -157,7 +157,7 @@ def main():
         """(shape, n, name, samples) of each that runs."""
         for shape in args.shapes:
             for n in args.peer_lengths:
-                for name in PEERS:
+                for name in args.peers:
                     try:
                         yield shape, n, name, time_peer(name, shape, n, 0 if args.compile else args.brief)
                     except Exception as error:  # a peer that is missing or broken must not stop the others

@@ -1,4 +1,4 @@
-"""The README's tables that tools make: each stands between the lines <!-- NAME --> and <!-- end -->."""
+"""The tables in documents that tools make: each stands between the lines <!-- NAME --> and <!-- end -->."""
 import os
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -16,12 +16,12 @@ def replace(path, text):
     os.replace(path + ".new", path)
 
 
-def put(name, table):
-    readme = os.path.join(ROOT, "README.md")
-    with open(readme, encoding="utf-8") as f:
+def put(name, table, document="README.md"):
+    path = os.path.join(ROOT, document)
+    with open(path, encoding="utf-8") as f:
         text = f.read()
     begin, end = "<!-- %s -->\n" % name, "<!-- end -->"
     if begin not in text or end not in text.split(begin, 1)[1]:
-        raise SystemExit("README.md: expected the lines %s and %s" % (begin.strip(), end))
+        raise SystemExit("%s: expected the lines %s and %s" % (document, begin.strip(), end))
     head, rest = text.split(begin, 1)
-    replace(readme, head + begin + table + "\n" + end + rest.split(end, 1)[1])
+    replace(path, head + begin + table + "\n" + end + rest.split(end, 1)[1])

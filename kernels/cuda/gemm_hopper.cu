@@ -388,17 +388,10 @@ __global__ void CLUSTER_OF_TWO __launch_bounds__(kBlock, 1)
 #endif
 }
 
-/* [rows, columns] in boxes of 128 bytes by box_rows */
 bool encode(CUtensorMap *map, CUtensorMapDataType type, int size, const void *base, int64_t rows,
             int64_t columns, uint32_t box_rows)
 {
-    const cuuint64_t dims[2] = {(cuuint64_t)columns, (cuuint64_t)rows};
-    const cuuint64_t strides[1] = {(cuuint64_t)columns * size};
-    const cuuint32_t box[2] = {(cuuint32_t)(kLine / size), box_rows}, step[2] = {1, 1};
-    return tensor_map_encoder()(map, type, 2, const_cast<void *>(base), dims, strides, box, step,
-                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    return tensor_map(map, type, size, base, rows, columns, columns, box_rows);
 }
 
 template <bool FP8, int OUT>

@@ -88,6 +88,29 @@ static __device__ __forceinline__ void barrier_wait(uint64_t *bar, uint32_t pari
                  : "memory");
 }
 
+static __device__ __forceinline__ bool barrier_passed(uint64_t *bar, uint32_t parity)
+{
+    uint32_t passed;
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, done;\n"
+                 "}\n"
+                 : "=r"(passed)
+                 : "r"(shared_address(bar)), "r"(parity)
+                 : "memory");
+    return passed;
+}
+
+/* bytes: of 16, and so are the addresses. */
+static __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint64_t *bar)
+{
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
+        "l"(src), "r"(bytes), "r"(shared_address(bar))
+        : "memory");
+}
+
 static __device__ __forceinline__ void cluster_sync()
 {
     asm volatile("barrier.cluster.arrive.release.aligned;\n"
@@ -279,6 +302,20 @@ static inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder()
         return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(p);
     }();
     return fn;
+}
+
+/* The map of [rows, columns], `ld` elements of `size` bytes from row to row, in swizzled boxes of 128 bytes
+ * by box_rows. */
+static inline bool tensor_map(CUtensorMap *map, CUtensorMapDataType type, int size, const void *base,
+                              int64_t rows, int64_t columns, int64_t ld, uint32_t box_rows)
+{
+    const cuuint64_t dims[2] = {(cuuint64_t)columns, (cuuint64_t)rows};
+    const cuuint64_t strides[1] = {(cuuint64_t)ld * size};
+    const cuuint32_t box[2] = {(cuuint32_t)(128 / size), box_rows}, step[2] = {1, 1};
+    return tensor_map_encoder()(map, type, 2, const_cast<void *>(base), dims, strides, box, step,
+                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 #endif

@@ -2,8 +2,8 @@
  *
  * One block works on one item at a time: 64 value columns ("tile") of one head over one segment. Three
  * warpgroups:
- *   loader   one thread fills a ring of stages with the chunks' q, k [64, DK] and v [64, 64].
- *   state    holds S^T [64, DK] in f32 registers. Per chunk: publishes S as bf16 in shared memory, then
+ *   loader   one thread fills a ring of stages with the chunks' q, k [64, kD] and v [64, 64].
+ *   state    holds S^T [64, kD] in f32 registers. Per chunk: publishes S as bf16 in shared memory, then
  *            S <- S + (V'^T K - e S), V'_i = exp(-s (m-1-i)) v_i as a high and a low bf16, e = -expm1(-s m).
  *   output   O = diag(exp(-s (i+1))) (Q S) + (Q K^T . M) V, M_ij = exp(-s (i-j)) for i >= j, else 0.
  * The state group never waits for outputs (two published states), so the only chain over chunks is the
@@ -11,168 +11,12 @@
  *
  * Shared tiles are 64 rows of 128 bytes with the 128-byte swizzle: 16-byte column c of row r lies at column
  * c ^ (r & 7). A [64, 128] tile is two such halves. */
-#include "kernels/cuda/lightning_plan.cuh"
+#include "kernels/cuda/lightning_tiles.cuh"
 
 namespace
 {
 
-constexpr int kTile = 64;             /* value columns per item */
-constexpr int kBox = kChunk * 64 * 2; /* bytes of a [64, 64] bf16 tile */
-constexpr int kGroup = 128;           /* threads of a warpgroup */
-constexpr int kBlock = 3 * kGroup;
-
-/* E: value columns of a head. TURNED: q and k come turned by LRPE, [.., 2 E] f16 in units of kTurnScale, and
- * the state's registers are in units of its square. GATED: outputs are multiplied by a gate on their way out.
- */
-template <int E, bool TURNED, bool GATED> struct layout {
-    static constexpr bool kTurned = TURNED, kGated = GATED;
-    static constexpr int kE = E, kD = TURNED ? 2 * E : E;
-    static constexpr int kTiles = E / kTile;
-    static constexpr int kHalves = kD / 64; /* [64, 64] parts of q, k or a published state */
-    static constexpr int kStages = kD == 256 ? 2 : kD == 128 ? 4 : 7;
-    static constexpr int kSlots =
-        GATED && kD < 256 ? 4 : 2;              /* outputs on their way out, gates on theirs in */
-    static constexpr int kKey = kHalves * kBox; /* bytes of q or k; of one published state too */
-    static constexpr int kStage = 2 * kKey + kBox;
-    static constexpr int kStates = kStages * kStage;
-    static constexpr int kOut = kStates + 2 * kKey;
-    static constexpr int kSmall = kOut + kSlots * kBox;
-    static constexpr int kBytes = kSmall + 1024 + 1024; /* small things, and slack to align the base */
-    static constexpr float kQ = TURNED ? kTurnScale : 1.0f;
-    static constexpr float kS = kQ * kQ;
-};
-
-struct alignas(16) small_shared {
-    uint64_t full[8], empty[8];     /* ring of stages */
-    uint64_t s_full[2], s_empty[2]; /* published states */
-    uint64_t gate[4][4];            /* of a warp: gates of 16 rows in a slot */
-    float power[72];                /* output group: exp(-s i), i = 0..64 */
-    float4 scale[2];                /* TURNED: what 16 columns of a published state are to be multiplied by */
-    float weight[kChunk]; /* state group: of the chunk's row i in the state, exp(-s (m-1-i)); 0 from m on */
-};
-static_assert(sizeof(small_shared) <= 1024, "small things must fit");
-
-struct tensor_maps {
-    CUtensorMap q, k, v, o, gate;
-};
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-/* Barrier of one warpgroup (ids from 1; 0 is __syncthreads). */
-__device__ __forceinline__ void group_sync(int id)
-{
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kGroup) : "memory");
-}
-
-/* The kernel before may run until here: each group makes its tables first, which take slopes alone. */
-__device__ __forceinline__ void await_previous()
-{
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-/* Descriptors of tiles here. Rows along the matrix's own M or N, columns along the sum ("K-major"): 8-row
- * groups are 1024 bytes apart. Rows along the sum ("MN-major"): likewise, and blocks of 64 columns lie kBox
- * apart. */
-__device__ __forceinline__ uint64_t descriptor(uint32_t address)
-{
-    return matrix_descriptor(address, kBox);
-}
-
-/* Keeps the compiler from moving uses of registers across the asynchronous products. */
-template <int N> __device__ __forceinline__ void pin(float (&x)[N])
-{
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-        asm volatile("" : "+f"(x[i])::"memory");
-}
-
-template <int N> __device__ __forceinline__ void pin(uint32_t (&x)[N])
-{
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-        asm volatile("" : "+r"(x[i])::"memory");
-}
-
-/* Stores an f32 accumulator [64, 8 N/4] as a swizzled bf16 or f16 tile of 128-byte rows (halves kBox apart).
- */
-template <bool F16 = false, int N>
-__device__ __forceinline__ void store_tile(uint32_t tile, const float (&x)[N], float scale = 1)
-{
-    int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
-    int row = warp * 16 + (lane & 7) + (lane & 8);
-    auto two = [&](int i) {
-        return F16 ? pack_f16(x[i] * scale, x[i + 1] * scale) : pack_bf16(x[i], x[i + 1]);
-    };
-#pragma unroll
-    for (int j = 0; j < N / 4; j += 2) {
-        int column = (j & 7) + (lane >> 4);
-        uint32_t at = tile + (j >> 3) * kBox + row * 128 + ((column ^ (row & 7)) << 4);
-        stmatrix(at, two(4 * j), two(4 * j + 2), two(4 * j + 4), two(4 * j + 6));
-    }
-}
-
-/* The same in f16, the largest of the warp's 16 rows scaled to [2^14, 2^15) by a power of two; *back is its
- * inverse. */
-template <int N> __device__ __forceinline__ void store_scaled(uint32_t tile, const float (&x)[N], float *back)
-{
-    float top = 0;
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-        top = fmaxf(top, fabsf(x[i]));
-    for (int offset = 16; offset > 0; offset /= 2)
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
-    const uint32_t power = max(__float_as_uint(top) & 0x7F800000u, 30u << 23);
-    const float scale = __uint_as_float(((127u + 127 + 14) << 23) - power);
-    if ((threadIdx.x & 31) == 0)
-        *back = __uint_as_float(power - (14u << 23));
-    store_tile<true>(tile, x, scale);
-}
-
-/* Rows m.. of a [64, 64] tile become zero: a tail's rows belong to another sequence, or to nobody. */
-__device__ __forceinline__ void zero_rows(char *tile, int m)
-{
-    for (int i = threadIdx.x & (kGroup - 1); i < (kChunk - m) * 8; i += kGroup)
-        reinterpret_cast<uint4 *>(tile)[m * 8 + i] = make_uint4(0, 0, 0, 0);
-}
-
-/* By the state group, which publishes its state only afterwards. */
-template <class L> __device__ __forceinline__ void zero_tail(char *stage, int m)
-{
-    group_sync(1); /* all have done with what the stage held before */
-    for (int h = L::kHalves; h <= 2 * L::kHalves; ++h)
-        zero_rows(stage + h * kBox, m);
-    proxy_fence();
-    group_sync(1);
-}
-
-/* The state group's table for chunks of m rows. */
-template <class L> __device__ __forceinline__ void fill_weights(float *weight, float slope, int m)
-{
-    int i = threadIdx.x & (kGroup - 1);
-    group_sync(1); /* all are done with the table before */
-    if (i < kChunk)
-        weight[i] = i < m ? static_cast<float>(exp(-static_cast<double>(slope) * (m - 1 - i))) / L::kQ : 0.0f;
-    group_sync(1);
-}
-
-/* The output group's table. */
-__device__ __forceinline__ void fill_powers(float *power, float slope)
-{
-    int i = threadIdx.x & (kGroup - 1);
-    group_sync(2);
-    if (i <= kChunk)
-        power[i] = static_cast<float>(exp(-static_cast<double>(slope) * i));
-    group_sync(2);
-}
-
-/* Place in the ring of stages of the block's i-th chunk, and the barrier phase of its turn. */
-template <class L> struct turn {
-    int stage;
-    uint32_t phase;
-    __device__ explicit turn(int i) : stage(i % L::kStages), phase((i / L::kStages) & 1)
-    {
-    }
-};
 
 template <class L>
 __device__ void load(const lightning_params &p, const tensor_maps &maps, char *base, small_shared &sh)
@@ -233,7 +77,7 @@ __device__ void begin_state(float (&s)[L::kD / 2], const lightning_params &p, co
         const int64_t step = static_cast<int64_t>(p.n_heads) * L::kD * L::kE / 4;
         /* In pieces that leave room for two of them beside the state: they are on their way while others are
          * added. Piece n of all is the n % kPieces-th of segment n / kPieces. */
-        constexpr int kPieces = L::kD == 256 ? 8 : 1, kEach = L::kD / 8 / kPieces,
+        constexpr int kPieces = L::kD == 256 ? 4 : 1, kEach = L::kD / 8 / kPieces,
                       kTurn = kPieces > 1 ? kPieces : 2;
         float4 x[2][kEach];
         const int n_pieces = it.seg * kPieces;
@@ -319,6 +163,31 @@ __device__ void end_state(const float (&s)[L::kD / 2], const lightning_params &p
                      : "memory");
 }
 
+/* 16 rows of v, in a lane's layout of wgmma's first operand, times their weights in the state: a high and a
+ * low bf16 (TURNED: one f16). */
+template <class L>
+__device__ __forceinline__ void weigh_values(uint32_t (&hi)[4], uint32_t (&lo)[4], const uint32_t (&x)[4],
+                                             const float *weight)
+{
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const float2 w = *reinterpret_cast<const float2 *>(weight + 4 * (j & 2) + 2 * (threadIdx.x & 3));
+        const float a = low_half(x[j]) * w.x, b = high_half(x[j]) * w.y;
+        hi[j] = L::kTurned ? pack_f16(a, b) : pack_bf16(a, b);
+        lo[j] = L::kTurned ? 0 : pack_bf16(a - low_half(hi[j]), b - high_half(hi[j]));
+    }
+}
+
+/* kv (+)= V'^T K over the kk-th 16 rows of a chunk, for 64 columns of k */
+template <class L>
+__device__ __forceinline__ void issue_state(float (&kv)[32], uint64_t k_desc, const uint32_t (&hi)[4],
+                                            const uint32_t (&lo)[4], int kk)
+{
+    wgmma_64<L::kTurned>(kv, hi, k_desc, kk > 0);
+    if (!L::kTurned)
+        wgmma_64<false>(kv, lo, k_desc, 1);
+}
+
 template <class L> __device__ void carry_state(const lightning_params &p, char *base, small_shared &sh)
 {
     const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
@@ -360,24 +229,15 @@ template <class L> __device__ void carry_state(const lightning_params &p, char *
             uint32_t x[4][4], hi[4][4], lo[4][4];
             const uint64_t k_desc = descriptor(at + L::kKey);
             auto issue = [&](int half, int kk) {
-                const uint64_t desc = k_desc + half * (kBox >> 4) + kk * (2048 >> 4);
-                wgmma_64<L::kTurned>(kv[half & 1], hi[kk], desc, kk > 0);
-                if (!L::kTurned)
-                    wgmma_64<false>(kv[half & 1], lo[kk], desc, 1);
+                issue_state<L>(kv[half & 1], k_desc + half * (kBox >> 4) + kk * (2048 >> 4), hi[kk], lo[kk],
+                               kk);
             };
 #pragma unroll
             for (int kk = 0; kk < 4; ++kk)
                 ldmatrix_trans(x[kk], at + 2 * L::kKey + kk * 2048 + v_at);
 #pragma unroll
             for (int kk = 0; kk < 4; ++kk) {
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const float2 w =
-                        *reinterpret_cast<const float2 *>(&sh.weight[16 * kk + 4 * (j & 2) + 2 * (lane & 3)]);
-                    float a = low_half(x[kk][j]) * w.x, b = high_half(x[kk][j]) * w.y;
-                    hi[kk][j] = L::kTurned ? pack_f16(a, b) : pack_bf16(a, b);
-                    lo[kk][j] = L::kTurned ? 0 : pack_bf16(a - low_half(hi[kk][j]), b - high_half(hi[kk][j]));
-                }
+                weigh_values<L>(hi[kk], lo[kk], x[kk], sh.weight + 16 * kk);
                 wgmma_fence();
                 issue(0, kk);
             }
@@ -507,9 +367,13 @@ __device__ void write_output(const lightning_params &p, const tensor_maps &maps,
         auto weigh = [&](const float(&score)[32], const float(&inter)[32], bool tail) {
             float scale[4] = {1, 1, 1, 1};
             if (L::kTurned) {
-                const float4 x = sh.scale[published & 1];
-                scale[0] = x.x, scale[1] = x.y, scale[2] = x.z, scale[3] = x.w;
-                __syncwarp();
+                float4 x = {};
+                if (lane == 0) /* which alone tells that it is read */
+                    x = sh.scale[published & 1];
+                scale[0] = __shfl_sync(0xffffffffu, x.x, 0);
+                scale[1] = __shfl_sync(0xffffffffu, x.y, 0);
+                scale[2] = __shfl_sync(0xffffffffu, x.z, 0);
+                scale[3] = __shfl_sync(0xffffffffu, x.w, 0);
             }
             if (lane == 0)
                 barrier_arrive(&sh.s_empty[published & 1]);
@@ -713,16 +577,10 @@ __global__ void __launch_bounds__(kBlock, 1)
 #endif
 }
 
-/* [rows, columns] bf16 in boxes of 64 columns */
+/* [rows, columns] of 16 bits, ld elements from row to row */
 bool encode(CUtensorMap *map, const void *base, int64_t rows, int64_t columns, int64_t ld, uint32_t box_rows)
 {
-    cuuint64_t dims[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-    cuuint64_t strides[1] = {static_cast<cuuint64_t>(ld) * sizeof(__nv_bfloat16)};
-    cuuint32_t box[2] = {64, box_rows}, step[2] = {1, 1};
-    return tensor_map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void *>(base), dims,
-                                strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    return tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, base, rows, columns, ld, box_rows);
 }
 
 template <int E, bool TURNED, bool GATED>

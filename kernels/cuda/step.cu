@@ -1,8 +1,8 @@
 /* One token through the whole network in one launch: the kernel of decoding a single stream.
  *
  * One block per SM stays for the whole token. Its rows of every matrix are known beforehand, and so is the
- * order in which it needs them: each thread keeps 2 PAIRS 16-byte pieces of weights on their way into its own
- * slots of shared memory, across layers, as far ahead as the slots go:
+ * order in which it needs them: one warp does nothing but stream them, in bulk copies, into a ring of TILES
+ * tiles in shared memory, across layers and as far ahead as the ring goes. The other warps consume:
  *
  *   qkvu   [q k v u] = W Norm(x), q and k through the feature map
  *   mix    S <- S + k^T v - (1 - r) S, o = q S       (the state is fetched ahead)
@@ -23,10 +23,12 @@
  * h with all x of out, made with all o, so h of the layer before had been read in l3;
  * qkvu, and what mix makes of them, with all x of l3, made with all h, so those before had been read.
  *
- * All warps work on all rows of a block: warp w has UNIT columns of every WARPS UNIT, and its input. A row is
- * eight lanes wide. Then the WARPS sums of a row are added. Every sum has an order that follows from the
- * number of columns alone. Norms are scalars beside the product. */
-#include "kernels/cuda/step.cuh"
+ * A tile is TILE_ROWS rows of a matrix, UNIT columns of each for every warp. All warps work on all rows of a
+ * block, with their columns of the input, and then the WARPS sums of a row are added: every sum has an order
+ * that follows from the number of columns alone. With bf16 weights the tensor cores multiply, with others the
+ * ordinary ones. With 16-bit weights the input is bf16, as the residual stream is where it enters a product;
+ * what it is added to stays f32 in its block. Norms are scalars beside the product. */
+#include "kernels/cuda/step_quant.cuh"
 
 /* ---- the state ----------------------------------------------------------------------------------------- */
 
@@ -83,7 +85,8 @@ struct mixer {
         }
     }
 
-    template <typename W> __device__ __forceinline__ void run(const struct room &m, double pos, uint32_t tag)
+    template <typename W>
+    __device__ __forceinline__ void run(const struct room &m, double pos, uint32_t tag, struct worker<W> &who)
     {
         const int lane = threadIdx.x % 32, half = threadIdx.x / HALF, warp = threadIdx.x % HALF / 32;
         const int32_t H = a.H;
@@ -98,34 +101,37 @@ struct mixer {
                 const uint64_t *v_at = q + 2 * H + c + col, *up_at = q + 3 * H + c + i;
                 ulonglong2 v0 = look2(v_at), v1 = look2(v_at + 2);
                 uint64_t up_word = writes ? look(up_at) : 0;
+                const uint64_t *q_at = q + feature(u, min(row, d - 1));
+                uint64_t q_word = look(q_at), k_word = look(q_at + H);
+                for (;;) {
+                    const bool again = stale(v0, tag + TAG_QKVU) || stale(v1, tag + TAG_QKVU) ||
+                                       stale(q_word, tag + TAG_QKVU) || stale(k_word, tag + TAG_QKVU);
+                    if (again)
+                        v0 = look2(v_at), v1 = look2(v_at + 2), q_word = look(q_at), k_word = look(q_at + H);
+                    if (!__any_sync(0xffffffffu, again))
+                        break;
+                    who.idle();
+                }
                 for (int32_t k = 0; k < per_unit; k++) {
                     const int32_t r = row + k * ROWS, held_at = round * per_unit + k;
                     if (r >= d)
                         break;
-                    const uint64_t *q_at = q + feature(u, r), *k_at = q_at + H;
-                    uint64_t q_word = look(q_at), k_word = look(k_at);
+                    if (k) {
+                        q_at = q + feature(u, r);
+                        q_word = look(q_at), k_word = look(q_at + H);
+                    }
                     float4 *S = place(u, r), s;
                     float turned;
                     if (held_at < HELD) {
-                        static_assert(HELD == 4, "all are named");
-                        s = held_at == 0   ? held[0]
-                            : held_at == 1 ? held[1]
-                            : held_at == 2 ? held[2]
-                                           : held[3];
-                        turned = held_at == 0   ? turns[0]
-                                 : held_at == 1 ? turns[1]
-                                 : held_at == 2 ? turns[2]
-                                                : turns[3];
+                        static_assert(HELD == 2, "all are named");
+                        s = held_at ? held[1] : held[0];
+                        turned = held_at ? turns[1] : turns[0];
                     } else {
                         s = __ldcg(S);
                         turned = turn(u, r, pos);
                     }
-                    while (stale(v0.x, tag + TAG_QKVU) || stale(v0.y, tag + TAG_QKVU))
-                        v0 = look2(v_at);
-                    while (stale(v1.x, tag + TAG_QKVU) || stale(v1.y, tag + TAG_QKVU))
-                        v1 = look2(v_at + 2);
                     const float qr = value_of(await(q_at, q_word, tag + TAG_QKVU)) * turned;
-                    const float kr = value_of(await(k_at, k_word, tag + TAG_QKVU)) * turned;
+                    const float kr = value_of(await(q_at + H, k_word, tag + TAG_QKVU)) * turned;
                     s.x += kr * value_of(v0.x) - fade * s.x, s.y += kr * value_of(v0.y) - fade * s.y;
                     s.z += kr * value_of(v1.x) - fade * s.z, s.w += kr * value_of(v1.y) - fade * s.w;
                     __stcg(S, s);
@@ -148,7 +154,7 @@ struct mixer {
                 float total = 0;
                 for (int w = 0; w < WARPS / 2; w++)
                     total += m.mix[(half * (WARPS / 2) + w) * COLS + i];
-                if (sizeof(W) == 2) {
+                if (paired<W>::value) {
                     tell(a.words->gated + c + i, two_bf16(total, up), tag + TAG_MIX);
                 } else {
                     tell(a.words->gated + 2 * (c + i), __float_as_uint(total), tag + TAG_MIX);
@@ -178,27 +184,16 @@ static __device__ void leave(struct words *words, uint32_t tag)
 }
 
 template <typename W>
-static __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_constant__ struct step_args a)
+static __device__ __forceinline__ void consume(const struct step_args &a, const struct room &m, uint4 *ring)
 {
-    extern __shared__ uint4 shared[];
-    struct room m;
-    m.in = reinterpret_cast<float *>(shared + PAIRS * 2 * THREADS);
-    m.parts = m.in + a.max_input;
-    m.mix = m.parts + 2 * GROUPS * WARPS * GROUP;
-    m.red = m.mix + WARPS * COLS;
-    m.shares = reinterpret_cast<struct share *>(m.red + 2 * WARPS);
-    if (threadIdx.x <= HEAD)
-        m.shares[threadIdx.x] = share_of(a, threadIdx.x);
-    __syncthreads();
-
     struct words &words = *a.words;
     uint32_t tag = __ldcg(&words.epoch);
     const double pos = (double)(a.pos + (a.steps ? __ldcg(a.steps) : 0));
-    const W *token = (const W *)a.embed + (int64_t)__ldcg(a.id) * a.D;
-    struct worker<W> w(a, m, (uint32_t)__cvta_generic_to_shared(shared + threadIdx.x));
+    const struct embedding<W> token(a);
+    struct worker<W> w(a, m, ring);
     float own = 0; /* of the residual stream: the row that this thread publishes in out and l3 */
     if ((int32_t)threadIdx.x < m.shares[OUT].n_dots)
-        own = a.embed_scale * to_f32(token[m.shares[OUT].first + threadIdx.x]);
+        own = token(m.shares[OUT].first + threadIdx.x);
 
     for (int32_t l = 0; l < a.n_layers; l++, tag += N_TAGS) {
         const struct step_layer &layer = a.layers[l];
@@ -207,7 +202,7 @@ static __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_co
 
         struct share s = m.shares[QKVU];
         if (l == 0)
-            w.gather_row(token, s.cols, a.embed_scale);
+            w.gather_row(token, s.cols);
         else
             w.gather(words.x, s.cols, tag); /* l3 of the layer before */
         w.product(s, [&](int32_t i, float sum, float scale) {
@@ -218,16 +213,19 @@ static __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_co
                 tell(words.qkvu + s.first + i, __float_as_uint(sum), tag + TAG_QKVU);
             }
         });
-        mix.template run<W>(m, pos, tag);
+        mix.run(m, pos, tag, w);
 
         s = m.shares[OUT];
+        const auto tell_x = [&](int32_t i, uint32_t with) {
+            const float next = __shfl_down_sync(0xffffffffu, own, 1);
+            if (i < s.n_dots && i % 2 == 0)
+                tell_two<rounded<W>::value>(words.x, s.first + i, own, next, with);
+        };
         if (s.n_dots) {
             w.gather_gated(words.gated, s.cols, tag + TAG_MIX);
             w.product(s, [&](int32_t i, float sum, float scale) {
-                if (i < s.n_dots) {
-                    own += sum * scale;
-                    tell(words.x + s.first + i, __float_as_uint(own), tag + TAG_OUT);
-                }
+                own += sum * scale;
+                tell_x(i, tag + TAG_OUT);
             });
         }
 
@@ -235,33 +233,58 @@ static __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_co
         w.gather(words.x, s.cols, tag + TAG_OUT);
         w.product(s, [&](int32_t i, float sum, float scale) {
             sum *= scale;
-            const float h = sum * __shfl_xor_sync(0xffffffffu, sum, 1);
-            const float h2 = __shfl_xor_sync(0xffffffffu, h, 2);
-            uint64_t *to = words.h + (s.first + i / 2) / (sizeof(W) == 2 ? 2 : 1);
-            if (i < s.n_dots && sizeof(W) == 2 && i % 4 == 0)
-                tell(to, two_bf16(h, h2), tag + TAG_GLU);
-            if (i < s.n_dots && sizeof(W) == 4 && i % 2 == 0)
-                tell(to, __float_as_uint(h), tag + TAG_GLU);
+            const float h = sum * __shfl_down_sync(0xffffffffu, sum, 1);
+            const float next = __shfl_down_sync(0xffffffffu, h, 2);
+            if (i < s.n_dots && i % 4 == 0)
+                tell_two<paired<W>::value>(words.h, s.first + i / 2, h, next, tag + TAG_GLU);
         });
 
         s = m.shares[L3];
         if (s.n_dots) {
             w.gather_act(words.h, s.cols, tag + TAG_GLU);
             w.product(s, [&](int32_t i, float sum, float) {
-                if (i < s.n_dots) {
-                    own += sum;
-                    tell(words.x + s.first + i, __float_as_uint(own), tag + TAG_L3);
-                }
+                own += sum;
+                tell_x(i, tag + TAG_L3);
             });
         }
     }
     const struct share s = m.shares[HEAD];
-    w.gather(words.x, s.cols, tag);
-    w.product(s, [&](int32_t i, float sum, float scale) {
+    w.gather_last(words.x, s.cols, tag);
+    w.product_last(s, [&](int32_t i, float sum, float scale) {
         if (i < s.n_dots)
             a.logits[s.first + i] = sum * scale;
     });
     leave(a.words, tag);
+}
+
+template <typename W>
+static __global__ void __launch_bounds__(THREADS + (ring<W>::STREAMS ? STREAMER : 0), 1)
+    step_kernel(const __grid_constant__ struct step_args a)
+{
+    extern __shared__ __align__(128) uint4 shared[];
+    struct room m;
+    m.in = reinterpret_cast<float *>(shared + ring<W>::BYTES / 16);
+    m.parts = m.in + a.max_input;
+    m.mix = m.parts + 2 * GROUPS * WARPS * GROUP;
+    m.red = m.mix + WARPS * COLS;
+    m.shares = reinterpret_cast<struct share *>(m.red + 2 * WARPS);
+    if (threadIdx.x <= HEAD)
+        m.shares[threadIdx.x] = share_of(a, threadIdx.x);
+    if constexpr (!ring<W>::STREAMS) {
+        __syncthreads();
+        consume<W>(a, m, shared);
+    } else {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+        const struct tile_ring r(shared);
+        if (threadIdx.x == 0)
+            r.open();
+        __syncthreads();
+        if (threadIdx.x >= THREADS)
+            stream<W>(a, m.shares, r);
+        else
+            consume<W>(a, m, shared);
+#endif
+    }
 }
 
 /* ---- host ------------------------------------------------------------------------------------------------
@@ -272,18 +295,30 @@ static int32_t max32(int32_t a, int32_t b)
     return a > b ? a : b;
 }
 
+/* Floats of shared memory for a product's input. */
+template <typename W> static int32_t input_floats(int32_t cols, W)
+{
+    return (cols + PAD - 1) / PAD * PAD;
+}
+template <typename Q> static int32_t input_floats(int32_t cols, struct quant<Q>)
+{
+    return all_units<Q>(cols) * unit_of<Q>::INPUT / (int32_t)sizeof(float);
+}
+
 /* The released shapes and their kin: one gate in qkvu, SimpleRMSNorm, no biases, sizes in whole pieces, and a
  * row of qkvu and a pair of h at least for every block. */
-static bool suits(const struct cuda_backend *be, const struct ltn_network *net, size_t *shared,
-                  struct step_args *a)
+static bool suits(const struct cuda_backend *be, const struct ltn_network *net)
 {
-    if (ltn_is_quantised(net->embed.dtype))
-        return false;
-    const int32_t n = 16 / (int32_t)ltn_dtype_size(net->embed.dtype);
+    const enum ltn_dtype dtype = net->layers[0].qkv.w.dtype;
+    const bool quantised = ltn_is_quantised(dtype);
+    const enum ltn_dtype outer = quantised ? LTN_Q8 : dtype;
+    const int32_t n = dtype == LTN_Q4 ? q4::COLS : quantised ? q8::COLS : 16 / (int32_t)ltn_dtype_size(dtype);
     const struct ltn_attention *first = &net->layers[0].attention;
     if (!be->step_words || net->gate_dim || net->n_layers > MAX_LAYERS || net->final_norm.weight ||
         net->act == LTN_ACT_EXP || first->head_dim % COLS || net->embed_dim % n || net->hidden_dim % n ||
-        net->glu_dim % n || net->head.dtype != net->embed.dtype || !aligned16(net->head.data))
+        net->glu_dim % n || net->embed.dtype != outer || net->head.dtype != outer ||
+        !aligned16(net->head.data) || !aligned16(net->head.scales) ||
+        (quantised ? be->base.act_dtype != LTN_BF16 : !be->step_streams))
         return false;
     if (net->embed_dim > MAX_DIM || net->hidden_dim > MAX_DIM || net->glu_dim > MAX_GLU ||
         4 * net->hidden_dim < be->n_sms || net->glu_dim / 2 < be->n_sms || net->embed_dim > PASS * be->n_sms)
@@ -292,34 +327,53 @@ static bool suits(const struct cuda_backend *be, const struct ltn_network *net, 
         const struct ltn_layer *y = &net->layers[l];
         const struct ltn_linear *all[] = {&y->qkv, &y->out, &y->l1, &y->l2, &y->l3};
         for (const struct ltn_linear *linear : all)
-            if (linear->bias || linear->w.dtype != net->embed.dtype || !aligned16(linear->w.data))
+            if (linear->bias || linear->w.dtype != dtype || !aligned16(linear->w.data) ||
+                !aligned16(linear->w.scales))
                 return false;
         if (y->token_norm.weight || y->attn_norm.weight || y->channel_norm.weight ||
             y->attention.state_offset % 4)
             return false;
     }
-    a->max_input = max32(net->embed_dim, max32(net->hidden_dim, net->glu_dim));
-    a->max_input = (a->max_input + PAD - 1) / PAD * PAD;
-    *shared = (size_t)PAIRS * 2 * THREADS * 16 + sizeof(struct share) * (HEAD + 1) +
-              ((size_t)a->max_input + 2 * GROUPS * WARPS * GROUP + WARPS * COLS + 2 * WARPS) * sizeof(float);
-    return *shared <= be->max_shared;
+    return true;
+}
+
+/* What is on its way delays what blocks tell each other, so the less a block has to fetch between two of
+ * them, the lower the limit. Measured at the released shapes: 53, 211 and 770 KB of a product of 16 bits a
+ * block. */
+static void set_limits(struct step_args *a, const struct ltn_network *net, int32_t n_sms)
+{
+    const enum ltn_dtype dtype = net->layers[0].qkv.w.dtype;
+    a->coming = 2, a->coming_idle = 1;
+    if (ltn_is_quantised(dtype))
+        return;
+    const int64_t D = net->embed_dim, H = net->hidden_dim, G = net->glu_dim;
+    const int64_t each = (5 * D * H + 3 * D * G) / N_PHASES * (int64_t)ltn_dtype_size(dtype) / n_sms;
+    a->coming = each < 128 << 10 ? 2 : each < 512 << 10 ? 3 : 4;
+    a->coming_idle = 2;
 }
 
 template <typename W>
-static enum ltn_status run(struct cuda_backend *be, const struct step_args &a, size_t shared,
-                           struct ltn_error *err)
+static enum ltn_status run(struct cuda_backend *be, struct step_args *a, struct ltn_error *err)
 {
+    a->max_input = input_floats(max32(a->D, max32(a->H, a->G)), W());
+    if (a->embed_scales)
+        a->max_input = max32(a->max_input, input_floats(a->D, quant<q8>()));
+    const size_t shared =
+        ring<W>::BYTES + sizeof(struct share) * (HEAD + 1) +
+        ((size_t)a->max_input + 2 * GROUPS * WARPS * GROUP + WARPS * COLS + 2 * WARPS) * sizeof(float);
+    if (shared > be->max_shared)
+        return LTN_ERR_UNSUPPORTED;
     cudaLaunchAttribute together = {};
     together.id = cudaLaunchAttributeCooperative;
     together.val.cooperative = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(be->n_sms);
-    config.blockDim = dim3(THREADS);
+    config.blockDim = dim3(THREADS + (ring<W>::STREAMS ? STREAMER : 0));
     config.dynamicSmemBytes = shared;
     config.stream = be->stream;
     config.attrs = &together;
     config.numAttrs = 1;
-    CUDA_TRY(be, err, (cudaLaunchKernelEx(&config, step_kernel<W>, a)));
+    CUDA_TRY(be, err, (cudaLaunchKernelEx(&config, step_kernel<W>, *a)));
     return LTN_OK;
 }
 
@@ -329,9 +383,8 @@ enum ltn_status cuda_step(struct ltn_backend *base, const struct ltn_network *ne
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
     struct step_args a;
-    size_t shared;
 
-    if (!suits(be, net, &shared, &a))
+    if (!suits(be, net))
         return LTN_ERR_UNSUPPORTED;
     a.V = net->vocab_size, a.D = net->embed_dim, a.H = net->hidden_dim, a.G = net->glu_dim;
     a.n_heads = net->layers[0].attention.n_heads;
@@ -340,6 +393,8 @@ enum ltn_status cuda_step(struct ltn_backend *base, const struct ltn_network *ne
     a.act = net->act;
     a.embed_scale = net->embed_scale;
     a.embed = net->embed.data, a.head = net->head.data;
+    a.embed_scales = net->embed.scales, a.head_scales = net->head.scales;
+    set_limits(&a, net, be->n_sms);
     a.id = id;
     a.steps = be->steps;
     a.pos = seq->pos;
@@ -348,12 +403,22 @@ enum ltn_status cuda_step(struct ltn_backend *base, const struct ltn_network *ne
     a.words = static_cast<struct words *>(be->step_words);
     for (int32_t l = 0; l < net->n_layers; l++) {
         const struct ltn_layer *y = &net->layers[l];
-        a.layers[l] = {
-            y->qkv.w.data, y->out.w.data,       y->l1.w.data,       y->l2.w.data,
-            y->l3.w.data,  y->attention.slopes, y->attention.theta, (int64_t)y->attention.state_offset};
+        a.layers[l] = {y->qkv.w.data,
+                       y->out.w.data,
+                       y->l1.w.data,
+                       y->l2.w.data,
+                       y->l3.w.data,
+                       {y->qkv.w.scales, y->out.w.scales, y->l1.w.scales, y->l2.w.scales, y->l3.w.scales},
+                       y->attention.slopes,
+                       y->attention.theta,
+                       (int64_t)y->attention.state_offset};
     }
-#define RUN(W, A) run<W>(be, a, shared, err)
-    return FOR_TYPES(be, err, net->embed.dtype, RUN);
+    const enum ltn_dtype dtype = net->layers[0].qkv.w.dtype;
+#define RUN(W, A) run<W>(be, &a, err)
+    return dtype == LTN_Q8    ? RUN(quant<q8>, )
+           : dtype == LTN_FP8 ? RUN(quant<fp8>, )
+           : dtype == LTN_Q4  ? RUN(quant<q4>, )
+                              : FOR_TYPES(be, err, dtype, RUN);
 #undef RUN
 }
 
@@ -367,13 +432,19 @@ template <typename W> static enum ltn_status allow_shared(struct cuda_backend *b
 
 enum ltn_status step_open(struct cuda_backend *be, struct ltn_error *err)
 {
-    int together = 0;
+    int together = 0, major = 0, minor = 0;
     CUDA_TRY(be, err, cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, be->device));
+    CUDA_TRY(be, err, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, be->device));
+    CUDA_TRY(be, err, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, be->device));
+    be->step_streams = major == 9 && minor == 0;
     if (!together)
         return LTN_OK;
     LTN_TRY(allow_shared<float>(be, err));
     LTN_TRY(allow_shared<__nv_bfloat16>(be, err));
     LTN_TRY(allow_shared<__half>(be, err));
+    LTN_TRY(allow_shared<quant<q8>>(be, err));
+    LTN_TRY(allow_shared<quant<fp8>>(be, err));
+    LTN_TRY(allow_shared<quant<q4>>(be, err));
     CUDA_TRY(be, err, cudaMalloc(&be->step_words, sizeof(struct words)));
     CUDA_TRY(be, err, cudaMemsetAsync(be->step_words, 0, sizeof(struct words), be->stream));
     return LTN_OK;
