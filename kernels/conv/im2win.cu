@@ -111,18 +111,18 @@ enum {
     LD = BN + 32 / FETCH_K /* of a row of windows in shared memory: FETCH_K rows begin in different banks */
 };
 
-/* Blocks stay, gridDim.x of them, and take every gridDim.x-th of the first `whole` tiles. Of the rest the
- * sums are split among blocks: `streams` blocks share the iterations (of BK) of all tiles from `whole` on
- * alike, each a run of them that may begin and end within a tile. A block takes its run from the back: the
- * part at its end, which another block completes, comes first and is left in the workspace; whoever has a
- * tile's last iterations adds the parts before it, from the nearest to the first. Blocks are numbered as they
- * start and only wait for lower numbers, so that whatever runs together, they end. */
+/* Who computes which tile. The first `blocks` blocks take every blocks-th of the first `whole` tiles. Of the
+ * rest the sums are split: `streams` blocks share their iterations (of BK) alike, each a run of them that may
+ * begin and end within a tile. A block takes its run from the back: the part at its end, which another block
+ * completes, comes first and is left in the workspace; whoever has a tile's last iterations adds the parts
+ * before it, from the nearest to the first. These blocks are numbered as they start and only wait for lower
+ * numbers, so that whatever runs together, they end. */
 struct split {
-    int64_t whole;    /* tiles that are not split */
-    int32_t streams;  /* 0: all are whole */
-    uint32_t *ticket; /* of the next block, 0 before and after */
-    uint32_t *ready;  /* [streams] a block's part is there; 0 before and after */
-    float *parts;     /* [streams][BM * BN] */
+    int64_t whole, blocks; /* tiles that are not split, blocks for them */
+    int32_t streams;       /* 0: all are whole */
+    uint32_t *ticket;      /* of the next block, 0 before and after */
+    uint32_t *ready;       /* [streams] a block's part is there; 0 before and after */
+    float *parts;          /* [streams][BM * BN] */
 };
 
 struct windows {
@@ -222,21 +222,24 @@ struct piece {
 struct work {
     int64_t whole;      /* its next whole tile */
     int64_t first, end; /* its run of the iterations of split tiles, what is left of it */
+    uint32_t ticket;    /* its number, where it has such a run */
 };
 
-static __device__ __forceinline__ bool next_piece(struct piece &q, struct work &w, const struct windows &p)
+/* to is 0 where nothing is left. */
+static __device__ __forceinline__ struct piece next_piece(struct work &w, const struct windows &p)
 {
     if (w.whole < p.split.whole) {
-        q = {(int32_t)w.whole, 0, p.k_tiles};
-        w.whole += gridDim.x;
-        return true;
+        const struct piece q = {(int32_t)w.whole, 0, p.k_tiles};
+        w.whole += p.split.blocks;
+        return q;
     }
     if (w.end <= w.first)
-        return false;
+        return {0, 0, 0};
     const int64_t tile = (w.end - 1) / p.k_tiles, begin = tile * p.k_tiles;
-    q = {(int32_t)tile, (int32_t)(w.first > begin ? w.first - begin : 0), (int32_t)(w.end - begin)};
+    const struct piece q = {(int32_t)tile, (int32_t)(w.first > begin ? w.first - begin : 0),
+                            (int32_t)(w.end - begin)};
     w.end = begin + q.from;
-    return true;
+    return q;
 }
 
 /* Where a tile lies. */
@@ -264,7 +267,6 @@ static __device__ __forceinline__ struct place place_of(int32_t tile, const stru
  * elements of a window are neighbours. */
 template <class T, typename I> struct loader {
     const float *t, *filter;
-    const int64_t *next_offsets;
     I starts[T::ROUNDS], offsets[T::K_ROUNDS]; /* of the next iteration */
 
     __device__ __forceinline__ void take_offsets(const struct windows &p, int iteration)
@@ -486,35 +488,33 @@ static __global__ void __launch_bounds__(T::THREADS, BLOCKS)
     product_kernel(const __grid_constant__ struct windows p)
 {
     __shared__ __align__(16) float shared[2 * T::STAGE];
-    __shared__ uint32_t my_ticket;
+    __shared__ struct work work; /* in shared memory, as registers are short */
+    __shared__ struct piece next;
     const uint32_t shared0 = (uint32_t)__cvta_generic_to_shared(shared);
     const int warp = threadIdx.x / 32;
-    uint32_t ticket = blockIdx.x;
-    struct work work = {};
 
-    if (p.split.streams) {
-        if (threadIdx.x == 0)
-            my_ticket = atomicInc(p.split.ticket, (uint32_t)p.split.streams - 1);
-        __syncthreads();
-        ticket = my_ticket;
-        work.first = run_of(p, ticket);
-        work.end = run_of(p, ticket + 1);
+    if (threadIdx.x == 0) {
+        work = {blockIdx.x, 0, 0, 0};
+        if (blockIdx.x >= p.split.blocks) {
+            const uint32_t ticket = atomicInc(p.split.ticket, (uint32_t)p.split.streams - 1);
+            work = {p.split.whole, run_of(p, ticket), run_of(p, ticket + 1), ticket};
+        }
+        next = next_piece(work, p);
     }
-    work.whole = ticket;
-
+    __syncthreads();
+    struct piece now, loaded = next;
     struct loader<T, I> loader;
-    struct piece loaded, now;
-    bool more = next_piece(loaded, work, p);
     uint32_t stage = 0; /* of the iteration that comes: its distance in shared memory */
     loader.take_offsets(p, 0);
-    if (more) {
-        loader.begin(p, loaded);
-        loader.fetch(p, shared0, loaded.from, loaded.to);
-    }
-    while (more) {
+    loader.begin(p, loaded);
+    loader.fetch(p, shared0, loaded.from, loaded.to);
+    while (loaded.to > 0) {
         float acc[4 * T::GM][4 * T::GN] = {};
         now = loaded;
         for (int it = now.from; it < now.to; it++) {
+            const bool is_last = it + 1 == now.to;
+            if (is_last && threadIdx.x == 0)
+                next = next_piece(work, p);
             asm volatile("cp.async.wait_group 0;" ::: "memory");
             __syncthreads(); /* the iteration's elements are there for all, and those before it are used up */
             const float *const a = shared + stage + warp / T::WN * (16 * T::GM) + lane_m() * 4;
@@ -522,21 +522,21 @@ static __global__ void __launch_bounds__(T::THREADS, BLOCKS)
             stage = T::STAGE - stage;
             struct fragments<T> f;
             f.load(0, a, b);
-            if (it + 1 == now.to) {
-                more = next_piece(loaded, work, p);
-                if (more)
+            if (is_last) {
+                loaded = next;
+                if (loaded.to > 0)
                     loader.begin(p, loaded);
             }
-            if (more)
-                loader.fetch(p, shared0 + stage * 4, it + 1 < now.to ? it + 1 : loaded.from, loaded.to);
+            if (loaded.to > 0)
+                loader.fetch(p, shared0 + stage * 4, is_last ? loaded.from : it + 1, loaded.to);
             multiply<T>(acc, f, a, b, min(p.k - it * BK, (int)BK));
         }
         const struct place at = place_of(now.tile, p);
         if (now.to < p.k_tiles) {
-            leave_part<T>(acc, p.split, ticket);
+            leave_part<T>(acc, p.split, work.ticket);
         } else {
             const int64_t begin = (int64_t)now.tile * p.k_tiles;
-            for (uint32_t t = ticket; now.from > 0 && (t == ticket || run_of(p, t) > begin);)
+            for (uint32_t t = work.ticket; now.from > 0 && (t == work.ticket || run_of(p, t) > begin);)
                 add_part<T>(acc, p.split, --t);
             store_tile<T, I>(acc, shared + (T::STAGE - stage), p, at);
         }
@@ -569,9 +569,8 @@ struct plan {
     int64_t k_tiles;      /* iterations of a tile */
     int64_t column_tiles; /* of one group */
     int64_t row_tiles;
-    int64_t tiles;          /* of all groups */
-    int64_t whole, streams; /* see struct split */
-    int64_t blocks;         /* that are launched */
+    int64_t tiles;                  /* of all groups */
+    int64_t whole, blocks, streams; /* see struct split */
 };
 
 static int64_t n_columns(const struct ltn_conv_shape *s)
@@ -580,11 +579,17 @@ static int64_t n_columns(const struct ltn_conv_shape *s)
 }
 
 /* Tiles of the height that pads the channels least: the lower, the more is fetched for each product. Sums are
- * split where whole tiles would keep the processors of an H100 badly busy at the end: of fewer than 64
- * rounds. Constants, not the device's counts, so that the bits are the same everywhere. */
+ * split where whole tiles would keep the processors of an H100 badly busy at the end. Where sums are short
+ * blocks stay, so that they load for a tile while they end the one before. Constants, not the device's
+ * counts, so that the bits are the same everywhere. */
 static struct plan make_plan(const struct ltn_conv_shape *s)
 {
-    enum { PROCESSORS = 132, ROUNDS = 64, LEAST = 4 /* iterations of a part */ };
+    enum {
+        PROCESSORS = 132,
+        ROUNDS = 8 /* of tiles, at least, that are not split */,
+        LEAST = 4 /* iterations of a part */,
+        STAY = 12 /* iterations of a tile at most */
+    };
     const int64_t k = (int64_t)(s->ci / s->groups) * s->hf * s->wf, og = s->co / s->groups;
     struct plan p = {};
     double least = 0;
@@ -608,7 +613,7 @@ static struct plan make_plan(const struct ltn_conv_shape *s)
         p.streams = (p.tiles - p.whole) * p.k_tiles / LEAST;
         p.streams = p.streams < round ? p.streams : round;
     }
-    p.blocks = p.streams ? p.streams : p.tiles < round ? p.tiles : round;
+    p.blocks = p.k_tiles <= STAY && p.whole > round ? round : p.whole;
     return p;
 }
 
@@ -737,16 +742,16 @@ static enum ltn_status im2win_run(struct conv_device *dev, struct conv_op *op, v
         p.row_tiles = (int32_t)plan.row_tiles;
         p.relu = s->relu;
         p.split.whole = plan.whole;
+        p.split.blocks = plan.blocks;
         p.split.streams = (int32_t)plan.streams;
         p.split.ticket = counters;
         p.split.ready = counters + 1;
         p.split.parts = (float *)((uint8_t *)counters + counters_bytes(&plan));
         const int64_t images = (BN - 1) / ((int64_t)ho * wo) + 2; /* that the columns of a tile may touch */
         const bool narrow = images * p.image < UINT32_MAX && 32 * (int64_t)ho * wo < UINT32_MAX;
-        (narrow
-             ? plan.form->kernel
-             : plan.form
-                   ->wide_kernel)<<<(unsigned)plan.blocks, (unsigned)plan.form->threads, 0, dev->stream>>>(p);
+        (narrow ? plan.form->kernel
+                : plan.form->wide_kernel)<<<(unsigned)(plan.blocks + plan.streams),
+                                            (unsigned)plan.form->threads, 0, dev->stream>>>(p);
         CONV_TRY(dev, err, cudaGetLastError());
     }
     return LTN_OK;
