@@ -112,11 +112,14 @@ def table(results):
             r = speeds.get((model, d, threads))
             cells.append(format(round(r["tok_s"]), ",") if r else "")
         out.append("| " + " | ".join(cells) + " |")
-    compared = [s for s in scores.values() if "kl_mean" in s]
-    notes = []
-    if compared:
-        notes.append("%s, %s tokens of %s" % (compared[0]["model"], format(compared[0]["tokens"], ","),
-                                              compared[0]["text"]))
+    notes, texts = [], {}
+    for d in DTYPES:
+        s = scores.get(d)
+        if s and "kl_mean" in s:
+            text = "%s tokens of %s" % (format(s["tokens"], ","), s["text"])
+            texts.setdefault((s["model"], text), []).append(d)
+    for (model, text), types in texts.items():
+        notes.append("%s, %s%s" % (model, text, " (%s)" % ", ".join(types) if len(texts) > 1 else ""))
     for kind in ("cuda", "CPU"):
         of_kind = sorted({r["device"] for r in speeds.values() if (r["threads"] > 0) == (kind == "CPU")})
         notes += of_kind
