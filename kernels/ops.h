@@ -229,12 +229,11 @@ struct ltn_ops {
      */
     /* ids[r] = the token chosen from logits[r], as kernels/sample.h has it, to the last id the same on every
      * backend; log[*steps % log_rows][r] = ids[r], or what stands there in place of an id, and then ids[r] =
-     * 0; draws[r] advances by the token; *steps += 1. adjusted: room for f32 [rows, cols], or NULL where
-     * there are neither penalties nor biases. ids: [rows]; logits: f32 [rows, cols]; draws: [rows]; log:
-     * [log_rows, rows]; all backend memory; choice: host. */
+     * 0; draws[r] advances by the token; *steps += 1. scratch: room for f32 [2, rows, cols]. ids: [rows];
+     * logits: f32 [rows, cols]; draws: [rows]; log: [log_rows, rows]; all backend memory; choice: host. */
     enum ltn_status (*sample)(struct ltn_backend *be, int32_t *ids, const float *logits, int32_t rows,
                               int32_t cols, const struct ltn_choice *choice, struct ltn_draws *draws,
-                              float *adjusted, int64_t *steps, int32_t *log, int32_t log_rows,
+                              float *scratch, int64_t *steps, int32_t *log, int32_t log_rows,
                               struct ltn_error *err);
     /* From record to recorded, operations of this thread are noted, not run (upload, download, alloc, free
      * and sync must not be called); other threads wait. recorded ends it, also after an operation that

@@ -75,7 +75,7 @@ struct ltn_stepper {
     int64_t *steps;           /* backend memory: `done`, as the device counts it */
     struct ltn_draws *draws;  /* backend memory, [n_seqs] */
     int32_t *log;             /* backend memory, [max_steps, n_seqs] the latest ids, a ring */
-    float *adjusted;          /* backend memory, [n_seqs, V]; NULL: not needed */
+    float *scratch;           /* backend memory, [2, n_seqs, V] */
     struct ltn_recording *recording;
 };
 

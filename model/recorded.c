@@ -80,7 +80,7 @@ static enum ltn_status step(struct ltn_stepper *s, struct ltn_error *err)
     LTN_TRY(
         ltn_forward_ids(model, s->ws, s->ws->ids, s->n_seqs, s->seqs, s->n_seqs, LTN_WANT_LAST, NULL, err));
     return be->ops->sample(be, s->ws->ids, s->ws->logits, s->n_seqs, model->config.vocab_size, &s->choice,
-                           s->draws, s->adjusted, s->steps, s->log, s->max_steps, err);
+                           s->draws, s->scratch, s->steps, s->log, s->max_steps, err);
 }
 
 /* Nothing of a recorded step runs, so that the states stay as they are. */
@@ -103,14 +103,12 @@ static enum ltn_status prepare(struct ltn_stepper *s, const struct ltn_seq *seqs
 {
     struct ltn_backend *be = s->model->be;
     const size_t n = (size_t)s->n_seqs, bias_bytes = (size_t)s->choice.n_bias * sizeof *s->choice.bias;
-    const size_t adjusted_bytes = ltn_has_penalties(&s->choice) || s->choice.n_bias
-                                      ? n * (size_t)s->model->config.vocab_size * sizeof *s->adjusted
-                                      : 0;
+    const size_t scratch_bytes = 2 * n * (size_t)s->model->config.vocab_size * sizeof *s->scratch;
     const size_t parts[] = {64, align_up(n * sizeof *s->draws),
                             align_up((size_t)s->max_steps * n * sizeof *s->log), align_up(bias_bytes)};
     const size_t bytes = parts[0] + parts[1] + parts[2] + parts[3];
 
-    LTN_TRY(be->ops->alloc(be, &s->memory, bytes + adjusted_bytes, err));
+    LTN_TRY(be->ops->alloc(be, &s->memory, bytes + scratch_bytes, err));
     LTN_TRY(be->ops->zero(be, s->memory, bytes, err));
     uint8_t *at = s->memory;
     s->steps = (int64_t *)at;
@@ -120,7 +118,7 @@ static enum ltn_status prepare(struct ltn_stepper *s, const struct ltn_seq *seqs
     if (bias_bytes)
         LTN_TRY(be->ops->upload(be, at, s->choice.bias, bias_bytes, err));
     s->choice.bias = (const struct ltn_bias *)at;
-    s->adjusted = adjusted_bytes ? (float *)(at + parts[3]) : NULL;
+    s->scratch = (float *)(at + parts[3]);
     for (int32_t i = 0; i < s->n_seqs; i++)
         s->seqs[i] = (struct ltn_seq){seqs[i].state, seqs[i].pos, i, 1};
     return record_steps(s, err);

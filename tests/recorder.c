@@ -141,11 +141,11 @@ static enum ltn_status lightning(struct ltn_backend *be, void *o, const void *q,
 
 static enum ltn_status sample(struct ltn_backend *be, int32_t *ids, const float *x, int32_t rows,
                               int32_t cols, const struct ltn_choice *choice, struct ltn_draws *draws,
-                              float *adjusted, int64_t *steps, int32_t *log, int32_t log_rows,
+                              float *scratch, int64_t *steps, int32_t *log, int32_t log_rows,
                               struct ltn_error *err)
 {
     return take(be,
-                (struct call){SAMPLE, .p = {ids, draws, adjusted, steps}, .c = {x, log},
+                (struct call){SAMPLE, .p = {ids, draws, scratch, steps}, .c = {x, log},
                               .n = {rows, cols, log_rows}, .choice = *choice},
                 err);
 }

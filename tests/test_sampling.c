@@ -242,7 +242,7 @@ static void test_sample_against_operation(void **state)
     assert_int_equal(ltn_reference_open(&be, NULL), LTN_OK);
     for (int round = 0; round < 3000; round++) {
         const int32_t n = sizes[test_below(&rng, 5)];
-        float *logits = malloc(2 * (size_t)n * sizeof *logits);
+        float *logits = malloc(3 * (size_t)n * sizeof *logits);
         struct ltn_bias bias[TEST_BIASES];
         struct ltn_logit_bias same[TEST_BIASES];
         int32_t n_bias, id, log = 0, found, recent[LTN_RECENT_IDS], n_recent = 0;

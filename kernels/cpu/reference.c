@@ -337,15 +337,15 @@ static void penalise(float *logits, const struct ltn_choice *choice, const struc
 
 static enum ltn_status reference_sample(struct ltn_backend *be, int32_t *ids, const float *logits,
                                         int32_t rows, int32_t cols, const struct ltn_choice *choice,
-                                        struct ltn_draws *draws, float *adjusted, int64_t *steps,
-                                        int32_t *log, int32_t log_rows, struct ltn_error *err)
+                                        struct ltn_draws *draws, float *scratch, int64_t *steps, int32_t *log,
+                                        int32_t log_rows, struct ltn_error *err)
 {
     (void)be, (void)err;
     for (int32_t r = 0; r < rows; r++) {
         struct ltn_draws *d = &draws[r];
         const float *row = logits + (size_t)r * cols;
         if (ltn_has_penalties(choice) || choice->n_bias > 0) {
-            float *changed = adjusted + (size_t)r * cols;
+            float *changed = scratch + (size_t)r * cols;
             memcpy(changed, row, (size_t)cols * sizeof *changed);
             if (ltn_has_penalties(choice))
                 penalise(changed, choice, d);

@@ -118,6 +118,8 @@ static enum ltn_status cuda_upload(struct ltn_backend *base, void *dst, const vo
     struct turn turn(be);
     const uint8_t *from = (const uint8_t *)host;
     uint8_t *to = (uint8_t *)dst;
+    if (bytes >= IN_PLACE_BYTES && upload_in_place(be, dst, host, bytes) == cudaSuccess)
+        return LTN_OK;
     while (bytes > 0) {
         if (be->stage_used == STAGE_BYTES)
             CUDA_TRY(be, err, take_stage(be));

@@ -1,10 +1,10 @@
 /* Choosing the next token on the device (kernels/sample.h).
  *
- * A cluster of blocks shares a row: each takes a run of the vocabulary, and reads of it again in every pass
- * what the L2 cache holds anyway. Sums of a cluster are sums of integers, so their order is free. A cut in an
- * order is found by a histogram over the distance and one over the bucket in which the cut lies; by then few
- * tokens are left, and these are ranked against each other. Should many still be left, equal logits say,
- * further histograms over the digits of their places go on until few are. */
+ * A cluster of blocks shares a row: each takes a run of the vocabulary and keeps the distances of its tokens
+ * in shared memory. Sums of a cluster are sums of integers, so their order is free. A cut in an order is
+ * found by a histogram over the distance and one over the bucket in which the cut lies; by then few tokens
+ * are left, and these are ranked against each other. Should many still be left, equal logits say, further
+ * histograms over the digits of their places go on until few are. */
 #include "kernels/cuda/cuda.cuh"
 
 enum {
@@ -48,12 +48,9 @@ struct row {
     uint64_t seed, number; /* of the draw */
     int64_t position;
     int32_t first, end; /* this block's run */
+    uint32_t *distance; /* [end - first] of the run's tokens; LTN_FAR: out */
     uint32_t part, parts;
-    float largest;
-    double scale;
-    uint32_t mean;    /* distance, for nearness */
-    uint64_t last[2]; /* of each order: the place of the last token kept */
-    uint64_t least;   /* weight that is kept */
+    uint32_t mean; /* distance, for nearness */
 };
 
 /* ---- sums over a block and over a cluster -------------------------------------------------------------- */
@@ -92,14 +89,6 @@ struct least {
     static __device__ uint64_t join(uint64_t a, uint64_t b)
     {
         return a < b ? a : b;
-    }
-};
-
-struct most {
-    static const uint64_t none = 0;
-    static __device__ uint64_t join(uint64_t a, uint64_t b)
-    {
-        return a > b ? a : b;
     }
 };
 
@@ -169,27 +158,16 @@ static __device__ uint64_t block_scan(struct shared *s, uint64_t v)
 
 /* ---- tokens -------------------------------------------------------------------------------------------- */
 
-struct token {
-    uint32_t distance; /* LTN_FAR: out */
-    uint64_t place[2];
-};
-
-static __device__ __forceinline__ struct token look(const struct row *r, int32_t i)
+static __device__ __forceinline__ uint64_t weight_of(const struct row *r, int32_t i)
 {
-    const float logit = load_fresh(r->logits + i);
-    struct token t;
-    t.distance = ltn_distance(logit, r->largest, r->scale);
-    t.place[BY_LOGIT] = ltn_place(ltn_logit_key(logit), i);
-    t.place[BY_NEARNESS] = ltn_place(ltn_nearness_key(t.distance, r->mean), i);
-    if (t.place[BY_LOGIT] > r->last[BY_LOGIT] || t.place[BY_NEARNESS] > r->last[BY_NEARNESS])
-        t.distance = LTN_FAR;
-    return t;
+    return ltn_token_weight(r->distance[i - r->first]);
 }
 
-static __device__ __forceinline__ uint64_t weigh(const struct row *r, int32_t i)
+static __device__ __forceinline__ uint64_t place_of(const struct row *r, enum order order, int32_t i)
 {
-    const uint64_t weight = ltn_token_weight(look(r, i).distance);
-    return weight >= r->least ? weight : 0;
+    return ltn_place(order == BY_LOGIT ? ltn_logit_key(load_fresh(r->logits + i))
+                                       : ltn_nearness_key(r->distance[i - r->first], r->mean),
+                     i);
 }
 
 /* ---- a cut in an order --------------------------------------------------------------------------------- */
@@ -202,34 +180,34 @@ struct path {
     uint64_t digits; /* of the place */
 };
 
-static __device__ __forceinline__ uint32_t nearness(const struct row *r, const struct path *p,
-                                                    const struct token *t)
+/* What the first two histograms are over; never descends along the order. */
+static __device__ __forceinline__ uint32_t nearness(const struct row *r, const struct path *p, int32_t i)
 {
-    return p->order == BY_LOGIT ? t->distance : ltn_nearness_key(t->distance, r->mean);
+    const uint32_t distance = r->distance[i - r->first];
+    return p->order == BY_LOGIT ? distance : ltn_nearness_key(distance, r->mean);
 }
 
-static __device__ __forceinline__ bool on_path(const struct row *r, const struct path *p,
-                                               const struct token *t)
+static __device__ __forceinline__ bool on_path(const struct row *r, const struct path *p, int32_t i)
 {
-    if (t->distance == LTN_FAR)
+    if (r->distance[i - r->first] == LTN_FAR)
         return false;
     if (p->level == 0)
         return true;
     if (p->level == 1)
-        return nearness(r, p, t) >> COARSE == p->near;
-    if (nearness(r, p, t) >> FINE != p->near)
+        return nearness(r, p, i) >> COARSE == p->near;
+    if (nearness(r, p, i) >> FINE != p->near)
         return false;
-    return p->level == DIGITS_FROM || t->place[p->order] >> (64 - 8 * (p->level - DIGITS_FROM)) == p->digits;
+    return p->level == DIGITS_FROM ||
+           place_of(r, p->order, i) >> (64 - 8 * (p->level - DIGITS_FROM)) == p->digits;
 }
 
-static __device__ __forceinline__ uint32_t bin_of(const struct row *r, const struct path *p,
-                                                  const struct token *t)
+static __device__ __forceinline__ uint32_t bin_of(const struct row *r, const struct path *p, int32_t i)
 {
     if (p->level == 0)
-        return nearness(r, p, t) >> COARSE;
+        return nearness(r, p, i) >> COARSE;
     if (p->level == 1)
-        return nearness(r, p, t) >> FINE & (BINS - 1);
-    return (uint32_t)(t->place[p->order] >> (56 - 8 * (p->level - DIGITS_FROM))) & 255;
+        return nearness(r, p, i) >> FINE & (BINS - 1);
+    return (uint32_t)(place_of(r, p->order, i) >> (56 - 8 * (p->level - DIGITS_FROM))) & 255;
 }
 
 static __device__ void go_into(struct path *p, uint32_t bin)
@@ -246,16 +224,13 @@ static __device__ void histogram(const struct row *r, struct shared *s, const st
     s->weight[threadIdx.x] = 0;
     s->count[threadIdx.x] = 0;
     __syncthreads();
-#pragma unroll 4
     for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS) {
-        const struct token t = look(r, i);
-        if (!on_path(r, p, &t))
+        if (!on_path(r, p, i))
             continue;
-        const uint32_t bin = bin_of(r, p, &t);
+        const uint32_t bin = bin_of(r, p, i);
         atomicAdd(&s->count[bin], 1);
         if (weights)
-            atomicAdd((unsigned long long *)&s->weight[bin],
-                      (unsigned long long)ltn_token_weight(t.distance));
+            atomicAdd((unsigned long long *)&s->weight[bin], (unsigned long long)weight_of(r, i));
     }
     sync_cluster();
 }
@@ -269,12 +244,9 @@ static __device__ uint64_t rank(const struct row *r, struct shared *s, const str
     if (threadIdx.x == 0)
         s->n_own = 0;
     __syncthreads();
-#pragma unroll 4
-    for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS) {
-        const struct token t = look(r, i);
-        if (on_path(r, p, &t))
-            s->own[atomicAdd(&s->n_own, 1)] = {t.place[p->order], weights ? ltn_token_weight(t.distance) : 1};
-    }
+    for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS)
+        if (on_path(r, p, i))
+            s->own[atomicAdd(&s->n_own, 1)] = {place_of(r, p->order, i), weights ? weight_of(r, i) : 1};
     sync_cluster();
     for (uint32_t part = 0; part < r->parts; part++) {
         const uint32_t n_part = *of_part(&s->n_own, part);
@@ -330,15 +302,21 @@ static __device__ void keep_first(struct row *r, struct shared *s, enum order or
         if (s->found.count <= CANDIDATES || path.level > LAST_LEVEL)
             break;
     }
-    r->last[order] = rank(r, s, &path, amount, weights);
+    /* out is what lies behind the path, or on it and behind the last place */
+    const uint64_t last = rank(r, s, &path, amount, weights);
+    const int bits = path.level == 1 ? COARSE : FINE;
+    for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS) {
+        const uint32_t at = nearness(r, &path, i) >> bits;
+        if (at > path.near || (at == path.near && place_of(r, order, i) > last))
+            r->distance[i - r->first] = LTN_FAR;
+    }
 }
 
 static __device__ void keep_typical(struct row *r, struct shared *s, double share)
 {
     uint64_t total = 0, high = 0, low = 0;
     for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS) {
-        const uint32_t distance = look(r, i).distance;
-        const uint64_t weight = ltn_token_weight(distance), product = weight * distance;
+        const uint64_t weight = weight_of(r, i), product = weight * r->distance[i - r->first];
         total += weight;
         high += product >> 32;
         low += product & 0xffffffffu;
@@ -390,6 +368,18 @@ static __device__ void adjust(const struct row *r, struct shared *s, float *adju
     __syncthreads();
 }
 
+static __device__ void keep_min(const struct row *r, struct shared *s, double share)
+{
+    uint64_t nearest = LTN_FAR;
+    for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS)
+        nearest = least::join(nearest, r->distance[i - r->first]);
+    nearest = cluster_join<least>(r, s, nearest);
+    const uint64_t lightest = ltn_share_of(share, ltn_token_weight((uint32_t)nearest));
+    for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS)
+        if (weight_of(r, i) < lightest)
+            r->distance[i - r->first] = LTN_FAR;
+}
+
 /* ---- the choice ---------------------------------------------------------------------------------------- */
 
 /* *id in the thread that found it, and in that one alone; true there. */
@@ -403,15 +393,10 @@ static __device__ bool draw(struct row *r, struct shared *s, const struct ltn_ch
         keep_typical(r, s, choice->typical);
     if (choice->top_p < 1)
         keep_first(r, s, BY_LOGIT, true, 0, choice->top_p);
-    if (choice->min_p > 0) {
-        uint64_t heaviest = 0;
-        for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS)
-            heaviest = most::join(heaviest, weigh(r, i));
-        r->least = ltn_share_of(choice->min_p, cluster_join<most>(r, s, heaviest));
-    }
-#pragma unroll 4
+    if (choice->min_p > 0)
+        keep_min(r, s, choice->min_p);
     for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS)
-        sum += weigh(r, i);
+        sum += weight_of(r, i);
     const uint64_t total = cluster_join<add>(r, s, sum, &before);
     const uint64_t threshold = ltn_threshold(u, total);
     if (threshold < before)
@@ -421,11 +406,11 @@ static __device__ bool draw(struct row *r, struct shared *s, const struct ltn_ch
         sum = 0;
 #pragma unroll
         for (int i = 0; i < RUN; i++)
-            sum += mine + i < r->end ? weigh(r, mine + i) : 0;
+            sum += mine + i < r->end ? weight_of(r, mine + i) : 0;
         const uint64_t to_here = before + block_scan(s, sum);
         if (to_here > threshold && to_here - sum <= threshold) {
             sum = to_here - sum;
-            for (*id = mine; sum += weigh(r, *id), sum <= threshold; ++*id)
+            for (*id = mine; sum += weight_of(r, *id), sum <= threshold; ++*id)
                 ;
             return true; /* the others' loop ends too: before passes the threshold */
         }
@@ -453,19 +438,24 @@ static __device__ bool choose(struct row *r, struct shared *s, const struct ltn_
         return leads;
     }
     *id = (int32_t)(uint32_t)best;
-    r->largest = load_fresh(r->logits + *id);
-    if (r->largest == -INFINITY)
+    const float largest = load_fresh(r->logits + *id);
+    if (largest == -INFINITY)
         *id = LTN_NO_TOKEN;
-    if (choice->temperature == 0 || r->largest == -INFINITY)
+    if (choice->temperature == 0 || largest == -INFINITY)
         return leads;
-    r->scale = ltn_distance_scale(choice->temperature);
+    const double scale = ltn_distance_scale(choice->temperature);
+#pragma unroll 4
+    for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS)
+        r->distance[i - r->first] = ltn_distance(load_fresh(r->logits + i), largest, scale);
     return draw(r, s, choice, id);
 }
 
 static __global__ void __launch_bounds__(THREADS)
     sample_kernel(int32_t *ids, const float *logits, int32_t cols, uint32_t parts, struct ltn_choice choice,
-                  struct ltn_draws *draws, float *adjusted, int64_t *steps, int32_t *log, int32_t log_rows)
+                  struct ltn_draws *draws, float *adjusted, uint32_t *scratch, int64_t *steps, int32_t *log,
+                  int32_t log_rows)
 {
+    extern __shared__ uint32_t run_distances[];
     __shared__ struct shared s;
     const uint32_t n = blockIdx.x / parts;
     const int32_t run = (int32_t)((cols + parts - 1) / parts);
@@ -474,8 +464,7 @@ static __global__ void __launch_bounds__(THREADS)
 
     r.first = (int32_t)min((int64_t)r.part * run, (int64_t)cols);
     r.end = (int32_t)min((int64_t)r.first + run, (int64_t)cols);
-    r.last[BY_LOGIT] = r.last[BY_NEARNESS] = UINT64_MAX;
-    r.least = 1;
+    r.distance = scratch ? scratch + (int64_t)n * cols + r.first : run_distances;
     draws += n;
     if (threadIdx.x == 0)
         s.turn = 0;
@@ -514,15 +503,21 @@ static __global__ void count_kernel(int64_t *steps)
 
 enum ltn_status cuda_sample(struct ltn_backend *base, int32_t *ids, const float *logits, int32_t rows,
                             int32_t cols, const struct ltn_choice *choice, struct ltn_draws *draws,
-                            float *adjusted, int64_t *steps, int32_t *log, int32_t log_rows,
+                            float *scratch, int64_t *steps, int32_t *log, int32_t log_rows,
                             struct ltn_error *err)
 {
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
     const uint32_t parts = be->overlaps ? PARTS : 1; /* clusters came with the same generation */
-    const bool changes = ltn_has_penalties(choice) || choice->n_bias > 0;
-    LAUNCH_CLUSTER(be, err, sample_kernel, parts, dim3(rows * parts), dim3(THREADS), 0, ids, logits, cols,
-                   parts, *choice, draws, changes ? adjusted : NULL, steps, log, log_rows);
+    const size_t run_bytes = (cols + parts - 1) / parts * sizeof(uint32_t);
+    const size_t most = be->max_shared - sizeof(struct shared) - 1024; /* what the system keeps of a block's */
+    const bool fits = run_bytes <= most;
+    CUDA_TRY(be, err,
+             cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)most));
+    float *adjusted = ltn_has_penalties(choice) || choice->n_bias > 0 ? scratch : NULL;
+    uint32_t *distances = fits ? NULL : reinterpret_cast<uint32_t *>(scratch + (int64_t)rows * cols);
+    LAUNCH_CLUSTER(be, err, sample_kernel, parts, dim3(rows * parts), dim3(THREADS), fits ? run_bytes : 0,
+                   ids, logits, cols, parts, *choice, draws, adjusted, distances, steps, log, log_rows);
     if (rows > 1)
         LAUNCH(be, err, count_kernel, dim3(1), dim3(1), 0, steps);
     return LTN_OK;

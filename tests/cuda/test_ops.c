@@ -704,7 +704,7 @@ static void test_sample(void **state)
         const int32_t n = sizes[test_below(&rng, round % 40 == 0 ? 9 : 6)];
         const int32_t rows = n > 2000 ? 1 : 1 + test_below(&rng, MOST_ROWS);
         struct values logits = make((size_t)n * (size_t)rows, LTN_F32, 1);
-        struct values adjusted = make(logits.n, LTN_F32, 1);
+        struct values scratch = make(2 * logits.n, LTN_F32, 1);
         for (int32_t r = 0; r < rows; r++) {
             test_logits(&rng, logits.host + (size_t)r * (size_t)n, n);
             host->draws[r] = test_draws(&rng, n);
@@ -725,8 +725,8 @@ static void test_sample(void **state)
         CHECK(be->ops->upload(be, device, host, sizeof *host, &err));
         for (int step = 0; step < 2; step++) {
             CHECK(be->ops->sample(be, device->ids, (float *)logits.device, rows, n, &there, device->draws,
-                                  (float *)adjusted.device, &device->steps, device->log, LOG, &err));
-            CHECK(ref->ops->sample(ref, host->ids, logits.host, rows, n, &choice, host->draws, adjusted.host,
+                                  (float *)scratch.device, &device->steps, device->log, LOG, &err));
+            CHECK(ref->ops->sample(ref, host->ids, logits.host, rows, n, &choice, host->draws, scratch.host,
                                    &host->steps, host->log, LOG, &err));
         }
         CHECK(be->ops->download(be, found, device, sizeof *device, &err));
@@ -737,10 +737,10 @@ static void test_sample(void **state)
         assert_memory_equal(found->draws, host->draws, (size_t)rows * sizeof *host->draws);
         assert_int_equal(found->steps, host->steps);
         uint8_t *raw;
-        free(fetch(&adjusted, &raw)); /* nothing was written behind it */
+        free(fetch(&scratch, &raw)); /* nothing was written behind it */
         free(raw);
         drop(&logits);
-        drop(&adjusted);
+        drop(&scratch);
     }
     be->ops->free(be, device);
     free(host);
