@@ -274,14 +274,19 @@ const char *ltn_st_metadata(const struct ltn_st_file *file, const char *key)
 
 /* ---- writing ---- */
 
+/* Written, summed and sent towards the disk at a time: the sync at the end then finds little left to do, and
+ * the sum finds its bytes in the cache, or leaves them there. */
+enum { PIECE = 2 << 20 };
+
 #define NO_CHECKSUM "00000000000000000000000000000000"
 #define CHECKSUM_FIELD "\"checksum\":\"" NO_CHECKSUM "\""
 
 struct ltn_st_writer {
     char *path, *temporary;
     int fd;          /* -1: */
-    uint8_t *memory; /* into this, [room], [used] so far */
-    size_t room, used;
+    uint8_t *memory; /* into this, [room]; NULL: into the file */
+    size_t room;
+    uint64_t used, begun; /* bytes so far; of them those that the disk was told of */
     uint64_t data_bytes, written;
     off_t checksum_at; /* of the digits in the file; 0: none wanted */
     XXH3_state_t *hash;
@@ -308,6 +313,11 @@ static enum ltn_status write_all(struct ltn_st_writer *w, const void *data, size
                             n < 0 ? strerror(errno) : "nothing was taken");
         p += n;
         bytes -= (size_t)n;
+        w->used += (size_t)n;
+    }
+    if (w->used - w->begun >= PIECE) { /* a hint: whatever comes of it, the sync at the end tells */
+        sync_file_range(w->fd, (off_t)w->begun, (off_t)(w->used - w->begun), SYNC_FILE_RANGE_WRITE);
+        w->begun = w->used;
     }
     return LTN_OK;
 }
@@ -522,9 +532,14 @@ enum ltn_status ltn_st_write(struct ltn_st_writer *w, const void *data, size_t b
     if (bytes > w->data_bytes - w->written)
         return ltn_fail(err, LTN_ERR_INPUT, "%s: more data than its header says, %" PRIu64 " bytes", w->path,
                         w->data_bytes);
-    XXH3_128bits_update(w->hash, data, bytes);
-    LTN_TRY(write_all(w, data, bytes, err));
-    w->written += bytes;
+    for (const char *p = data; bytes > 0;) {
+        size_t n = bytes < PIECE ? bytes : PIECE;
+        XXH3_128bits_update(w->hash, p, n);
+        LTN_TRY(write_all(w, p, n, err));
+        w->written += n;
+        p += n;
+        bytes -= n;
+    }
     return LTN_OK;
 }
 

@@ -81,20 +81,27 @@ enum ltn_status ltn_session_file_size(uint64_t *bytes, const struct ltn_engine *
     return ltn_st_size(bytes, "session", h.tensors, h.n_tensors, h.metadata, N_KEYS, err);
 }
 
+/* From a device in pieces, through little memory. */
 static enum ltn_status write_state(struct ltn_session *s, struct ltn_st_writer *writer, struct ltn_error *err)
 {
+    enum { PIECE = 4 << 20 };
     struct ltn_backend *be = s->engine->be;
     const uint64_t bytes = s->engine->info.state_bytes;
+    const uint8_t *state = (const uint8_t *)s->state;
+    enum ltn_status status = LTN_OK;
 
     if (be->host_memory)
-        return ltn_st_write(writer, s->state, bytes, err);
-    void *host = malloc(bytes);
-    if (!host)
-        return ltn_fail(err, LTN_ERR_MEMORY, "session: no memory for %" PRIu64 " bytes of state", bytes);
-    enum ltn_status status = be->ops->download(be, host, s->state, bytes, err);
-    if (status == LTN_OK)
-        status = ltn_st_write(writer, host, bytes, err);
-    free(host);
+        return ltn_st_write(writer, state, bytes, err);
+    void *piece = malloc(PIECE);
+    if (!piece)
+        return ltn_fail(err, LTN_ERR_MEMORY, "session: no memory for %d bytes of state", PIECE);
+    for (uint64_t at = 0; at < bytes && status == LTN_OK; at += PIECE) {
+        const size_t n = bytes - at < PIECE ? (size_t)(bytes - at) : PIECE;
+        status = be->ops->download(be, piece, state + at, n, err);
+        if (status == LTN_OK)
+            status = ltn_st_write(writer, piece, n, err);
+    }
+    free(piece);
     return status;
 }
 
