@@ -126,7 +126,7 @@ FUNCTIONS = {  # name: (result, arguments); c_void_p: an engine, a session or by
     "ltn_session_import": (c_int, [_SESSION, c_void_p, c_size_t, _ERR]),
     "ltn_batch_create": (c_int, [POINTER(c_void_p), c_void_p, c_int32, _ERR]),
     "ltn_batch_free": (None, [c_void_p]),
-    "ltn_batch_step": (c_int, [c_void_p, POINTER(c_void_p), c_size_t, _ERR]),
+    "ltn_batch_step": (c_int, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(Sampling), _ERR]),
     "ltn_session_seed": (None, [_SESSION, c_uint64]),
     "ltn_session_skip": (None, [_SESSION, c_uint64]),
     "ltn_session_sample": (c_int, [_SESSION, POINTER(Sampling), POINTER(c_int32), _ERR]),
@@ -270,9 +270,11 @@ class Batch(_Handle):
         _call("ltn_batch_create", byref(self._pointer), engine._c, _whole("max_sessions", max_sessions))
         engine._sessions.add(self)  # it, too, is closed before its engine
 
-    def step(self, sessions):
+    def step(self, sessions, **sampling):
+        """sampling: how the sessions will draw next, as for Session.sample, if that is known."""
         pointers = [session._c for session in sessions]
-        _call("ltn_batch_step", self._c, (c_void_p * len(pointers))(*pointers), len(pointers))
+        _call("ltn_batch_step", self._c, (c_void_p * len(pointers))(*pointers), len(pointers),
+              byref(_sampling(sampling)) if sampling else None)
 
 
 class Session(_Handle):

@@ -1,49 +1,15 @@
 #include "src/ahead.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 #include "src/session.h"
 
 /* ---- the recording, for one way of sampling ------------------------------------------------------------ */
 
-static bool same_sampling(const struct ltn_sampling *a, const struct ltn_sampling *b)
-{
-    if (a->temperature != b->temperature || a->top_k != b->top_k || a->top_p != b->top_p ||
-        a->min_p != b->min_p || a->typical != b->typical || a->repeat_last != b->repeat_last ||
-        a->repeat_penalty != b->repeat_penalty || a->presence_penalty != b->presence_penalty ||
-        a->frequency_penalty != b->frequency_penalty || a->n_bias != b->n_bias)
-        return false;
-    for (size_t i = 0; i < a->n_bias; i++)
-        if (a->bias[i].id != b->bias[i].id || a->bias[i].value != b->bias[i].value)
-            return false;
-    return true;
-}
-
 static void free_recording(struct ltn_ahead *a)
 {
     ltn_stepper_free(&a->stepper);
-    free((void *)a->sampling.bias);
-    a->sampling = (struct ltn_sampling){0};
-}
-
-static int by_id(const void *a, const void *b)
-{
-    const struct ltn_logit_bias *const *x = a, *const *y = b;
-    if ((*x)->id != (*y)->id)
-        return (*x)->id < (*y)->id ? -1 : 1;
-    return *x < *y ? -1 : *x > *y; /* of one id in the order they were given */
-}
-
-/* Biases sorted by id, as the operation takes them. */
-static void sort_biases(struct ltn_bias *out, const struct ltn_logit_bias **order,
-                        const struct ltn_sampling *sampling)
-{
-    for (size_t i = 0; i < sampling->n_bias; i++)
-        order[i] = &sampling->bias[i];
-    qsort(order, sampling->n_bias, sizeof *order, by_id);
-    for (size_t i = 0; i < sampling->n_bias; i++)
-        out[i] = (struct ltn_bias){order[i]->id, order[i]->value};
+    ltn_own_sampling_free(&a->way);
 }
 
 static enum ltn_status create_stepper(struct ltn_session *s, const struct ltn_choice *choice,
@@ -59,27 +25,12 @@ static enum ltn_status record(struct ltn_session *s, const struct ltn_sampling *
 {
     struct ltn_ahead *a = &s->ahead;
     struct ltn_choice choice = ltn_sampling_choice(sampling);
-    const size_t n = sampling->n_bias;
-    enum ltn_status status;
 
     free_recording(a);
-    struct ltn_logit_bias *own = malloc(n * sizeof *own + 1);
-    struct ltn_bias *sorted = malloc(n * sizeof *sorted + 1);
-    const struct ltn_logit_bias **order = malloc(n * sizeof *order + 1);
-    a->sampling = *sampling;
-    a->sampling.bias = own;
-    if (own && sorted && order) {
-        if (n)
-            memcpy(own, sampling->bias, n * sizeof *own);
-        sort_biases(sorted, order, sampling);
-        choice.bias = sorted;
-        choice.n_bias = (int32_t)n;
-        status = create_stepper(s, &choice, err);
-    } else {
-        status = ltn_fail(err, LTN_ERR_MEMORY, "sampling: no memory for %zu biases", n);
-    }
-    free(sorted);
-    free(order);
+    LTN_TRY(ltn_own_sampling_set(&a->way, sampling, err));
+    choice.bias = a->way.sorted;
+    choice.n_bias = (int32_t)sampling->n_bias;
+    enum ltn_status status = create_stepper(s, &choice, err);
     if (status != LTN_OK)
         free_recording(a);
     return status;
@@ -97,7 +48,8 @@ static enum ltn_status prepare(struct ltn_session *s, const struct ltn_sampling 
         LTN_TRY(be->ops->alloc(be, &saved, s->engine->info.state_bytes, err));
         a->saved = saved;
     }
-    return a->stepper.model && same_sampling(&a->sampling, sampling) ? LTN_OK : record(s, sampling, err);
+    return a->stepper.model && ltn_sampling_equal(&a->way.sampling, sampling) ? LTN_OK
+                                                                              : record(s, sampling, err);
 }
 
 /* ---- going ahead --------------------------------------------------------------------------------------- */
@@ -127,7 +79,7 @@ bool ltn_ahead_next(struct ltn_session *s, const struct ltn_sampling *sampling, 
     const struct ltn_ahead *a = &s->ahead;
     if (a->ran == 0 || a->given == a->drawn || s->n_pending != 1 || s->pending[0] != a->ids[a->given] ||
         s->seed != a->seed || s->draw != a->draw + (uint64_t)a->given ||
-        !same_sampling(&a->sampling, sampling))
+        !ltn_sampling_equal(&a->way.sampling, sampling))
         return false;
     give(s, id);
     return true;

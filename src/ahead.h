@@ -8,14 +8,15 @@
 
 #include "model/decoder.h"
 #include "src/ltn.h"
+#include "src/sampling.h"
 
 struct ltn_session;
 
 enum { LTN_AHEAD_MOST = 16 }; /* tokens at once: the host's part hides behind them, and text still flows */
 
 struct ltn_ahead {
-    struct ltn_stepper stepper;      /* draws as `sampling` says; its model is NULL: there is none yet */
-    struct ltn_sampling sampling;    /* with biases of its own, in the order they were given */
+    struct ltn_stepper stepper; /* draws that way; its model is NULL: there is none yet */
+    struct ltn_own_sampling way;
     float *saved;                    /* backend memory: the state before the first of the steps */
     int64_t position;                /* of the state there */
     uint64_t seed, draw;             /* of the first token drawn */

@@ -187,9 +187,13 @@ void ltn_batch_free(struct ltn_batch *batch);
  * much it was fed; on the CPU the logits are to the bit those that the session would have by itself, on other
  * devices within rounding. A session that waits for nothing is left alone. Where one is refused (amid a text,
  * after a failure, another engine's) the error names it by its index and none has moved. After a failure of
- * the device those that were moving refuse everything, as after ltn_session_feed. */
+ * the device those that were moving refuse everything, as after ltn_session_feed.
+ * sampling: how the sessions will draw next, if that is known, else NULL. A device then draws each one's next
+ * token with the step, the same that ltn_session_sample gives without it, and the logits stay where they are
+ * until they are asked for. */
+struct ltn_sampling;
 enum ltn_status ltn_batch_step(struct ltn_batch *batch, struct ltn_session *const *sessions, size_t n,
-                               struct ltn_error *err);
+                               const struct ltn_sampling *sampling, struct ltn_error *err);
 
 /* ---- sampling and generation --------------------------------------------------------------------------- */
 

@@ -468,7 +468,9 @@ static enum ltn_status step(struct work *w, struct ltn_error *err)
         w->moving[n] = s;
         w->sessions[n++] = s->session;
     }
-    LTN_TRY(ltn_batch_step(w->batch, w->sessions, n, err));
+    LTN_TRY(ltn_batch_step(w->batch, w->sessions, n,
+                           w->many->generate.sampling ? w->many->generate.sampling : &ltn_sampling_default,
+                           err));
     for (size_t i = 0; i < n; i++) {
         struct slot *s = w->moving[i];
         LTN_TRY(ltn_generation_next(s->generation, &ended, err));

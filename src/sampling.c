@@ -93,6 +93,66 @@ bool ltn_sampling_has_penalties(const struct ltn_sampling *s)
     return ltn_has_penalties(&choice);
 }
 
+bool ltn_sampling_equal(const struct ltn_sampling *a, const struct ltn_sampling *b)
+{
+    if (a->temperature != b->temperature || a->top_k != b->top_k || a->top_p != b->top_p ||
+        a->min_p != b->min_p || a->typical != b->typical || a->repeat_last != b->repeat_last ||
+        a->repeat_penalty != b->repeat_penalty || a->presence_penalty != b->presence_penalty ||
+        a->frequency_penalty != b->frequency_penalty || a->n_bias != b->n_bias)
+        return false;
+    for (size_t i = 0; i < a->n_bias; i++)
+        if (a->bias[i].id != b->bias[i].id || a->bias[i].value != b->bias[i].value)
+            return false;
+    return true;
+}
+
+/* ---- a sampling with biases of its own ---- */
+
+static int by_id(const void *a, const void *b)
+{
+    const struct ltn_logit_bias *const *x = a, *const *y = b;
+    if ((*x)->id != (*y)->id)
+        return (*x)->id < (*y)->id ? -1 : 1;
+    return *x < *y ? -1 : *x > *y;
+}
+
+enum ltn_status ltn_own_sampling_set(struct ltn_own_sampling *own, const struct ltn_sampling *sampling,
+                                     struct ltn_error *err)
+{
+    const size_t n = sampling->n_bias;
+    struct ltn_logit_bias *bias = malloc(n * sizeof *bias + 1);
+    struct ltn_bias *sorted = malloc(n * sizeof *sorted + 1);
+    const struct ltn_logit_bias **order = malloc(n * sizeof *order + 1);
+
+    if (!bias || !sorted || !order) {
+        free(bias);
+        free(sorted);
+        free(order);
+        ltn_own_sampling_free(own);
+        return ltn_fail(err, LTN_ERR_MEMORY, "sampling: no memory for %zu biases", n);
+    }
+    for (size_t i = 0; i < n; i++) {
+        bias[i] = sampling->bias[i];
+        order[i] = &bias[i];
+    }
+    qsort(order, n, sizeof *order, by_id);
+    for (size_t i = 0; i < n; i++)
+        sorted[i] = (struct ltn_bias){order[i]->id, order[i]->value};
+    free(order);
+    const struct ltn_own_sampling made = {.sampling = *sampling, .sorted = sorted};
+    ltn_own_sampling_free(own);
+    *own = made;
+    own->sampling.bias = bias;
+    return LTN_OK;
+}
+
+void ltn_own_sampling_free(struct ltn_own_sampling *own)
+{
+    free((void *)own->sampling.bias);
+    free(own->sorted);
+    *own = (struct ltn_own_sampling){0};
+}
+
 /* ---- what is kept ---- */
 
 /* What tokens are ordered by: their logits, or, where `near` is set, how near their distance is to `mean`. */

@@ -26,6 +26,20 @@ bool ltn_sampling_has_penalties(const struct ltn_sampling *sampling);
 /* The same as the operation takes it; biases stay the caller's to place. */
 struct ltn_choice ltn_sampling_choice(const struct ltn_sampling *sampling);
 
+bool ltn_sampling_equal(const struct ltn_sampling *a, const struct ltn_sampling *b);
+
+/* A sampling with biases of its own. */
+struct ltn_own_sampling {
+    struct ltn_sampling sampling;
+    struct ltn_bias *sorted; /* [n_bias] by id, of one id in the order they were given, as the operation
+                                takes them; NULL: there is no sampling yet */
+};
+
+/* own is zeroed or holds another, which goes; on failure it is zeroed. */
+enum ltn_status ltn_own_sampling_set(struct ltn_own_sampling *own, const struct ltn_sampling *sampling,
+                                     struct ltn_error *err);
+void ltn_own_sampling_free(struct ltn_own_sampling *own); /* a zeroed one is allowed, and one is left */
+
 /* Picks *id from logits [n], as kernels/sample.h has it. recent [n_recent] are ids that penalties look at. A
  * NaN or +infinity among the logits, or nothing but -infinity, is an error that names the token. */
 enum ltn_status ltn_sample(struct ltn_sampler *sampler, const float *logits,

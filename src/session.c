@@ -53,7 +53,8 @@ enum ltn_status ltn_session_create(struct ltn_session **out, const struct ltn_en
     if (!s)
         return ltn_fail(err, LTN_ERR_MEMORY, "session: no memory");
     s->engine = engine;
-    s->ws = options && options->batch ? &options->batch->ws : &s->own;
+    s->batch = options ? options->batch : NULL;
+    s->ws = s->batch ? &s->batch->ws : &s->own;
     s->chunk_rows = chunk_rows;
     s->score_rows = score_rows < chunk_rows ? score_rows : chunk_rows;
     enum ltn_status status = allocate(s, err);
@@ -69,6 +70,8 @@ void ltn_session_free(struct ltn_session *s)
 {
     if (!s)
         return;
+    if (s->batch)
+        ltn_batch_forget(s->batch, s);
     ltn_encoder_free(s->encoder);
     ltn_detokenizer_free(s->detokenizer);
     ltn_sampler_free(&s->sampler);
@@ -95,6 +98,7 @@ void ltn_session_forget(struct ltn_session *s)
 {
     drop_text(s);
     ltn_ahead_forget(s);
+    s->drawn.way = 0;
     s->detokenizer_current = false;
     s->n_pending = 0;
     s->logits_where = LTN_NOWHERE;
@@ -146,6 +150,8 @@ static enum ltn_status run(struct ltn_session *s, const int32_t *ids, int32_t ro
 {
     const struct ltn_seq seq = {s->state, s->pos, 0, rows};
     LTN_TRY(ltn_ahead_end(s, err));
+    if (s->batch)
+        LTN_TRY(ltn_batch_settle(s->batch, err));
     enum ltn_status status = ltn_forward(&s->engine->model, s->ws, ids, rows, &seq, 1, want, NULL, err);
     if (status != LTN_OK) {
         s->failed = true;
@@ -161,6 +167,7 @@ static enum ltn_status run_pending(struct ltn_session *s, enum ltn_want want, st
         return LTN_OK;
     int32_t rows = s->n_pending;
     s->n_pending = 0;
+    s->logits_where = LTN_NOWHERE;
     LTN_TRY(run(s, s->pending, rows, want, err));
     s->logits_where = want == LTN_WANT_LAST ? LTN_ON_BACKEND : LTN_NOWHERE;
     return LTN_OK;
@@ -238,6 +245,8 @@ enum ltn_status ltn_session_logits(struct ltn_session *s, const float **logits, 
     LTN_TRY(ltn_ahead_end(s, err));
     if (s->logits_where == LTN_NOWHERE)
         return ltn_fail(err, LTN_ERR_INPUT, "session: no logits before the first token");
+    if (s->logits_where == LTN_IN_BATCH)
+        LTN_TRY(ltn_batch_fetch(s->batch, s, err));
     if (s->logits_where == LTN_ON_BACKEND) {
         size_t bytes = (size_t)s->engine->info.vocab_size * sizeof *s->logits;
         enum ltn_status status = be->ops->download(be, s->logits, s->ws->logits, bytes, err);
@@ -301,7 +310,7 @@ enum ltn_status ltn_session_draw(struct ltn_session *s, const struct ltn_samplin
 {
     LTN_TRY(ltn_session_ready(s, err));
     LTN_TRY(ltn_sampling_check(sampling, s->engine->info.vocab_size, err));
-    bool found = ltn_ahead_next(s, sampling, id);
+    bool found = ltn_ahead_next(s, sampling, id) || (s->batch && ltn_batch_drawn(s->batch, s, sampling, id));
     if (!found && most > 1 && ltn_ahead_possible(s))
         LTN_TRY(ltn_ahead_begin(s, sampling, most, id, &found, err));
     if (!found)

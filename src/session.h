@@ -10,13 +10,15 @@
  * look at them, and a fresh detokenizer finds its way back into the text from the last few. */
 _Static_assert((int)LTN_RECENT_IDS == (int)LTN_MAX_REPEAT_LAST, "what sessions keep is what penalties need");
 
-/* LTN_BEHIND_BACKEND: the backend has gone on past them (src/ahead.h). */
-enum ltn_where { LTN_NOWHERE, LTN_BEHIND_BACKEND, LTN_ON_BACKEND, LTN_ON_HOST };
+/* LTN_BEHIND_BACKEND: the backend has gone on past them (src/ahead.h). LTN_IN_BATCH: in the batch's memory on
+ * the backend, in its row (src/batch.h). */
+enum ltn_where { LTN_NOWHERE, LTN_BEHIND_BACKEND, LTN_ON_BACKEND, LTN_IN_BATCH, LTN_ON_HOST };
 
 struct ltn_session {
     const struct ltn_engine *engine;
     struct ltn_workspace own; /* none in a session of a batch */
     struct ltn_workspace *ws; /* own, or the batch's, in which nothing stays between calls */
+    struct ltn_batch *batch;  /* whose it is; NULL: none's */
     float *state;             /* backend memory, info.state_bytes */
     int64_t pos;              /* tokens that the state has seen */
 
@@ -30,6 +32,13 @@ struct ltn_session {
     struct ltn_sampler sampler;
     uint64_t seed, draw;
     struct ltn_ahead ahead;
+    struct {
+        uint64_t way; /* as the batch numbers them; 0: nothing was drawn */
+        uint64_t seed, draw;
+        int64_t position;
+        int32_t id;
+    } drawn; /* with the batch's last step */
+    int32_t batch_row;
 
     int32_t recent[LTN_RECENT_IDS];      /* id number i of the timeline at i % LTN_RECENT_IDS */
     struct ltn_encoder *encoder;         /* NULL until the first text */

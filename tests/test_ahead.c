@@ -10,7 +10,7 @@
 
 #include <cmocka.h>
 
-#include "src/session.h"
+#include "src/batch.h"
 #include "tests/recorder.h"
 #include "tests/sessions.h"
 #include "tests/text_model.h"
@@ -148,7 +148,7 @@ static void turn(struct pair *p, struct test_rng *rng, const struct ltn_sampling
             break;
         case BATCH:
             CHECK(ltn_batch_create(&batch, p->engine[i], 2, &err));
-            CHECK(ltn_batch_step(batch, &s, 1, &err));
+            CHECK(ltn_batch_step(batch, &s, 1, amount < 3 ? sampling : NULL, &err));
             ltn_batch_free(batch);
             break;
         case RESET:
@@ -258,12 +258,193 @@ static void test_bad_logits(void **state)
     }
 }
 
+/* ---- drawing with a batch's step ----------------------------------------------------------------------- */
+
+enum { MEMBERS = 6 };
+
+/* [0] draws from logits on the host, [1] with the step */
+struct crowd {
+    struct ltn_engine *engine[2];
+    struct ltn_batch *batch[2];
+    struct ltn_session *session[2][MEMBERS];
+    char *export[2];
+    size_t bytes;
+    int n_drawn; /* with a step */
+};
+
+static void crowd_open(struct crowd *c, const char *path, int32_t max_sessions)
+{
+    struct ltn_error err;
+    for (int i = 0; i < 2; i++) {
+        c->engine[i] = open_engine(path, 1);
+        recorder_install(c->engine[i]->be, i);
+        CHECK(ltn_batch_create(&c->batch[i], c->engine[i], max_sessions, &err));
+        c->bytes = ltn_engine_info(c->engine[i])->session_bytes;
+        c->export[i] = malloc(c->bytes);
+        assert_non_null(c->export[i]);
+        for (int k = 0; k < MEMBERS; k++) {
+            const struct ltn_session_options own = {.batch = c->batch[i]};
+            c->session[i][k] = open_session(c->engine[i], k == 0 ? NULL : &own);
+            CHECK(ltn_session_feed(c->session[i][k], &(int32_t){7 + k}, 1, &err));
+        }
+    }
+}
+
+static void crowd_close(struct crowd *c)
+{
+    for (int i = 0; i < 2; i++) {
+        for (int k = 0; k < MEMBERS; k++)
+            ltn_session_free(c->session[i][k]);
+        ltn_batch_free(c->batch[i]);
+        ltn_engine_close(c->engine[i]);
+        free(c->export[i]);
+    }
+}
+
+static void assert_same_member(struct crowd *c, int k)
+{
+    struct ltn_error err;
+    for (int i = 0; i < 2; i++)
+        CHECK(ltn_session_export(c->session[i][k], c->export[i], c -> bytes, &err));
+    assert_memory_equal(c->export[0], c -> export[1], c -> bytes);
+}
+
+static void member_turn(struct crowd *c, struct test_rng *rng, int k, const struct ltn_sampling *sampling)
+{
+    enum { DRAW, DRAW_AGAIN, OTHER, LOGITS, EXPORT, COPY, SEED, SKIP, LONG, RESET, ANEW, SETTLE, N_TURNS };
+    const int kind = test_below(rng, 2) ? DRAW : test_below(rng, N_TURNS), other = test_below(rng, MEMBERS);
+    int32_t ids[90], drawn[2] = {0};
+    struct ltn_error err;
+
+    random_ids(ids, 90, ltn_engine_info(c->engine[0])->vocab_size, 1 + (uint64_t)test_below(rng, 1 << 20));
+    for (int i = 0; i < 2; i++) {
+        struct ltn_session *s = c->session[i][k];
+        int32_t id;
+        switch (kind) {
+        case DRAW:
+        case DRAW_AGAIN:
+            c->n_drawn += i && s->batch && ltn_batch_drawn(s->batch, s, sampling, &id);
+            CHECK(ltn_session_sample(s, sampling, &drawn[i], &err));
+            if (kind == DRAW_AGAIN) /* another number, so from the logits */
+                CHECK(ltn_session_sample(s, sampling, &drawn[i], &err));
+            CHECK(ltn_session_feed(s, &drawn[i], 1, &err));
+            assert_int_equal(drawn[0], drawn[i]);
+            break;
+        case OTHER:
+            CHECK(ltn_session_feed(s, ids, 1, &err));
+            break;
+        case COPY:
+            CHECK(ltn_session_copy(c->session[i][other], s, &err));
+            break;
+        case SEED:
+            ltn_session_seed(s, (uint64_t)other);
+            break;
+        case SKIP:
+            ltn_session_skip(s, 1);
+            break;
+        case LONG:
+            CHECK(ltn_session_feed(s, ids, 90, &err));
+            break;
+        case RESET:
+            CHECK(ltn_session_reset(s, &err));
+            CHECK(ltn_session_feed(s, ids, 3, &err));
+            break;
+        case ANEW:
+            if (s->batch) {
+                ltn_session_free(s);
+                s = open_session(c->engine[i], &(struct ltn_session_options){.batch = c->batch[i]});
+                CHECK(ltn_session_feed(s, ids, 2, &err));
+                c->session[i][k] = s;
+            }
+            break;
+        case SETTLE:
+            CHECK(ltn_session_settle(s, &err));
+            break;
+        default:
+            break;
+        }
+    }
+    if (kind == LOGITS)
+        assert_true(same_logits(c->session[0][k], c->session[1][k]));
+    if (kind == EXPORT)
+        assert_same_member(c, k);
+}
+
+static void draw_with_steps(const char *path, int32_t max_sessions)
+{
+    enum { STEPS = 250 };
+    struct test_rng rng = {63};
+    struct crowd c = {.n_drawn = 0};
+    struct ltn_logit_bias bias[3];
+    struct ltn_sampling sampling = random_sampling(&rng, bias);
+    struct ltn_error err;
+
+    crowd_open(&c, path, max_sessions);
+    for (int step = 0; step < STEPS; step++) {
+        struct ltn_session *moving[2][MEMBERS];
+        int n = 0;
+        if (test_below(&rng, 12) == 0)
+            sampling = random_sampling(&rng, bias);
+        for (int k = 0; k < MEMBERS; k++) {
+            if (test_below(&rng, 5) == 0 || (k == 0 && step % 3))
+                continue;
+            moving[0][n] = c.session[0][k];
+            moving[1][n++] = c.session[1][k];
+        }
+        for (int i = 0; i < 2; i++)
+            CHECK(ltn_batch_step(c.batch[i], moving[i], (size_t)n, &sampling, &err));
+        for (int turns = 0; turns < 2 * MEMBERS; turns++)
+            member_turn(&c, &rng, test_below(&rng, MEMBERS), &sampling);
+        if (test_below(&rng, 3) == 0)
+            for (int k = 0; k < MEMBERS; k++)
+                member_turn(&c, &rng, k, &sampling);
+    }
+    for (int k = 0; k < MEMBERS; k++)
+        assert_same_member(&c, k);
+    assert_true(c.n_drawn > STEPS);
+    crowd_close(&c);
+}
+
+static void test_batch(void **state)
+{
+    (void)state;
+    draw_with_steps(token_model, MEMBERS);
+    draw_with_steps(token_model, 2);
+}
+
+/* A member whose logits are no numbers: its own draw says so, the others' go on. */
+static void test_bad_logits_in_batch(void **state)
+{
+    struct crowd c;
+    struct ltn_error err, found[2];
+    int32_t id[2][MEMBERS];
+    (void)state;
+
+    crowd_open(&c, token_model, MEMBERS);
+    for (int i = 0; i < 2; i++) {
+        poison(c.engine[i], 9); /* what member 2 is fed */
+        CHECK(ltn_batch_step(c.batch[i], c.session[i], MEMBERS, &ltn_sampling_default, &err));
+        for (int k = 0; k < MEMBERS; k++)
+            assert_int_equal(ltn_session_sample(c.session[i][k], &ltn_sampling_default, &id[i][k],
+                                                k == 2 ? &found[i] : &err),
+                             k == 2 ? LTN_ERR_INPUT : LTN_OK);
+    }
+    assert_string_equal(found[0].text, found[1].text);
+    for (int k = 0; k < MEMBERS; k++)
+        assert_true(k == 2 || id[0][k] == id[1][k]);
+    for (int i = 0; i < 2; i++)
+        free((void *)c.engine[i]->model.embed.data);
+    crowd_close(&c);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_text),
         cmocka_unit_test(test_tokens),
         cmocka_unit_test(test_bad_logits),
+        cmocka_unit_test(test_batch),
+        cmocka_unit_test(test_bad_logits_in_batch),
     };
     write_models();
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -86,7 +86,7 @@ static void same_as_alone(const char *path, int32_t max_sessions, int n_threads)
             which[n] = i;
             moving[n++] = batched[i];
         }
-        CHECK(ltn_batch_step(batch, moving, (size_t)n, &err));
+        CHECK(ltn_batch_step(batch, moving, (size_t)n, NULL, &err));
         for (int k = 0; k < n; k++) {
             struct ltn_session *a = moving[k], *b = alone[which[k]];
             int32_t id, other;
@@ -156,7 +156,7 @@ static void test_a_step_refuses(void **state)
     options.chunk_rows = 0;
     assert_int_equal(ltn_session_create(&none, other, &options, &err), LTN_ERR_INPUT);
 
-    CHECK(ltn_batch_step(batch, NULL, 0, &err));
+    CHECK(ltn_batch_step(batch, NULL, 0, NULL, &err));
     for (int i = 0; i < 3; i++) {
         s[i] = open_session(engine, &(struct ltn_session_options){.batch = batch});
         feed_random(s[i], 10, 5);
@@ -166,19 +166,19 @@ static void test_a_step_refuses(void **state)
     foreign = open_session(other, NULL);
 
     CHECK(ltn_session_feed_text(s[1], "amid", 4, &err));
-    assert_int_equal(ltn_batch_step(batch, s, 3, &err), LTN_ERR_INPUT);
+    assert_int_equal(ltn_batch_step(batch, s, 3, NULL, &err), LTN_ERR_INPUT);
     assert_non_null(strstr(err.text, "session 1: "));
     assert_int_equal(s[0]->pos, 0);
     assert_int_equal(s[0]->n_pending, 10);
     struct ltn_session *with_foreign[] = {s[0], s[2], foreign};
-    assert_int_equal(ltn_batch_step(batch, with_foreign, 3, &err), LTN_ERR_INPUT);
+    assert_int_equal(ltn_batch_step(batch, with_foreign, 3, NULL, &err), LTN_ERR_INPUT);
     assert_non_null(strstr(err.text, "session 2: "));
     assert_int_equal(s[0]->pos, 0);
 
     /* one that is there twice moves once, one at position 0 not at all */
     CHECK(ltn_session_reset(s[1], &err));
     struct ltn_session *twice[] = {s[0], s[1], s[0], s[2]};
-    CHECK(ltn_batch_step(batch, twice, 4, &err));
+    CHECK(ltn_batch_step(batch, twice, 4, NULL, &err));
     assert_int_equal(s[1]->pos, 0);
     assert_same_session(s[0], twin);
     assert_same_session(s[2], twin);
@@ -218,17 +218,17 @@ static void test_a_device_fails(void **state)
     feed_random(s[2], 7, 2);
     broken.embed = broken_embed;
     engine->be->ops = &broken;
-    assert_int_equal(ltn_batch_step(batch, s, 3, &err), LTN_ERR_DEVICE);
+    assert_int_equal(ltn_batch_step(batch, s, 3, NULL, &err), LTN_ERR_DEVICE);
     assert_string_equal(err.text, "the device has gone");
     engine->be->ops = whole;
     assert_int_equal(ltn_session_logits(s[0], &logits, &err), LTN_ERR_DEVICE);
     assert_int_equal(ltn_session_logits(s[2], &logits, &err), LTN_ERR_DEVICE);
-    assert_int_equal(ltn_batch_step(batch, s, 3, &err), LTN_ERR_DEVICE);
+    assert_int_equal(ltn_batch_step(batch, s, 3, NULL, &err), LTN_ERR_DEVICE);
     for (int i = 0; i < 3; i++) {
         CHECK(ltn_session_reset(s[i], &err));
         feed_random(s[i], 9, 3);
     }
-    CHECK(ltn_batch_step(batch, s, 3, &err));
+    CHECK(ltn_batch_step(batch, s, 3, NULL, &err));
     feed_random(twin, 9, 3);
     for (int i = 0; i < 3; i++) {
         assert_same_session(s[i], twin);

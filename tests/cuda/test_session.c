@@ -1,8 +1,8 @@
 /* Sessions on the CUDA backend against the CPU's: greedy text of the model that ships, sessions that move
- * between the two through files, several tokens at once against one at a time, a million tokens, files of a
- * large state. */
+ * between the two through files, several tokens at once against one at a time, many texts at once, a million
+ * tokens, files of a large state. */
 #include "model/decoder.h"
-#include "src/session.h"
+#include "src/batch.h"
 #include "tests/cuda/device.h"
 #include "tests/sessions.h"
 #include "tests/text_model.h"
@@ -187,6 +187,68 @@ static void test_ahead(void **state)
         }
         assert_string_equal(c[0].text, c[1].text);
         assert_memory_equal(file[0], file[1], bytes);
+    }
+    free(file[0]);
+    free(file[1]);
+    ltn_engine_close(engine);
+}
+
+/* Drawn on the device with the steps of a batch, and on the host from the logits of the same steps. */
+static void test_batch(void **state)
+{
+    enum { SESSIONS = 12, STEPS = 80 };
+    static const char *const prompts[] = {"The old house", "Once upon a time", "", "She said"};
+    struct ltn_engine *engine = open_on("cuda", demo());
+    const size_t bytes = ltn_engine_info(engine)->session_bytes;
+    char *file[2] = {malloc(bytes), malloc(bytes)};
+    struct ltn_error err;
+    (void)state;
+    assert_true(file[0] && file[1]);
+    for (int round = 0; round < 4; round++) {
+        const struct ltn_sampling sampling = {.temperature = round == 3 ? 0 : 0.8,
+                                              .top_p = round ? 0.95 : 1,
+                                              .typical = round == 2 ? 0.9 : 0,
+                                              .repeat_last = 64,
+                                              .repeat_penalty = round == 1 ? 1.2 : 1};
+        struct ltn_batch *batch[2];
+        struct ltn_session *s[2][SESSIONS];
+        int drawn = 0;
+        for (int i = 0; i < 2; i++) {
+            CHECK(ltn_batch_create(&batch[i], engine, SESSIONS, &err));
+            for (int k = 0; k < SESSIONS; k++) {
+                s[i][k] = open_session(engine, &(struct ltn_session_options){.batch = batch[i]});
+                ltn_session_seed(s[i][k], (uint64_t)(100 * round + k));
+                CHECK(ltn_session_feed(s[i][k], &(int32_t){1}, 1, &err));
+                CHECK(ltn_session_feed_text(s[i][k], prompts[k % 4], strlen(prompts[k % 4]), &err));
+                CHECK(ltn_session_end_text(s[i][k], &err));
+            }
+        }
+        for (int step = 0; step < STEPS; step++) {
+            int32_t id[2][SESSIONS];
+            for (int i = 0; i < 2; i++) {
+                const int n = SESSIONS - step % 3; /* some wait at times */
+                CHECK(ltn_batch_step(batch[i], s[i], (size_t)n, i ? &sampling : NULL, &err));
+                for (int k = 0; k < n; k++) {
+                    drawn += ltn_batch_drawn(batch[i], s[i][k], &sampling, &id[i][k]);
+                    CHECK(ltn_session_sample(s[i][k], &sampling, &id[i][k], &err));
+                    CHECK(ltn_session_feed(s[i][k], &id[i][k], 1, &err));
+                    assert_int_equal(id[0][k], id[i][k]);
+                }
+            }
+        }
+        assert_true(drawn > (SESSIONS - 2) * STEPS);
+        for (int k = 0; k < SESSIONS; k++) {
+            for (int i = 0; i < 2; i++) {
+                CHECK(ltn_batch_step(batch[i], s[i], SESSIONS, i ? &sampling : NULL, &err));
+                CHECK(ltn_session_export(s[i][k], file[i], bytes, &err)); /* with its logits */
+            }
+            assert_memory_equal(file[0], file[1], bytes);
+        }
+        for (int i = 0; i < 2; i++) {
+            for (int k = 0; k < SESSIONS; k++)
+                ltn_session_free(s[i][k]);
+            ltn_batch_free(batch[i]);
+        }
     }
     free(file[0]);
     free(file[1]);
@@ -387,11 +449,9 @@ static void test_a_million_tokens(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_demo_text),
-        cmocka_unit_test(test_ahead),
-        cmocka_unit_test(test_resume_through_files),
-        cmocka_unit_test(test_large_state),
-        cmocka_unit_test(test_a_million_tokens),
+        cmocka_unit_test(test_demo_text),   cmocka_unit_test(test_ahead),
+        cmocka_unit_test(test_batch),       cmocka_unit_test(test_resume_through_files),
+        cmocka_unit_test(test_large_state), cmocka_unit_test(test_a_million_tokens),
     };
     if (argc > 1)
         cmocka_set_test_filter(argv[1]);
