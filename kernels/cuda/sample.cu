@@ -1,10 +1,10 @@
 /* Choosing the next token on the device (kernels/sample.h).
  *
- * A cluster of blocks shares a row: each takes a run of the vocabulary and keeps the distances of its tokens
- * in shared memory. Sums of a cluster are sums of integers, so their order is free. A cut in an order is
- * found by a histogram over the distance and one over the bucket in which the cut lies; by then few tokens
- * are left, and these are ranked against each other. Should many still be left, equal logits say, further
- * histograms over the digits of their places go on until few are. */
+ * A cluster of blocks shares a row: each takes a run of the vocabulary and keeps its tokens' logits and
+ * distances in shared memory. Sums of a cluster are sums of integers, so their order is free. A cut in an
+ * order is found by a histogram over the distance and one over the bucket in which the cut lies; by then few
+ * tokens are left, and these are ranked against each other. Should many still be left, equal logits say,
+ * further histograms over the digits of their places go on until few are. */
 #include "kernels/cuda/cuda.cuh"
 
 enum {
@@ -17,6 +17,7 @@ enum {
     DIGITS_FROM = 2,                /* the histogram from which on places are told apart, by 8 bits each */
     LAST_LEVEL = DIGITS_FROM + 7,
     CANDIDATES = 512, /* most that are ranked */
+    WIDEST = 3,       /* sums that a cluster forms at once */
     RUN = 8,          /* tokens in a row that a thread looks at for the draw */
 };
 static_assert(LTN_FARTHEST >> COARSE < BINS && THREADS == BINS, "a thread for each bin");
@@ -33,8 +34,8 @@ struct shared {
     struct candidate own[CANDIDATES], all[CANDIDATES];
     uint32_t n_own;
     int32_t recent[LTN_RECENT_IDS];
-    uint64_t warps[WARPS], total;
-    uint64_t exchange[2]; /* in turns: by the time one is written again, every block has read it */
+    uint64_t warps[WIDEST][WARPS], total, last;
+    uint64_t exchange[2][WIDEST]; /* in turns: by the time one is written again, every block has read it */
     uint32_t turn;
     struct {
         uint32_t bin, count;
@@ -44,14 +45,21 @@ struct shared {
 
 /* A row as its cluster sees it; the same in every thread, but for the run of its block. */
 struct row {
-    const float *logits;
     uint64_t seed, number; /* of the draw */
     int64_t position;
     int32_t first, end; /* this block's run */
-    uint32_t *distance; /* [end - first] of the run's tokens; LTN_FAR: out */
-    uint32_t part, parts;
+    float *logits;      /* [end - first] of the run's tokens, with penalties and biases, */
+    uint32_t *distance; /* [end - first] and their distances; LTN_FAR: out */
+    uint32_t part;
     uint32_t mean; /* distance, for nearness */
 };
+
+/* Clusters came with sm_90; before it one block takes a row. */
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+enum { PARTS_HERE = PARTS };
+#else
+enum { PARTS_HERE = 1 };
+#endif
 
 /* ---- sums over a block and over a cluster -------------------------------------------------------------- */
 
@@ -69,7 +77,7 @@ template <typename T> static __device__ __forceinline__ const T *of_part(const T
 {
 #if __CUDA_ARCH__ >= 900
     uint64_t at;
-    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(at) : "l"(p), "r"(part));
+    asm("mapa.u64 %0, %1, %2;" : "=l"(at) : "l"(p), "r"(part));
     return reinterpret_cast<const T *>(at);
 #else
     return p;
@@ -100,31 +108,47 @@ template <typename J> static __device__ __forceinline__ uint64_t warp_join(uint6
     return v;
 }
 
-/* Of all threads of the cluster. before: of the blocks before this one, if wanted. */
-template <typename J>
-static __device__ uint64_t cluster_join(const struct row *r, struct shared *s, uint64_t v,
-                                        uint64_t *before = NULL)
+/* Each of v over all threads of the cluster. before: of the blocks before this one, if wanted. */
+template <typename J, int N>
+static __device__ __forceinline__ void cluster_join(const struct row *r, struct shared *s, uint64_t (&v)[N],
+                                                    uint64_t *before = NULL)
 {
-    v = warp_join<J>(v);
-    const uint32_t turn = s->turn;
-    if (threadIdx.x % 32 == 0)
-        s->warps[threadIdx.x / 32] = v;
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, turn = s->turn;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        v[i] = warp_join<J>(v[i]);
+        if (lane == 0)
+            s->warps[i][warp] = v[i];
+    }
     __syncthreads();
-    if (threadIdx.x < 32) {
-        v = warp_join<J>(s->warps[threadIdx.x]);
-        if (threadIdx.x == 0) {
-            s->exchange[turn] = v;
+    if (warp < N) {
+        const uint64_t all = warp_join<J>(s->warps[warp][lane]);
+        if (lane == 0)
+            s->exchange[turn][warp] = all;
+        if (threadIdx.x == 0)
             s->turn = turn ^ 1;
-        }
     }
     sync_cluster();
-    v = J::none;
-    for (uint32_t p = 0; p < r->parts; p++) {
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        v[i] = J::none;
+    for (uint32_t p = 0; p < PARTS_HERE; p++) {
         if (before && p == r->part)
-            *before = v;
-        v = J::join(v, *of_part(&s->exchange[turn], p));
+            *before = v[0];
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            v[i] = J::join(v[i], *of_part(&s->exchange[turn][i], p));
     }
-    return v;
+}
+
+/* To a sum in shared memory that others add to as well: there is no such instruction for 64 bits. */
+static __device__ __forceinline__ void add_to(uint64_t *sum, uint64_t v)
+{
+    uint32_t *word = reinterpret_cast<uint32_t *>(sum), low = (uint32_t)v, high = (uint32_t)(v >> 32);
+    const uint32_t before = atomicAdd(&word[0], low);
+    high += before + low < low;
+    if (high)
+        atomicAdd(&word[1], high);
 }
 
 /* The sum of v over the threads up to this one; s->total: of all. */
@@ -138,22 +162,22 @@ static __device__ uint64_t block_scan(struct shared *s, uint64_t v)
     }
     __syncthreads(); /* the last scan's readers are done */
     if (lane == 31)
-        s->warps[warp] = v;
+        s->warps[0][warp] = v;
     __syncthreads();
     if (warp == 0) {
-        const uint64_t own = s->warps[lane];
+        const uint64_t own = s->warps[0][lane];
         uint64_t sum = own;
 #pragma unroll
         for (int offset = 1; offset < 32; offset *= 2) {
             uint64_t other = __shfl_up_sync(0xffffffffu, sum, offset);
             sum += lane >= offset ? other : 0;
         }
-        s->warps[lane] = sum - own;
+        s->warps[0][lane] = sum - own;
         if (lane == 31)
             s->total = sum;
     }
     __syncthreads();
-    return v + s->warps[warp];
+    return v + s->warps[0][warp];
 }
 
 /* ---- tokens -------------------------------------------------------------------------------------------- */
@@ -165,9 +189,14 @@ static __device__ __forceinline__ uint64_t weight_of(const struct row *r, int32_
 
 static __device__ __forceinline__ uint64_t place_of(const struct row *r, enum order order, int32_t i)
 {
-    return ltn_place(order == BY_LOGIT ? ltn_logit_key(load_fresh(r->logits + i))
+    return ltn_place(order == BY_LOGIT ? ltn_logit_key(r->logits[i - r->first])
                                        : ltn_nearness_key(r->distance[i - r->first], r->mean),
                      i);
+}
+
+static __device__ __forceinline__ float logit_of(uint32_t key)
+{
+    return __uint_as_float(key & 0x80000000u ? key : ~key & 0x7fffffffu);
 }
 
 /* ---- a cut in an order --------------------------------------------------------------------------------- */
@@ -224,47 +253,49 @@ static __device__ void histogram(const struct row *r, struct shared *s, const st
     s->weight[threadIdx.x] = 0;
     s->count[threadIdx.x] = 0;
     __syncthreads();
+#pragma unroll 2
     for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS) {
         if (!on_path(r, p, i))
             continue;
         const uint32_t bin = bin_of(r, p, i);
         atomicAdd(&s->count[bin], 1);
         if (weights)
-            atomicAdd((unsigned long long *)&s->weight[bin], (unsigned long long)weight_of(r, i));
+            add_to(&s->weight[bin], weight_of(r, i));
     }
     sync_cluster();
 }
 
-/* Ranks what is left, each block its share; the place at which the amount is reached. */
+/* Ranks what is left, every block all of it; the place at which the amount is reached. */
 static __device__ uint64_t rank(const struct row *r, struct shared *s, const struct path *p, uint64_t amount,
                                 bool weights)
 {
-    uint64_t last = UINT64_MAX;
     uint32_t n = 0;
     if (threadIdx.x == 0)
         s->n_own = 0;
     __syncthreads();
+#pragma unroll 2
     for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS)
         if (on_path(r, p, i))
             s->own[atomicAdd(&s->n_own, 1)] = {place_of(r, p->order, i), weights ? weight_of(r, i) : 1};
     sync_cluster();
-    for (uint32_t part = 0; part < r->parts; part++) {
+    for (uint32_t part = 0; part < PARTS_HERE; part++) {
         const uint32_t n_part = *of_part(&s->n_own, part);
         for (uint32_t i = threadIdx.x; i < n_part; i += THREADS)
             s->all[n + i] = *of_part(&s->own[i], part);
         n += n_part;
     }
     __syncthreads();
-    for (uint32_t i = r->part + r->parts * (threadIdx.x / 32); i < n; i += r->parts * WARPS) {
+    for (uint32_t i = threadIdx.x / 32; i < n; i += WARPS) {
         const struct candidate c = s->all[i];
         uint64_t sum = 0;
         for (uint32_t j = threadIdx.x % 32; j < n; j += 32)
             sum += s->all[j].place <= c.place ? s->all[j].amount : 0;
         sum = warp_join<add>(sum);
         if (sum >= amount && sum - c.amount < amount)
-            last = c.place;
+            s->last = c.place; /* of one candidate alone */
     }
-    return cluster_join<least>(r, s, last);
+    __syncthreads();
+    return s->last;
 }
 
 /* Keeps the fewest first tokens of the order that reach the amount: so many tokens, or this share of the
@@ -277,7 +308,7 @@ static __device__ void keep_first(struct row *r, struct shared *s, enum order or
         uint32_t count = 0;
         uint64_t weight = 0;
         histogram(r, s, &path, weights);
-        for (uint32_t p = 0; p < r->parts; p++) {
+        for (uint32_t p = 0; p < PARTS_HERE; p++) {
             count += *of_part(&s->count[threadIdx.x], p);
             if (weights)
                 weight += *of_part(&s->weight[threadIdx.x], p);
@@ -305,6 +336,7 @@ static __device__ void keep_first(struct row *r, struct shared *s, enum order or
     /* out is what lies behind the path, or on it and behind the last place */
     const uint64_t last = rank(r, s, &path, amount, weights);
     const int bits = path.level == 1 ? COARSE : FINE;
+#pragma unroll 2
     for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS) {
         const uint32_t at = nearness(r, &path, i) >> bits;
         if (at > path.near || (at == path.near && place_of(r, order, i) > last))
@@ -312,33 +344,30 @@ static __device__ void keep_first(struct row *r, struct shared *s, enum order or
     }
 }
 
-static __device__ void keep_typical(struct row *r, struct shared *s, double share)
+/* The mean of distances by weight. */
+static __device__ uint32_t mean_distance(const struct row *r, struct shared *s)
 {
-    uint64_t total = 0, high = 0, low = 0;
+    enum { TOTAL, HIGH, LOW, N };
+    uint64_t sum[N] = {};
+#pragma unroll 2
     for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS) {
         const uint64_t weight = weight_of(r, i), product = weight * r->distance[i - r->first];
-        total += weight;
-        high += product >> 32;
-        low += product & 0xffffffffu;
+        sum[TOTAL] += weight;
+        sum[HIGH] += product >> 32;
+        sum[LOW] += product & 0xffffffffu;
     }
-    total = cluster_join<add>(r, s, total);
-    high = cluster_join<add>(r, s, high);
-    low = cluster_join<add>(r, s, low);
-    r->mean = ltn_mean_distance(high, low, total);
-    keep_first(r, s, BY_NEARNESS, true, 0, share);
+    cluster_join<add>(r, s, sum);
+    return ltn_mean_distance(sum[HIGH], sum[LOW], sum[TOTAL]);
 }
 
 /* ---- penalties and biases ------------------------------------------------------------------------------ */
 
-static __device__ void adjust(const struct row *r, struct shared *s, float *adjusted,
-                              const struct ltn_choice *choice, const struct ltn_draws *draws)
+static __device__ void adjust(const struct row *r, struct shared *s, const struct ltn_choice *choice,
+                              const struct ltn_draws *draws)
 {
     const int64_t position = r->position;
     int32_t n = ltn_has_penalties(choice) ? choice->repeat_last : 0;
     n = n < position ? n : (int32_t)position;
-#pragma unroll 4
-    for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS)
-        adjusted[i] = load_fresh(r->logits + i);
     for (int32_t i = threadIdx.x; i < n; i += THREADS)
         s->recent[i] = __ldcg(&draws->recent[(position - 1 - i) % LTN_RECENT_IDS]);
     __syncthreads();
@@ -353,28 +382,28 @@ static __device__ void adjust(const struct row *r, struct shared *s, float *adju
             seen = seen || (j < i && s->recent[j] == id);
         }
         if (!seen)
-            adjusted[id] = ltn_penalised(adjusted[id], count, choice);
+            r->logits[id - r->first] = ltn_penalised(r->logits[id - r->first], count, choice);
     }
     __syncthreads();
     for (int32_t i = threadIdx.x; i < choice->n_bias; i += THREADS) {
         const int32_t id = choice->bias[i].id;
         if (id < r->first || id >= r->end || (i > 0 && choice->bias[i - 1].id == id))
             continue;
-        float logit = adjusted[id];
+        float logit = r->logits[id - r->first];
         for (int32_t j = i; j < choice->n_bias && choice->bias[j].id == id; j++)
             logit += choice->bias[j].value;
-        adjusted[id] = logit;
+        r->logits[id - r->first] = logit;
     }
     __syncthreads();
 }
 
 static __device__ void keep_min(const struct row *r, struct shared *s, double share)
 {
-    uint64_t nearest = LTN_FAR;
+    uint64_t nearest[1] = {LTN_FAR};
     for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS)
-        nearest = least::join(nearest, r->distance[i - r->first]);
-    nearest = cluster_join<least>(r, s, nearest);
-    const uint64_t lightest = ltn_share_of(share, ltn_token_weight((uint32_t)nearest));
+        nearest[0] = least::join(nearest[0], r->distance[i - r->first]);
+    cluster_join<least>(r, s, nearest);
+    const uint64_t lightest = ltn_share_of(share, ltn_token_weight((uint32_t)nearest[0]));
     for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS)
         if (weight_of(r, i) < lightest)
             r->distance[i - r->first] = LTN_FAR;
@@ -382,35 +411,45 @@ static __device__ void keep_min(const struct row *r, struct shared *s, double sh
 
 /* ---- the choice ---------------------------------------------------------------------------------------- */
 
-/* *id in the thread that found it, and in that one alone; true there. */
-static __device__ bool draw(struct row *r, struct shared *s, const struct ltn_choice *choice, int32_t *id)
+static __device__ void keep_some(struct row *r, struct shared *s, const struct ltn_choice *choice)
 {
-    const double u = ltn_uniform(r->seed, r->number);
-    uint64_t sum = 0, before = 0;
-    if (choice->top_k > 0)
-        keep_first(r, s, BY_LOGIT, false, (uint64_t)choice->top_k, 0);
-    if (choice->typical > 0 && choice->typical < 1)
-        keep_typical(r, s, choice->typical);
-    if (choice->top_p < 1)
-        keep_first(r, s, BY_LOGIT, true, 0, choice->top_p);
+    enum { TOP_K, TYPICAL, TOP_P, N_CUTS };
+#pragma unroll 1 /* keep_first is much code, and the instruction cache is filled for every launch */
+    for (int cut = 0; cut < N_CUTS; cut++) {
+        const double share = cut == TYPICAL ? choice->typical : choice->top_p;
+        if (cut == TOP_K ? choice->top_k <= 0 : (cut == TYPICAL && share <= 0) || share >= 1)
+            continue;
+        if (cut == TYPICAL)
+            r->mean = mean_distance(r, s);
+        keep_first(r, s, cut == TYPICAL ? BY_NEARNESS : BY_LOGIT, cut != TOP_K, (uint64_t)choice->top_k,
+                   share);
+    }
     if (choice->min_p > 0)
         keep_min(r, s, choice->min_p);
+}
+
+/* *id in the thread that found it, and in that one alone; true there. */
+static __device__ bool draw(const struct row *r, struct shared *s, int32_t *id)
+{
+    const double u = ltn_uniform(r->seed, r->number);
+    uint64_t sum[1] = {0}, before = 0;
+#pragma unroll 2
     for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS)
-        sum += weight_of(r, i);
-    const uint64_t total = cluster_join<add>(r, s, sum, &before);
-    const uint64_t threshold = ltn_threshold(u, total);
+        sum[0] += weight_of(r, i);
+    cluster_join<add>(r, s, sum, &before);
+    const uint64_t threshold = ltn_threshold(u, sum[0]);
     if (threshold < before)
         return false;
     for (int32_t first = r->first; first < r->end && before <= threshold; first += RUN * THREADS) {
         const int32_t mine = first + RUN * threadIdx.x;
-        sum = 0;
+        uint64_t own = 0;
 #pragma unroll
         for (int i = 0; i < RUN; i++)
-            sum += mine + i < r->end ? weight_of(r, mine + i) : 0;
-        const uint64_t to_here = before + block_scan(s, sum);
-        if (to_here > threshold && to_here - sum <= threshold) {
-            sum = to_here - sum;
-            for (*id = mine; sum += weight_of(r, *id), sum <= threshold; ++*id)
+            own += mine + i < r->end ? weight_of(r, mine + i) : 0;
+        const uint64_t to_here = before + block_scan(s, own);
+        if (to_here > threshold && to_here - own <= threshold) {
+            own = to_here - own;
+            for (*id = mine; own += weight_of(r, *id), own <= threshold; ++*id)
                 ;
             return true; /* the others' loop ends too: before passes the threshold */
         }
@@ -422,49 +461,58 @@ static __device__ bool draw(struct row *r, struct shared *s, const struct ltn_ch
 /* The cluster's first block and thread alone give the likeliest out. */
 static __device__ bool choose(struct row *r, struct shared *s, const struct ltn_choice *choice, int32_t *id)
 {
-    uint64_t best = UINT64_MAX, bad = UINT64_MAX; /* a place; an id */
-#pragma unroll 4
+    enum { BEST, BAD }; /* a place; an id */
+    uint64_t found[2] = {UINT64_MAX, UINT64_MAX};
+#pragma unroll 2
     for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS) {
-        const float logit = load_fresh(r->logits + i);
-        best = least::join(best, ltn_place(ltn_logit_key(logit), i));
+        const float logit = r->logits[i - r->first];
+        found[BEST] = least::join(found[BEST], ltn_place(ltn_logit_key(logit), i));
         if (!(logit < INFINITY))
-            bad = least::join(bad, (uint64_t)i);
+            found[BAD] = least::join(found[BAD], (uint64_t)i);
     }
-    best = cluster_join<least>(r, s, best);
-    bad = cluster_join<least>(r, s, bad);
+    cluster_join<least>(r, s, found);
     const bool leads = r->part == 0 && threadIdx.x == 0;
-    if (bad != UINT64_MAX) {
-        *id = ltn_bad_logit((int32_t)bad);
+    if (found[BAD] != UINT64_MAX) {
+        *id = ltn_bad_logit((int32_t)found[BAD]);
         return leads;
     }
-    *id = (int32_t)(uint32_t)best;
-    const float largest = load_fresh(r->logits + *id);
+    *id = (int32_t)(uint32_t)found[BEST];
+    const float largest = logit_of((uint32_t)(found[BEST] >> 32));
     if (largest == -INFINITY)
         *id = LTN_NO_TOKEN;
     if (choice->temperature == 0 || largest == -INFINITY)
         return leads;
     const double scale = ltn_distance_scale(choice->temperature);
 #pragma unroll 4
-    for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS)
-        r->distance[i - r->first] = ltn_distance(load_fresh(r->logits + i), largest, scale);
-    return draw(r, s, choice, id);
+    for (int32_t i = threadIdx.x; i < r->end - r->first; i += THREADS)
+        r->distance[i] = ltn_distance(r->logits[i], largest, scale);
+    keep_some(r, s, choice);
+    return draw(r, s, id);
 }
 
+/* HERE: a run fits into shared memory; else it is in scratch. */
+template <bool HERE>
 static __global__ void __launch_bounds__(THREADS)
-    sample_kernel(int32_t *ids, const float *logits, int32_t cols, uint32_t parts, struct ltn_choice choice,
-                  struct ltn_draws *draws, float *adjusted, uint32_t *scratch, int64_t *steps, int32_t *log,
-                  int32_t log_rows)
+    sample_kernel(int32_t *ids, const float *logits, int32_t cols, struct ltn_choice choice,
+                  struct ltn_draws *draws, float *scratch, int64_t *steps, int32_t *log, int32_t log_rows)
 {
-    extern __shared__ uint32_t run_distances[];
+    extern __shared__ float run_memory[];
     __shared__ struct shared s;
-    const uint32_t n = blockIdx.x / parts;
+    const uint32_t parts = PARTS_HERE, n = blockIdx.x / parts, n_rows = gridDim.x / parts;
     const int32_t run = (int32_t)((cols + parts - 1) / parts);
-    struct row r = {.logits = logits + (int64_t)n * cols, .part = blockIdx.x % parts, .parts = parts};
+    struct row r = {.part = blockIdx.x % parts};
     int32_t id;
 
     r.first = (int32_t)min((int64_t)r.part * run, (int64_t)cols);
     r.end = (int32_t)min((int64_t)r.first + run, (int64_t)cols);
-    r.distance = scratch ? scratch + (int64_t)n * cols + r.first : run_distances;
+    logits += (int64_t)n * cols + r.first;
+    if (HERE) {
+        r.logits = run_memory;
+        r.distance = reinterpret_cast<uint32_t *>(run_memory + run);
+    } else {
+        r.logits = scratch + (int64_t)n * cols + r.first;
+        r.distance = reinterpret_cast<uint32_t *>(r.logits + (int64_t)n_rows * cols);
+    }
     draws += n;
     if (threadIdx.x == 0)
         s.turn = 0;
@@ -475,19 +523,19 @@ static __global__ void __launch_bounds__(THREADS)
     r.seed = __ldcg(&draws->seed);
     r.number = __ldcg(&draws->draw);
     r.position = __ldcg(&draws->position);
-    if (adjusted) {
-        adjusted += (int64_t)n * cols;
-        adjust(&r, &s, adjusted, &choice, draws);
-        r.logits = adjusted;
-    }
+#pragma unroll 8
+    for (int32_t i = threadIdx.x; i < r.end - r.first; i += THREADS)
+        r.logits[i] = load_fresh(logits + i);
+    if (ltn_has_penalties(&choice) || choice.n_bias > 0)
+        adjust(&r, &s, &choice, draws);
     if (choose(&r, &s, &choice, &id)) {
-        log[done % log_rows * (gridDim.x / parts) + n] = id;
+        log[done % log_rows * n_rows + n] = id;
         id = id < 0 ? 0 : id;
         ids[n] = id;
         draws->recent[r.position % LTN_RECENT_IDS] = id;
         draws->position = r.position + 1;
         draws->draw = r.number + 1;
-        if (gridDim.x == parts)
+        if (n_rows == 1)
             *steps = done + 1;
     }
     sync_cluster(); /* no block's memory goes while another may read it */
@@ -508,16 +556,20 @@ enum ltn_status cuda_sample(struct ltn_backend *base, int32_t *ids, const float 
 {
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
-    const uint32_t parts = be->overlaps ? PARTS : 1; /* clusters came with the same generation */
-    const size_t run_bytes = (cols + parts - 1) / parts * sizeof(uint32_t);
-    const size_t most = be->max_shared - sizeof(struct shared) - 1024; /* what the system keeps of a block's */
-    const bool fits = run_bytes <= most;
-    CUDA_TRY(be, err,
-             cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)most));
-    float *adjusted = ltn_has_penalties(choice) || choice->n_bias > 0 ? scratch : NULL;
-    uint32_t *distances = fits ? NULL : reinterpret_cast<uint32_t *>(scratch + (int64_t)rows * cols);
-    LAUNCH_CLUSTER(be, err, sample_kernel, parts, dim3(rows * parts), dim3(THREADS), fits ? run_bytes : 0,
-                   ids, logits, cols, parts, *choice, draws, adjusted, distances, steps, log, log_rows);
+    const uint32_t parts = be->overlaps ? PARTS : 1; /* as the kernel has it */
+    const size_t run_bytes = (cols + parts - 1) / parts * (sizeof(float) + sizeof(uint32_t));
+    const size_t most =
+        be->max_shared - sizeof(struct shared) - 1024; /* what the system keeps of a block's */
+    if (run_bytes <= most) {
+        CUDA_TRY(be, err,
+                 cudaFuncSetAttribute(sample_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      (int)most));
+        LAUNCH_CLUSTER(be, err, sample_kernel<true>, parts, dim3(rows * parts), dim3(THREADS), run_bytes, ids,
+                       logits, cols, *choice, draws, scratch, steps, log, log_rows);
+    } else {
+        LAUNCH_CLUSTER(be, err, sample_kernel<false>, parts, dim3(rows * parts), dim3(THREADS), 0, ids,
+                       logits, cols, *choice, draws, scratch, steps, log, log_rows);
+    }
     if (rows > 1)
         LAUNCH(be, err, count_kernel, dim3(1), dim3(1), 0, steps);
     return LTN_OK;
