@@ -176,14 +176,25 @@ static enum ltn_status fill(struct ltn_backend *be, uint8_t *memory, size_t byte
     return LTN_OK;
 }
 
+/* As much as is free up to 8 GB, so that the start of a pass is lost in it, and at least some hundred MB. */
+static enum ltn_status take_memory(struct ltn_backend *be, void **memory, size_t *bytes,
+                                   struct ltn_error *err)
+{
+    enum ltn_status status = LTN_ERR_MEMORY;
+    for (*bytes = 16 * least_bytes; status == LTN_ERR_MEMORY && *bytes >= least_bytes; *bytes /= 2)
+        status = be->ops->alloc(be, memory, 2 * *bytes, err);
+    *bytes *= 2;
+    return status;
+}
+
 static enum ltn_status measure_device(struct ltn_backend *be, struct ltn_bandwidth *out,
                                       struct ltn_error *err)
 {
-    const size_t bytes = 2 * least_bytes; /* a power of two */
+    size_t bytes; /* a power of two */
     double read = 0, copy = 0;
     void *memory = NULL;
 
-    LTN_TRY(be->ops->alloc(be, &memory, 2 * bytes, err));
+    LTN_TRY(take_memory(be, &memory, &bytes, err));
     uint8_t *src = memory, *dst = src + bytes;
     enum ltn_status status = fill(be, src, bytes, err);
     if (status == LTN_OK)

@@ -9,8 +9,8 @@ struct ltn_bandwidth {
     double copy_gbps; /* 1e9 bytes a second, read and written bytes both counted */
 };
 
-/* Takes a few tenths of a second and a few hundred MB, past the caches. Host memory is read and copied by
- * n_threads threads, a device's memory by its backend. */
+/* Takes a few tenths of a second and memory past the caches: some hundred MB, of a device up to 8 GB. Host
+ * memory is read and copied by n_threads threads, a device's memory by its backend. */
 enum ltn_status ltn_measure_bandwidth(struct ltn_bandwidth *out, struct ltn_backend *be, int n_threads,
                                       struct ltn_error *err);
 

@@ -23,6 +23,11 @@ int ltn_bench_conv(int argc, char **argv);
 /* the words of the table in bench.c, "|" between */
 #define LTN_BENCH_COMMANDS "model|decode|attention|prefill|conv"
 
+/* The rest of a command, once its options are read: runs it, tells of a failure, lets go of what it holds,
+ * and gives the exit code. bench: the command's own. */
+typedef enum ltn_status ltn_bench_fn(void *bench, int argc, char **argv, struct ltn_error *err);
+int ltn_bench_go(ltn_bench_fn *run, void (*end)(void *bench), void *bench, int argc, char **argv);
+
 int ltn_bench_cores(void);  /* that this process may use */
 double ltn_bench_now(void); /* seconds, of a clock that only goes forward */
 
@@ -42,13 +47,14 @@ enum ltn_status ltn_bench_fill(struct ltn_backend *be, enum ltn_dtype dtype, voi
 
 struct ltn_bench_head {
     char device[128]; /* the processor's name, or the backend's where that is a device */
+    char driver[32];  /* the version of NVIDIA's driver; "": there is none */
     char date[32];    /* UTC, as ISO 8601 has it */
     char command[1024];
     struct ltn_bandwidth bandwidth;
     double gemm_tflops; /* 0: not measured */
 };
 
-/* Clears the head and notes date and command ("ltn-bench" and the words of argv). */
+/* Clears the head and notes driver, date and command ("ltn-bench" and the words of argv). */
 void ltn_bench_note(struct ltn_bench_head *head, int argc, char **argv);
 /* The same, names the device, and measures the bandwidth. */
 enum ltn_status ltn_bench_begin(struct ltn_bench_head *head, struct ltn_backend *be, int n_threads, int argc,

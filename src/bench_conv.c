@@ -318,8 +318,9 @@ static enum ltn_status open_device(struct bench *b, struct ltn_error *err)
     return ltn_conv_open(&b->conv, "cpu", (int)o->threads, err);
 }
 
-static enum ltn_status run_all(struct bench *b, int argc, char **argv, struct ltn_error *err)
+static enum ltn_status run_all(void *bench, int argc, char **argv, struct ltn_error *err)
 {
+    struct bench *b = bench;
     const struct options *o = b->options;
 
     LTN_TRY(ltn_cli_write("", 0, err));
@@ -361,6 +362,13 @@ static int check_impls(const struct options *o)
     return -1;
 }
 
+static void end(void *bench)
+{
+    struct bench *b = bench;
+    free(b->rows);
+    ltn_conv_close(b->conv);
+}
+
 int ltn_bench_conv(int argc, char **argv)
 {
     struct options o = {
@@ -400,16 +408,9 @@ int ltn_bench_conv(int argc, char **argv)
                  "Exit status: 0 done, 1 failure, 2 wrong usage, 130 after Ctrl-C.",
     };
     struct bench b = {.options = &o};
-    struct ltn_error err;
 
     int code = ltn_cli_parse(&program, argc, argv, NULL);
     if (code < 0)
         code = check_impls(&o);
-    if (code >= 0)
-        return code;
-    ltn_cli_catch_signals();
-    code = run_all(&b, argc, argv, &err) == LTN_OK ? LTN_EXIT_OK : ltn_cli_error(&err);
-    free(b.rows);
-    ltn_conv_close(b.conv);
-    return code;
+    return code >= 0 ? code : ltn_bench_go(run_all, end, &b, argc, argv);
 }

@@ -284,8 +284,9 @@ static const struct {
 } dtypes[] = {{"bf16", LTN_BF16}, {"f16", LTN_F16}, {"f32", LTN_F32},
               {"q8", LTN_Q8},     {"fp8", LTN_FP8}, {"q4", LTN_Q4}};
 
-static enum ltn_status run_all(struct bench *b, int argc, char **argv, struct ltn_error *err)
+static enum ltn_status run_all(void *bench, int argc, char **argv, struct ltn_error *err)
 {
+    struct bench *b = bench;
     static const char *const shapes[] = {"385m", "1b", "7b"};
     const struct options *o = b->options;
     char notice[512];
@@ -306,6 +307,16 @@ static enum ltn_status run_all(struct bench *b, int argc, char **argv, struct lt
         if (strcmp(o->shape, "all") == 0 || strcmp(o->shape, shapes[i]) == 0)
             LTN_TRY(measure_model(b, shapes[i], dtypes[d].dtype, err));
     return strcmp(o->format, "json") == 0 ? print_json(b, err) : print_table(b, err);
+}
+
+static void end(void *bench)
+{
+    struct bench *b = bench;
+    for (size_t i = 0; i < b->n_rows; i++)
+        free(b->rows[i].samples);
+    free(b->rows);
+    if (b->be)
+        b->be->ops->close(b->be);
 }
 
 int ltn_bench_decode(int argc, char **argv)
@@ -354,17 +365,7 @@ int ltn_bench_decode(int argc, char **argv)
             "Exit status: 0 done, 1 failure, 2 wrong usage, 130 after Ctrl-C.",
     };
     struct bench b = {.options = &o};
-    struct ltn_error err;
 
     int code = ltn_cli_parse(&program, argc, argv, NULL);
-    if (code >= 0)
-        return code;
-    ltn_cli_catch_signals();
-    code = run_all(&b, argc, argv, &err) == LTN_OK ? LTN_EXIT_OK : ltn_cli_error(&err);
-    for (size_t i = 0; i < b.n_rows; i++)
-        free(b.rows[i].samples);
-    free(b.rows);
-    if (b.be)
-        b.be->ops->close(b.be);
-    return code;
+    return code >= 0 ? code : ltn_bench_go(run_all, end, &b, argc, argv);
 }

@@ -181,8 +181,9 @@ static enum ltn_status print_json(const struct bench *b, struct ltn_error *err)
 
 /* ---- the command --------------------------------------------------------------------------------------- */
 
-static enum ltn_status run_all(struct bench *b, int argc, char **argv, struct ltn_error *err)
+static enum ltn_status run_all(void *bench, int argc, char **argv, struct ltn_error *err)
 {
+    struct bench *b = bench;
     const struct options *o = b->options;
     struct ltn_progress progress = {"loading the model", -1};
     const struct ltn_engine_options options = {.device = o->device,
@@ -211,6 +212,16 @@ static enum ltn_status run_all(struct bench *b, int argc, char **argv, struct lt
     return strcmp(o->format, "json") == 0  ? print_json(b, err)
            : strcmp(o->format, "csv") == 0 ? print_csv(b, err)
                                            : print_table(b, err);
+}
+
+static void end(void *bench)
+{
+    struct bench *b = bench;
+    for (size_t i = 0; i < b->n_rows; i++)
+        free(b->rows[i].samples);
+    free(b->rows);
+    ltn_session_free(b->session);
+    ltn_engine_close(b->engine);
 }
 
 int ltn_bench_model(int argc, char **argv)
@@ -257,17 +268,7 @@ int ltn_bench_model(int argc, char **argv)
             "Exit status: 0 done, 1 failure, 2 wrong usage, 130 after Ctrl-C.",
     };
     struct bench b = {.options = &o};
-    struct ltn_error err;
 
     int code = ltn_cli_parse(&program, argc, argv, NULL);
-    if (code >= 0)
-        return code;
-    ltn_cli_catch_signals();
-    code = run_all(&b, argc, argv, &err) == LTN_OK ? LTN_EXIT_OK : ltn_cli_error(&err);
-    for (size_t i = 0; i < b.n_rows; i++)
-        free(b.rows[i].samples);
-    free(b.rows);
-    ltn_session_free(b.session);
-    ltn_engine_close(b.engine);
-    return code;
+    return code >= 0 ? code : ltn_bench_go(run_all, end, &b, argc, argv);
 }

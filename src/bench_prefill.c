@@ -215,8 +215,9 @@ static enum ltn_status prepare(struct bench *b, struct ltn_error *err)
     return LTN_OK;
 }
 
-static enum ltn_status run_all(struct bench *b, int argc, char **argv, struct ltn_error *err)
+static enum ltn_status run_all(void *bench, int argc, char **argv, struct ltn_error *err)
 {
+    struct bench *b = bench;
     const struct options *o = b->options;
     char notice[512];
 
@@ -230,6 +231,21 @@ static enum ltn_status run_all(struct bench *b, int argc, char **argv, struct lt
     for (size_t i = 0; i < o->lengths.n; i++)
         LTN_TRY(measure(b, o->lengths.v[i], err));
     return strcmp(o->format, "json") == 0 ? print_json(b, err) : print_table(b, err);
+}
+
+static void end(void *bench)
+{
+    struct bench *b = bench;
+    free(b->rows);
+    free(b->ids);
+    if (b->be) {
+        b->be->ops->free(b->be, b->in);
+        b->be->ops->free(b->be, b->out);
+        b->be->ops->free(b->be, b->state);
+        ltn_workspace_free(&b->ws);
+        ltn_model_free(&b->model);
+        b->be->ops->close(b->be);
+    }
 }
 
 int ltn_bench_prefill(int argc, char **argv)
@@ -274,22 +290,7 @@ int ltn_bench_prefill(int argc, char **argv)
             "Exit status: 0 done, 1 failure, 2 wrong usage, 130 after Ctrl-C.",
     };
     struct bench b = {.options = &o};
-    struct ltn_error err;
 
     int code = ltn_cli_parse(&program, argc, argv, NULL);
-    if (code >= 0)
-        return code;
-    ltn_cli_catch_signals();
-    code = run_all(&b, argc, argv, &err) == LTN_OK ? LTN_EXIT_OK : ltn_cli_error(&err);
-    free(b.rows);
-    free(b.ids);
-    if (b.be) {
-        b.be->ops->free(b.be, b.in);
-        b.be->ops->free(b.be, b.out);
-        b.be->ops->free(b.be, b.state);
-        ltn_workspace_free(&b.ws);
-        ltn_model_free(&b.model);
-        b.be->ops->close(b.be);
-    }
-    return code;
+    return code >= 0 ? code : ltn_bench_go(run_all, end, &b, argc, argv);
 }
