@@ -7,7 +7,7 @@
 #include "kernels/rng.h"
 
 /* Matrices that lie one after another, in the file as in the arena, go to a device in runs of this size. */
-enum { RUN_BYTES = 256 << 20, ALIGN = 64 };
+enum { RUN_BYTES = 1 << 30, ALIGN = 64 };
 
 static size_t align_up(size_t n)
 {

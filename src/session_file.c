@@ -1,6 +1,7 @@
 #include "src/session_file.h"
 
 #include <inttypes.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -81,27 +82,81 @@ enum ltn_status ltn_session_file_size(uint64_t *bytes, const struct ltn_engine *
     return ltn_st_size(bytes, "session", h.tensors, h.n_tensors, h.metadata, N_KEYS, err);
 }
 
-/* From a device in pieces, through little memory. */
+/* A piece of the state on its way from a device, by a thread of its own. */
+struct fetch {
+    struct ltn_backend *be;
+    void *to;
+    const uint8_t *from;
+    size_t bytes;
+    pthread_t thread;
+    bool started;
+    enum ltn_status status;
+    struct ltn_error err;
+};
+
+static void *fetch(void *piece)
+{
+    struct fetch *f = piece;
+    f->status = f->be->ops->download(f->be, f->to, f->from, f->bytes, &f->err);
+    return NULL;
+}
+
+static void begin_fetch(struct fetch *f, const uint8_t *from, size_t bytes)
+{
+    f->from = from;
+    f->bytes = bytes;
+    f->started = bytes > 0 && pthread_create(&f->thread, NULL, fetch, f) == 0;
+}
+
+static enum ltn_status end_fetch(struct fetch *f, struct ltn_error *err)
+{
+    if (f->started)
+        pthread_join(f->thread, NULL);
+    else if (f->bytes > 0)
+        fetch(f);
+    f->started = false;
+    return f->bytes == 0 || f->status == LTN_OK ? LTN_OK : ltn_fail(err, f->err.status, "%s", f->err.text);
+}
+
+/* One piece comes from the device while the one before it is summed and written. */
+static enum ltn_status write_pieces(struct ltn_backend *be, const uint8_t *state, uint64_t bytes,
+                                    uint8_t *room, size_t most, struct ltn_st_writer *writer,
+                                    struct ltn_error *err)
+{
+    struct fetch piece[2] = {{.be = be, .to = room}, {.be = be, .to = room + most}};
+    enum ltn_status status = LTN_OK;
+
+    begin_fetch(&piece[0], state, bytes < most ? bytes : most);
+    for (int k = 0; bytes > 0 && status == LTN_OK; k ^= 1) {
+        const size_t n = piece[k].bytes;
+        status = end_fetch(&piece[k], err);
+        state += n;
+        bytes -= n;
+        if (status != LTN_OK)
+            break;
+        begin_fetch(&piece[k ^ 1], state, bytes < most ? bytes : most);
+        status = ltn_st_write(writer, piece[k].to, n, err);
+    }
+    if (status != LTN_OK)
+        for (int k = 0; k < 2; k++)
+            if (piece[k].started)
+                pthread_join(piece[k].thread, NULL);
+    return status;
+}
+
 static enum ltn_status write_state(struct ltn_session *s, struct ltn_st_writer *writer, struct ltn_error *err)
 {
     enum { PIECE = 4 << 20 };
     struct ltn_backend *be = s->engine->be;
     const uint64_t bytes = s->engine->info.state_bytes;
-    const uint8_t *state = (const uint8_t *)s->state;
-    enum ltn_status status = LTN_OK;
 
     if (be->host_memory)
-        return ltn_st_write(writer, state, bytes, err);
-    void *piece = malloc(PIECE);
-    if (!piece)
-        return ltn_fail(err, LTN_ERR_MEMORY, "session: no memory for %d bytes of state", PIECE);
-    for (uint64_t at = 0; at < bytes && status == LTN_OK; at += PIECE) {
-        const size_t n = bytes - at < PIECE ? (size_t)(bytes - at) : PIECE;
-        status = be->ops->download(be, piece, state + at, n, err);
-        if (status == LTN_OK)
-            status = ltn_st_write(writer, piece, n, err);
-    }
-    free(piece);
+        return ltn_st_write(writer, s->state, bytes, err);
+    uint8_t *room = malloc(2 * PIECE);
+    if (!room)
+        return ltn_fail(err, LTN_ERR_MEMORY, "session: no memory for %d bytes of state", 2 * PIECE);
+    enum ltn_status status = write_pieces(be, (const uint8_t *)s->state, bytes, room, PIECE, writer, err);
+    free(room);
     return status;
 }
 

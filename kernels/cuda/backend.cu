@@ -5,7 +5,6 @@
 
 #include <new>
 #include <stdio.h>
-#include <thread>
 
 enum ltn_status cuda_fail(struct cuda_backend *be, struct ltn_error *err, const char *what, const char *file,
                           int line, cudaError_t code)
@@ -76,82 +75,6 @@ static enum ltn_status cuda_sync(struct ltn_backend *base, struct ltn_error *err
     return LTN_OK;
 }
 
-/* Takes the next whole pinned buffer, once the copy that last used it is done. */
-static cudaError_t take_stage(struct cuda_backend *be)
-{
-    cudaError_t code = cudaEventRecord(be->staged[be->next_stage], be->stream);
-    be->next_stage = (be->next_stage + 1) % STAGES;
-    be->stage_used = 0;
-    return code != cudaSuccess ? code : cudaEventSynchronize(be->staged[be->next_stage]);
-}
-
-/* One host thread copies at a fraction of what the bus carries; a full buffer is filled by several. */
-static void copy_wide(uint8_t *dst, const uint8_t *src, size_t bytes)
-{
-    enum { PARTS = 4, WORTH_THREADS = 1 << 20 };
-    if (bytes < WORTH_THREADS) {
-        memcpy(dst, src, bytes);
-        return;
-    }
-    std::thread worker[PARTS - 1];
-    size_t part = (bytes / PARTS + 63) & ~(size_t)63;
-    size_t own = bytes; /* this thread copies what no worker could be had for, from the start */
-    for (int i = PARTS - 1; i > 0; i--) {
-        size_t from = i * part;
-        try {
-            worker[i - 1] = std::thread(memcpy, dst + from, src + from, own - from);
-        } catch (...) {
-            break;
-        }
-        own = from;
-    }
-    memcpy(dst, src, own);
-    for (std::thread &t : worker)
-        if (t.joinable())
-            t.join();
-}
-
-static enum ltn_status cuda_upload(struct ltn_backend *base, void *dst, const void *host, size_t bytes,
-                                   struct ltn_error *err)
-{
-    struct cuda_backend *be = cuda_of(base);
-    struct turn turn(be);
-    const uint8_t *from = (const uint8_t *)host;
-    uint8_t *to = (uint8_t *)dst;
-    if (bytes >= IN_PLACE_BYTES && upload_in_place(be, dst, host, bytes) == cudaSuccess)
-        return LTN_OK;
-    while (bytes > 0) {
-        if (be->stage_used == STAGE_BYTES)
-            CUDA_TRY(be, err, take_stage(be));
-        size_t room = STAGE_BYTES - be->stage_used, n = bytes < room ? bytes : room;
-        uint8_t *stage = be->stage[be->next_stage] + be->stage_used;
-        copy_wide(stage, from, n);
-        CUDA_TRY(be, err, cudaMemcpyAsync(to, stage, n, cudaMemcpyHostToDevice, be->stream));
-        be->stage_used += (n + 63) & ~(size_t)63;
-        from += n, to += n, bytes -= n;
-    }
-    return LTN_OK;
-}
-
-static enum ltn_status cuda_download(struct ltn_backend *base, void *host, const void *src, size_t bytes,
-                                     struct ltn_error *err)
-{
-    struct cuda_backend *be = cuda_of(base);
-    struct turn turn(be);
-    const uint8_t *from = (const uint8_t *)src;
-    uint8_t *to = (uint8_t *)host;
-    do {
-        size_t n = bytes < STAGE_BYTES ? bytes : (size_t)STAGE_BYTES;
-        CUDA_TRY(be, err, take_stage(be));
-        uint8_t *stage = be->stage[be->next_stage];
-        CUDA_TRY(be, err, cudaMemcpyAsync(stage, from, n, cudaMemcpyDeviceToHost, be->stream));
-        CUDA_TRY(be, err, cudaStreamSynchronize(be->stream));
-        memcpy(to, stage, n);
-        from += n, to += n, bytes -= n;
-    } while (bytes > 0);
-    return LTN_OK;
-}
-
 enum ltn_status make_room(struct cuda_backend *be, void **room, size_t *bytes, size_t needed,
                           struct ltn_error *err)
 {
@@ -167,16 +90,23 @@ enum ltn_status make_room(struct cuda_backend *be, void **room, size_t *bytes, s
     return LTN_OK;
 }
 
-static __global__ void __launch_bounds__(512) sum_kernel(uint64_t *out, const ulonglong2 *src, size_t n)
+enum { SUM_THREADS = 256, SUM_LOADS = 4, SUM_TILE = SUM_THREADS * SUM_LOADS };
+
+static __global__ void __launch_bounds__(SUM_THREADS)
+    sum_kernel(uint64_t *out, const ulonglong2 *src, size_t n)
 {
-    const size_t stride = (size_t)gridDim.x * blockDim.x;
     uint64_t sum = 0;
     let_next_start();
     wait_for_previous();
-#pragma unroll 8
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) {
-        const ulonglong2 v = __ldcs(src + i);
-        sum += v.x + v.y;
+    for (size_t tile = (size_t)blockIdx.x * SUM_TILE; tile < n; tile += (size_t)gridDim.x * SUM_TILE) {
+        const size_t first = tile + threadIdx.x;
+        ulonglong2 v[SUM_LOADS];
+#pragma unroll
+        for (int i = 0; i < SUM_LOADS; i++)
+            v[i] = first + i * SUM_THREADS < n ? __ldcs(src + first + i * SUM_THREADS) : ulonglong2{0, 0};
+#pragma unroll
+        for (int i = 0; i < SUM_LOADS; i++)
+            sum += v[i].x + v[i].y;
     }
     for (int offset = 16; offset > 0; offset /= 2)
         sum += __shfl_xor_sync(0xffffffffu, sum, offset);
@@ -190,7 +120,8 @@ static enum ltn_status cuda_sum(struct ltn_backend *base, uint64_t *out, const v
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
     CUDA_TRY(be, err, cudaMemsetAsync(out, 0, sizeof *out, be->stream));
-    LAUNCH(be, err, sum_kernel, dim3(4 * be->n_sms), dim3(512), 0, out, (const ulonglong2 *)src, bytes / 16);
+    LAUNCH(be, err, sum_kernel, dim3(8 * be->n_sms), dim3(SUM_THREADS), 0, out, (const ulonglong2 *)src,
+           bytes / 16);
     return LTN_OK;
 }
 

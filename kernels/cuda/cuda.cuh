@@ -25,9 +25,8 @@ extern "C" {
 struct gemm_library; /* cuBLASLt, opened when it is first needed: gemm.cu */
 
 enum {
-    STAGES = 4,                 /* pinned buffers on the way to and from the device */
+    STAGES = 6,                 /* pinned buffers on the way to and from the device */
     STAGE_BYTES = 4 << 20,      /* of each */
-    IN_PLACE_BYTES = 64 << 20,  /* from here on an upload is worth the threads of transfer.cu */
     WORKSPACE_BYTES = 32 << 20, /* for cuBLASLt; fixed, as the algorithm it picks depends on it */
     CONVERTED_BYTES = 64 << 20, /* activations on their way to f16, see gemm.cu */
 };
@@ -416,9 +415,11 @@ enum ltn_status cuda_step(struct ltn_backend *be, const struct ltn_network *net,
                           const int32_t *id, float *logits, float *x, void *qkv, void *o, void *h,
                           struct ltn_error *err);
 
-/* transfer.cu: as upload, complete on return. A failure may have left a part of it done, and is no failure of
- * the device: some memory cannot be pinned. */
-cudaError_t upload_in_place(struct cuda_backend *be, void *dst, const void *host, size_t bytes);
+/* transfer.cu */
+enum ltn_status cuda_upload(struct ltn_backend *be, void *dst, const void *host, size_t bytes,
+                            struct ltn_error *err);
+enum ltn_status cuda_download(struct ltn_backend *be, void *host, const void *src, size_t bytes,
+                              struct ltn_error *err);
 
 /* sample.cu */
 enum ltn_status cuda_sample(struct ltn_backend *be, int32_t *ids, const float *logits, int32_t rows,

@@ -351,6 +351,9 @@ static void test_large_state(void **state)
         CHECK(ltn_session_load(b, in_folder("large.ltns"), &err));
         load[i] = now() - begin;
         assert_true(same_logits(a, b));
+        CHECK(ltn_session_feed(a, &(int32_t){i}, 1, &err)); /* and from the state */
+        CHECK(ltn_session_feed(b, &(int32_t){i}, 1, &err));
+        assert_true(same_logits(a, b));
         alone[i] = disk_alone(bytes);
     }
     qsort(save, REPEATS, sizeof *save, by_value);
