@@ -36,7 +36,7 @@ TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c)
 CUDA_BIN := $(addprefix $(B)/tests/cuda/,test_session test_ops test_quant test_decode test_prefill bench_ops test_conv)
 ATTN_SRC := kernels/cuda/lightning_mma.cu kernels/cuda/lightning_hopper.cu
 CUDA_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/cuda/*.cu))
-CONV_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/conv/*.cu) kernels/conv/shape.c kernels/conv/fused_plan.c kernels/status.c)
+CONV_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/conv/*.cu) kernels/conv/shape.c kernels/conv/fused_plan.c kernels/conv/fused_tma_plan.c kernels/status.c)
 PROGRAMS := $(patsubst src/%.c,$(BIN)/ltn-%,$(MAINS)) $(BIN)/tools/convert
 NAMES    := $(MAINS:src/%.c=ltn-%) ltn-convert
 BENCHES  := $(patsubst src/bench_%.c,ltn-bench-%,$(filter-out src/bench_model.c,$(BENCH_SRC)))

@@ -1,6 +1,7 @@
-/* The plan of the fused convolution, carried out in plain C as the kernel does it: strips, steps, packed
+/* The plans of the fused convolutions, carried out in plain C as the kernels do it: strips, steps, packed
  * filters. What a strip does not load is NaN, so that reading it shows. */
 #include "kernels/conv/fused.h"
+#include "kernels/conv/fused_tma.h"
 #include "kernels/conv/index.h"
 #include "kernels/dtype.h"
 #include "tests/support.h"
@@ -132,6 +133,19 @@ static double direct(const struct ltn_conv_shape *p, const struct arrays *a, int
     return sum;
 }
 
+static void check_y(const struct ltn_conv_shape *p, const struct arrays *a, int i, const char *what)
+{
+    int ho = ltn_conv_ho(p), wo = ltn_conv_wo(p);
+    for (int n = 0; n < p->n; n++)
+        for (int o = 0; o < p->co; o++)
+            for (int m = 0; m < ho; m++)
+                for (int j = 0; j < wo; j++) {
+                    double y = a->y[conv_y_at(p, ho, wo, n, o, m, j)];
+                    if (!(fabs(y - direct(p, a, n, o, m, j)) < 1e-9))
+                        fail_msg("case %d, %s: output (%d, %d, %d, %d)", i, what, n, o, m, j);
+                }
+}
+
 static struct ltn_conv_shape random_problem(struct test_rng *rng)
 {
     struct ltn_conv_shape p;
@@ -185,15 +199,8 @@ static void test_plans_compute_the_convolution(void **state)
         for (int64_t k = 0; k < n_y; k++)
             a.y[k] = NAN;
         run_plan(&plan, &p, &a);
-        for (int n = 0; n < p.n; n++)
-            for (int o = 0; o < p.co; o++)
-                for (int m = 0; m < plan.ho; m++)
-                    for (int j = 0; j < plan.wo; j++) {
-                        double y = a.y[conv_y_at(&p, plan.ho, plan.wo, n, o, m, j)];
-                        if (!(fabs(y - direct(&p, &a, n, o, m, j)) < 1e-9))
-                            fail_msg("case %d, order %d: output (%d, %d, %d, %d)", i, (int)plan.order, n, o,
-                                     m, j);
-                    }
+        static const char *const orders_of[] = {"channels", "window", "exact", "exact list"};
+        check_y(&p, &a, i, orders_of[plan.order]);
         free(a.x);
         free(a.filter);
         free(a.y);
@@ -202,10 +209,128 @@ static void test_plans_compute_the_convolution(void **state)
         assert_true(orders[k] > 0);
 }
 
+/* A strip as the copy engine's im2col mode brings it, [load][8 units]: first pixels run through the box, row
+ * by row and image by image; what lies outside of the tensor is zero. */
+static void copy_strip(double *out, const struct ltn_tma_plan *plan, const struct ltn_conv_shape *p,
+                       const struct ltn_tma_strip *strip, const float *x, int first, int group)
+{
+    int line = 8 * plan->unit, corners[4];
+    ltn_tma_corners(plan, p, corners);
+    int n = first / plan->wq / plan->ho, m = first / plan->wq % plan->ho, j = first % plan->wq;
+    int row = m * p->sh - p->pt, column = j * p->sw - p->pl;
+    for (int pos = 0; pos < plan->load; pos++) {
+        for (int i = 0; i < line; i++) {
+            int c = group * (p->ci / p->groups) + strip->channel + i;
+            bool valid = n < p->n && inside(p, row + strip->y, column + strip->x) && c < p->ci;
+            out[pos * line + i] = valid ? x[conv_x_at(p, n, c, row + strip->y, column + strip->x)] : 0.0;
+        }
+        column += p->sw;
+        if (column > p->wi - 1 + corners[2]) {
+            column = corners[0];
+            row += p->sh;
+        }
+        if (row > p->hi - 1 + corners[3]) {
+            row = corners[1];
+            n++;
+        }
+    }
+}
+
+/* The same for the plan of strips by the copy engine. */
+static void run_tma_plan(const struct ltn_tma_plan *plan, const struct ltn_conv_shape *p,
+                         const struct arrays *a)
+{
+    char *packed = malloc(plan->bytes);
+    int line = 8 * plan->unit, rows = 64 * plan->mt, cog = p->co / p->groups;
+    double *strip = malloc((size_t)plan->load * (size_t)line * sizeof *strip);
+    double *sum = malloc((size_t)rows * (size_t)plan->bn * sizeof *sum);
+    assert_true(packed && strip && sum);
+    ltn_tma_pack(plan, p, a->filter, packed);
+    const struct ltn_tma_strip *strips = (const void *)packed;
+    int positions = p->n * plan->ho * plan->wq;
+    const char *weights = packed + plan->at_weights;
+    for (int tile = 0; tile < p->groups * plan->n_tiles; tile++) {
+        int group = tile / plan->n_tiles, channel = tile % plan->n_tiles * plan->bn;
+        const char *begin = weights;
+        for (int first = 0; first < positions; first += rows) {
+            memset(sum, 0, (size_t)rows * (size_t)plan->bn * sizeof *sum);
+            weights = begin;
+            for (int s = 0; s < plan->strips; s++) {
+                copy_strip(strip, plan, p, strips + s, a->x, first, group);
+                for (int t = 0; t < strips[s].taps; t++, weights += plan->stage_bytes)
+                    for (int r = 0; r < rows; r++) {
+                        int at = r + strips[s].shift + t * strips[s].apart;
+                        assert_true(at < plan->load);
+                        for (int column = 0; column < plan->bn; column++)
+                            for (int i = 0; i < strips[s].steps * 2 * plan->unit; i++) {
+                                int place = column * line + ((i / plan->unit) ^ (column & 7)) * plan->unit +
+                                            i % plan->unit;
+                                double w =
+                                    ltn_load(weights, plan->unit == 8 ? LTN_BF16 : LTN_F32, (size_t)place);
+                                sum[r * plan->bn + ltn_fused_channel(column, plan->unit)] +=
+                                    strip[at * line + i] * w;
+                            }
+                    }
+            }
+            for (int r = 0; r < rows; r++) {
+                int j = (first + r) % plan->wq, m = (first + r) / plan->wq % plan->ho;
+                int n = (first + r) / plan->wq / plan->ho;
+                for (int c = 0; c < plan->bn && channel + c < cog; c++)
+                    if (n < p->n && j < plan->wo)
+                        a->y[conv_y_at(p, plan->ho, plan->wo, n, group * cog + channel + c, m, j)] =
+                            sum[r * plan->bn + c];
+            }
+        }
+    }
+    assert_int_equal(weights - packed, plan->bytes);
+    free(packed);
+    free(strip);
+    free(sum);
+}
+
+static void test_plans_of_the_copy_engine_compute_the_convolution(void **state)
+{
+    (void)state;
+    struct test_rng rng = {21};
+    struct ltn_error err;
+    int overlapping = 0, apart = 0, short_lines = 0;
+    for (int i = 0; i < 60; i++) {
+        struct ltn_conv_shape p = random_problem(&rng);
+        int step = p.type == LTN_CONV_BF16 ? 16 : 8;
+        p.layout = LTN_NHWC;
+        p.ci = p.groups * step * (1 + test_below(&rng, 5));
+        p.hi = p.hi > 12 ? 12 : p.hi;
+        if (p.hi + p.pt + p.pb < p.dh * (p.hf - 1) + 1)
+            p.pt = p.dh * (p.hf - 1);
+        struct ltn_tma_choice choice = {.mt = i % 3 ? 0 : 4, .pair = test_below(&rng, 3), .overlap = i % 2};
+        struct ltn_tma_plan plan;
+        if (ltn_tma_choose(&plan, &p, &choice, &err) != LTN_OK)
+            CHECK(ltn_tma_choose(&plan, &p, NULL, &err));
+        assert_true(plan.shared_bytes <= 227 * 1024 && plan.slots >= 2 && plan.stages >= 1);
+        overlapping += plan.overlap && plan.taps > plan.strips;
+        apart += !plan.overlap;
+        short_lines += p.ci / p.groups % (4 * step) != 0;
+        int64_t n_y = ltn_conv_y_elements(&p);
+        struct arrays a = {random_array(&rng, ltn_conv_x_elements(&p)),
+                           random_array(&rng, ltn_conv_filter_elements(&p)),
+                           malloc((size_t)n_y * sizeof *a.y)};
+        assert_non_null(a.y);
+        for (int64_t k = 0; k < n_y; k++)
+            a.y[k] = NAN;
+        run_tma_plan(&plan, &p, &a);
+        check_y(&p, &a, i, plan.overlap ? "rows" : "taps");
+        free(a.x);
+        free(a.filter);
+        free(a.y);
+    }
+    assert_true(overlapping > 0 && apart > 0 && short_lines > 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_plans_compute_the_convolution),
+        cmocka_unit_test(test_plans_of_the_copy_engine_compute_the_convolution),
     };
     return cmocka_run_group_tests_name("conv_fused", tests, NULL, NULL);
 }

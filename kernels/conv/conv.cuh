@@ -48,6 +48,7 @@ struct conv_algo {
 
 extern const struct conv_algo conv_im2win, conv_fused, conv_im2col, conv_im2col_image, conv_direct,
     conv_naive, conv_cudnn;
+extern const struct conv_algo conv_fused_tma; /* what conv_fused hands over to where it can */
 
 static inline struct conv_device *device_of(struct ltn_conv *conv)
 {

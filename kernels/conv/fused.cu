@@ -16,69 +16,6 @@ namespace
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/* ---- multiplying and writing ---- */
-
-__device__ __forceinline__ uint32_t pack(float a, float b)
-{
-    __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-    return *reinterpret_cast<uint32_t *>(&v);
-}
-
-__device__ __forceinline__ uint4 pack(const float (&v)[8], __nv_bfloat16)
-{
-    return make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
-}
-
-__device__ __forceinline__ uint4 pack(const float (&v)[4], float)
-{
-    return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
-                      __float_as_uint(v[3]));
-}
-
-/* The output of a position, its group's first channel; NULL: there is none. */
-template <typename T>
-__device__ __forceinline__ T *output_at(const fused_params &p, int position, const tile &t)
-{
-    int row = quotient(position, p.by_wq), image = quotient(row, p.by_hq);
-    int j = position - row * static_cast<int>(p.by_wq.d), m = row - image * static_cast<int>(p.by_hq.d);
-    if (image >= p.n || m >= p.ho || j >= p.wo)
-        return nullptr;
-    return static_cast<T *>(p.y) + image * p.y_image + m * p.y_row + j * p.y_col + t.group * p.y_group;
-}
-
-/* One row of accumulators, those of `d` at [4 b + 2 half + 0, 1]. */
-template <typename T, int BN>
-__device__ __forceinline__ void write_row(const fused_params &p, const float (&d)[BN / 2], int half,
-                                          int position, const tile &t)
-{
-    constexpr int V = 16 / sizeof(T);
-    T *y = output_at<T>(p, position, t);
-    if (y == nullptr)
-        return;
-    const float *bias = p.bias ? p.bias + t.group * p.cog : nullptr;
-#pragma unroll
-    for (int i = 0; i < BN / (4 * V); ++i) {
-        int c = t.channel + i * 4 * V + (threadIdx.x & 3) * V;
-        float v[V];
-#pragma unroll
-        for (int k = 0; k < V; ++k)
-            v[k] = d[4 * (i * V / 2 + k / 2) + 2 * half + (k & 1)];
-        if (bias || p.relu)
-#pragma unroll
-            for (int k = 0; k < V; ++k)
-                v[k] = conv_finish(v[k], c + k < p.cog ? bias : nullptr, c + k, p.relu);
-        if (p.y_channel == 1 && p.cog % V == 0) {
-            if (c < p.cog)
-                *reinterpret_cast<uint4 *>(y + c) = pack(v, T());
-        } else {
-#pragma unroll
-            for (int k = 0; k < V; ++k)
-                if (c + k < p.cog)
-                    y[(c + k) * p.y_channel] = static_cast<T>(v[k]);
-        }
-    }
-}
-
 /* Adds U steps, one group of products: the fewer groups, the fewer gaps between products. */
 template <typename T, int BN, int MT, int U>
 __device__ __forceinline__ void add_steps(float (&acc)[MT][BN / 2], const int2 *steps, uint32_t strip,
@@ -105,8 +42,8 @@ __device__ void multiply(const fused_params &p, char *base, barriers &bar, int g
     const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
     const int2 *steps = reinterpret_cast<const int2 *>(base);
     const int rows = p.share == 2 ? group * MT * 64 : 0; /* of this warpgroup in the tile */
-    const uint32_t weights = (smem_address(base) + p.at_weights) >> 4;
-    const uint32_t slots = (smem_address(base) + p.at_slots) >> 4;
+    const uint32_t weights = (shared_address(base) + p.at_weights) >> 4;
+    const uint32_t slots = (shared_address(base) + p.at_slots) >> 4;
     turn now, filters;
     int skip = p.share == 2 ? 0 : group; /* tiles of the other warpgroup before this one's next */
 
@@ -317,6 +254,8 @@ const char *refuse(const conv_device *dev, const ltn_conv_shape *s)
     cudaFuncAttributes kernel;
     if (s->type == LTN_CONV_F32)
         return "fused im2win is for tf32 and bf16";
+    if (conv_fused_tma.refuse(dev, s) == nullptr)
+        return nullptr;
     if (dev->major != 9 || cudaFuncGetAttributes(&kernel, fused_kernel<float, 32, 1>) != cudaSuccess ||
         kernel.sharedSizeBytes != 0)
         return "fused im2win needs a Hopper GPU, and to be built for sm_90a";
@@ -328,6 +267,10 @@ const char *refuse(const conv_device *dev, const ltn_conv_shape *s)
 enum ltn_status create(conv_device *dev, conv_op *op, const float *filter, ltn_error *err)
 {
     const ltn_conv_shape &s = op->base.shape;
+    if (conv_fused_tma.refuse(dev, &s) == nullptr) {
+        op->algo = &conv_fused_tma;
+        return op->algo->create(dev, op, filter, err);
+    }
     fused_op *f = static_cast<fused_op *>(calloc(1, sizeof(fused_op)));
     if (f == nullptr)
         return ltn_fail(err, LTN_ERR_MEMORY, "convolution: no memory for an operator");

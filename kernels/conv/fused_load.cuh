@@ -2,14 +2,12 @@
 #ifndef LTN_CONV_FUSED_LOAD_CUH
 #define LTN_CONV_FUSED_LOAD_CUH
 
-#include "kernels/conv/conv.cuh"
 #include "kernels/conv/fused.h"
-#include "kernels/conv/hopper.cuh"
+#include "kernels/conv/fused_write.cuh"
 
 namespace
 {
 
-constexpr int kGroup = 128;
 constexpr int kBlock = 4 * kGroup;
 
 /* From a loading thread's position to its next, `positions` on, in the input: rows, columns and elements; and
@@ -19,24 +17,19 @@ struct walk_step {
     int64_t at, row_at, image_at;
 };
 
-struct fused_params {
+struct fused_params : fused_tiles {
     const void *x;
-    void *y;
-    const float *bias;
     const int2 *fetch;
     const int2 *steps_table;
     const char *weights;
-    int64_t x_image, y_image; /* elements */
+    int64_t x_image; /* elements */
     int x_row, x_col, x_group;
-    int64_t y_row, y_col, y_channel, y_group;
-    int n, hi, wi, ho, wo, sh, sw, pt, pl;
-    conv_divisor by_wq, by_hq, by_n_tiles, by_m_tiles;
+    int hi, wi, sh, sw, pt, pl;
     walk_step walk;
-    int tiles, cog;
     int subplanes, planes, phases, load, stride, blocks, steps, loaders;
-    int share, tile_rows, stage_steps, stages, slots, slot_bytes;
+    int share, stage_steps, stages, slots, slot_bytes;
     int at_weights, at_slots; /* in shared memory */
-    bool zero, resident, vector, relu;
+    bool zero, resident, vector;
 };
 
 struct alignas(8) barriers {
@@ -48,44 +41,6 @@ static_assert(sizeof(barriers) <= 1024 - 128, "fits in the plan's fixed part");
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 constexpr int kLoaders = LTN_FUSED_LOADERS;
-
-/* ---- tiles and turns ---- */
-
-__device__ __forceinline__ int quotient(int n, const conv_divisor &d)
-{
-    return static_cast<int>(divide(static_cast<uint32_t>(n), d));
-}
-
-struct tile {
-    int first;   /* position */
-    int channel; /* of the group */
-    int n_tile, group;
-};
-
-__device__ __forceinline__ tile tile_at(const fused_params &p, int index, int bn)
-{
-    tile t;
-    int rest = quotient(index, p.by_n_tiles);
-    t.n_tile = index - rest * static_cast<int>(p.by_n_tiles.d);
-    t.group = quotient(rest, p.by_m_tiles);
-    int m = rest - t.group * static_cast<int>(p.by_m_tiles.d);
-    t.first = m * p.tile_rows;
-    t.channel = t.n_tile * bn;
-    return t;
-}
-
-/* Place in a ring, and the parity of the barrier's phase. */
-struct turn {
-    int at = 0;
-    uint32_t phase = 0;
-    __device__ __forceinline__ void next(int size)
-    {
-        if (++at == size) {
-            at = 0;
-            phase ^= 1;
-        }
-    }
-};
 
 /* ---- loading strips ---- */
 
@@ -180,7 +135,7 @@ __device__ void load_vectors(const fused_params &p, const __nv_bfloat16 *x, int 
             w.next(p);
         }
     }
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(smem_address(full)) : "memory");
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(full)) : "memory");
 }
 
 /* tf32: rounded on the way. */
@@ -288,7 +243,7 @@ __device__ void load_elements(const fused_params &p, const T *x, int first, int 
 template <typename T, int BN> __device__ void load_strips(const fused_params &p, char *base, barriers &bar)
 {
     const int id = threadIdx.x - 2 * kGroup, groups = kLoaders / p.loaders, thread = id % p.loaders;
-    const uint32_t slots = smem_address(base) + p.at_slots;
+    const uint32_t slots = shared_address(base) + p.at_slots;
     if (p.zero) { /* the plane of zeros behind each strip; the barriers of the first strips cover it */
         for (int s = 0; s < p.slots; ++s)
             for (int i = thread; i < p.tile_rows; i += p.loaders)
@@ -318,7 +273,7 @@ template <typename T, int BN> __device__ void load_strips(const fused_params &p,
 /* By one thread. */
 template <int BN> __device__ void load_filters(const fused_params &p, char *base, barriers &bar)
 {
-    const uint32_t at = smem_address(base) + p.at_weights;
+    const uint32_t at = shared_address(base) + p.at_weights;
     const int64_t block_bytes = static_cast<int64_t>(p.steps) * BN * 32;
     turn now;
     for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {

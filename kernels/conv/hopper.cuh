@@ -1,50 +1,41 @@
-/* Instructions of sm_90a that fused.cu is built of: barriers in shared memory, bulk copies, products of a
- * warpgroup. */
+/* Instructions of sm_90a that the fused convolutions need beside kernels/cuda/hopper.cuh: plain bulk copies,
+ * the copy engine's im2col mode, products of a warpgroup in the sizes used here. */
 #ifndef LTN_CONV_HOPPER_CUH
 #define LTN_CONV_HOPPER_CUH
 
+#include "kernels/cuda/hopper.cuh"
+
 #include <cuda_bf16.h>
 #include <stdint.h>
-
-static __device__ __forceinline__ uint32_t smem_address(const void *p)
-{
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-static __device__ __forceinline__ void barrier_init(uint64_t *bar, int count)
-{
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(count));
-}
-
-static __device__ __forceinline__ void barrier_arrive(uint64_t *bar)
-{
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(bar)) : "memory");
-}
-
-static __device__ __forceinline__ void barrier_arrive_expect(uint64_t *bar, uint32_t bytes)
-{
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes)
-                 : "memory");
-}
-
-static __device__ __forceinline__ void barrier_wait(uint64_t *bar, uint32_t parity)
-{
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;\n"
-                 "}\n" ::"r"(smem_address(bar)),
-                 "r"(parity)
-                 : "memory");
-}
 
 static __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint64_t *bar)
 {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
-        "l"(src), "r"(bytes), "r"(smem_address(bar))
+        "l"(src), "r"(bytes), "r"(shared_address(bar))
         : "memory");
+}
+
+/* To the same place, with the same barrier, in every block of the mask. */
+static __device__ __forceinline__ void bulk_load_multicast(uint32_t dst, const void *src, uint32_t bytes,
+                                                           uint64_t *bar, uint16_t mask)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1], %2, [%3], %4;" ::"r"(dst),
+                 "l"(src), "r"(bytes), "r"(shared_address(bar)), "h"(mask)
+                 : "memory");
+}
+
+/* Pixels in a row from (x, y) of an image on, in the map's box, each moved by (right, down). */
+static __device__ __forceinline__ void tma_load_im2col(uint32_t dst, const CUtensorMap *map, int channel,
+                                                       int x, int y, int image, int right, int down,
+                                                       uint64_t *bar)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6], {%7, %8};" ::"r"(dst),
+                 "l"(map), "r"(channel), "r"(x), "r"(y), "r"(image), "r"(shared_address(bar)),
+                 "h"(static_cast<uint16_t>(right)), "h"(static_cast<uint16_t>(down))
+                 : "memory");
 }
 
 /* ---- products ---- */
