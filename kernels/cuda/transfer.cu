@@ -46,7 +46,7 @@ static cudaError_t send_slots(struct wide *w, struct worker *own)
         const size_t at = w->next.fetch_add(SLOT_BYTES);
         if (at >= w->bytes)
             break;
-        const size_t n = w->bytes - at < SLOT_BYTES ? w->bytes - at : SLOT_BYTES;
+        const size_t n = w->bytes - at < SLOT_BYTES ? w->bytes - at : (size_t)SLOT_BYTES;
         cudaError_t code = cudaEventSynchronize(own->sent[k]);
         if (code != cudaSuccess)
             return code;
