@@ -19,9 +19,11 @@ LDFLAGS += -fsanitize=address,undefined
 endif
 CFLAGS   += -std=c11 -D_GNU_SOURCE $(COMMON)
 CXXFLAGS += -std=c++17 $(COMMON)
-# One instruction set per file: kernels/cpu/NAME_avx2.c, NAME_avx512.c; chosen at run time.
+# One instruction set per file: kernels/cpu/NAME_avx2.c, NAME_avx512.c, NAME_vnni.c; chosen at run time.
 %_avx2.c.o:   CFLAGS += -mavx2 -mfma -mf16c
-%_avx512.c.o: CFLAGS += -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
+AVX512       := -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
+%_avx512.c.o: CFLAGS += $(AVX512)
+%_vnni.c.o:   CFLAGS += $(AVX512) -mavx512vnni
 
 # Everything in these folders but the programs' own files is the library.
 MAINS    := src/run.c src/bench.c src/score.c src/info.c
@@ -30,11 +32,11 @@ BENCH_SRC := $(wildcard src/bench_*.c)
 LIB_SRC  := $(filter-out $(MAINS) $(RUN_SRC) $(BENCH_SRC),$(wildcard kernels/*.c kernels/cpu/*.c kernels/conv/*.c model/*.c tokenizer/*.c tokenizer/*.cc src/*.c))
 LIB_OBJ  := $(LIB_SRC:%=$(B)/%.o)
 TOOL_OBJ := $(patsubst %,$(B)/%.o,$(filter-out tools/convert.c,$(wildcard tools/*.c)))
-TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c tests/typist.c tests/bench_quant.c
+TEST_SRC := $(wildcard tests/test_*.c) tests/make_model.c tests/typist.c
 TEST_BIN := $(TEST_SRC:tests/%.c=$(B)/tests/%)
 TEST_OBJ := $(patsubst %,$(B)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/*.c))) $(B)/tests/cuda/device.c.o
 CUDA_BIN := $(addprefix $(B)/tests/cuda/,test_session test_ops test_quant test_decode test_prefill bench_ops test_conv)
-ATTN_SRC := kernels/cuda/lightning_mma.cu kernels/cuda/lightning_hopper.cu
+ATTN_SRC := kernels/cuda/lightning_mma.cu kernels/cuda/lightning_hopper.cu kernels/cuda/lightning_turn.cu
 CUDA_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/cuda/*.cu))
 CONV_OBJ := $(patsubst %,$(B)/%.o,$(wildcard kernels/conv/*.cu) kernels/conv/shape.c kernels/conv/fused_plan.c kernels/conv/fused_tma_plan.c kernels/status.c)
 PROGRAMS := $(patsubst src/%.c,$(BIN)/ltn-%,$(MAINS)) $(BIN)/tools/convert
@@ -85,7 +87,7 @@ test-cuda: setup ## run the tests that need a GPU
 	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
 
 sanitize-cuda: setup ## run short GPU tests under compute-sanitizer: memory, initialisation, barriers, races
-	@$(MAKE) --no-print-directory -j$(JOBS) all $(CUDA_BIN)
+	@$(MAKE) --no-print-directory -j$(JOBS) all $(CUDA_BIN) $(B)/tests/cuda/attention
 	LTN_BIN=$(BIN) sh tests/cuda/sanitize.sh $(B)/tests/cuda
 
 bench-gpu: setup ## measure decoding, reading, attention and convolution on the GPU, beside their peers, into tools/results
@@ -96,7 +98,10 @@ bench-gpu: setup ## measure decoding, reading, attention and convolution on the 
 	python3 tools/decode_table.py
 	python3 tools/bench_attention_peers.py --ltn $(B)/tests/cuda/libattention.so -o tools/results/attention.json
 	python3 tools/bench_prefill.py --bench $(BIN)/ltn-bench -o tools/results/prefill.json
-	$(BIN)/ltn-bench conv --device cuda --format json >tools/results/conv.json
+	$(BIN)/ltn-bench conv --device cuda --format json >tools/results/conv.new
+	mv tools/results/conv.new tools/results/conv.json
+	python3 tools/bench_conv_torch.py -o tools/results/conv_torch.json
+	python3 tools/plot_conv.py
 
 programs: $(PROGRAMS) $(B)/libltn.a $(BIN)/libltn.so
 

@@ -205,6 +205,15 @@ struct ltn_ops {
                                         int32_t ld_gate, const struct ltn_norm *norm,
                                         const struct ltn_linear *l, int32_t rows, void *scratch,
                                         struct ltn_error *err);
+    /* x += (gate * Norm(o)) W^T + b, o = lightning(q, k, v): a token mixer behind its first product. x: f32
+     * [rows, W.rows]; o: act [rows, W.cols], undefined on return as scratch is; the rest as in lightning and
+     * gated_norm */
+    enum ltn_status (*lightning_linear_add)(struct ltn_backend *be, float *x, const void *q, const void *k,
+                                            const void *v, int32_t ld, const struct ltn_attention *a,
+                                            const struct ltn_seq *seqs, int32_t n_seqs, const void *gate,
+                                            int32_t ld_gate, const struct ltn_norm *norm,
+                                            const struct ltn_linear *l, int32_t rows, void *o, void *scratch,
+                                            struct ltn_error *err);
     /* out = Norm(x) W^T.  out: f32 [rows, W.rows]; x: f32 [rows, W.cols] */
     enum ltn_status (*norm_logits)(struct ltn_backend *be, float *out, const float *x,
                                    const struct ltn_norm *norm, const struct ltn_matrix *w, int32_t rows,
@@ -219,11 +228,10 @@ struct ltn_ops {
                                   const struct ltn_matrix *w, struct ltn_error *err);
 
     /* One token of one stream through the whole network: its logits, and its state advanced. id: [1]; logits:
-     * f32 [V]; x: f32 [D]; qkv: act [4H]; o: act [H]; h: act [G]; all backend memory, and x .. h hold nothing
-     * of use on return. LTN_ERR_UNSUPPORTED: nothing was done, as sizes or switches do not suit; compose. */
+     * f32 [V]; both backend memory. LTN_ERR_UNSUPPORTED: nothing was done, as sizes or switches do not suit;
+     * compose. */
     enum ltn_status (*step)(struct ltn_backend *be, const struct ltn_network *net, const struct ltn_seq *seq,
-                            const int32_t *id, float *logits, float *x, void *qkv, void *o, void *h,
-                            struct ltn_error *err);
+                            const int32_t *id, float *logits, struct ltn_error *err);
 
     /* ---- decoding without the host between the tokens: where record is set, so are all of these -----------
      */

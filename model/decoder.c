@@ -42,12 +42,18 @@ static enum ltn_status norm_linear(const struct pass *p, void *y, const struct l
                         : LTN_OK;
 }
 
-/* x += W_o (gate * Norm(o)) */
-static enum ltn_status gated_out(const struct pass *p, const struct ltn_layer *layer, const void *gate,
-                                 int32_t ld_gate)
+/* x += W_o (gate * Norm(attention(q, k, v))) */
+static enum ltn_status attention_out(const struct pass *p, const struct ltn_layer *layer, const void *q,
+                                     const void *k, const void *v, int32_t ld, const void *gate,
+                                     int32_t ld_gate)
 {
     struct ltn_workspace *ws = p->ws;
+    const struct ltn_attention *a = &layer->attention;
     const struct ltn_norm *norm = &layer->attn_norm;
+    if (p->ops->lightning_linear_add)
+        return p->ops->lightning_linear_add(p->be, ws->x, q, k, v, ld, a, p->seqs, p->n_seqs, gate, ld_gate,
+                                            norm, &layer->out, p->rows, ws->o, ws->y, p->err);
+    LTN_TRY(p->ops->lightning(p->be, ws->o, q, k, v, ld, a, p->seqs, p->n_seqs, p->err));
     if (p->ops->gated_linear_add)
         return p->ops->gated_linear_add(p->be, ws->x, ws->o, gate, ld_gate, norm, &layer->out, p->rows, ws->y,
                                         p->err);
@@ -77,8 +83,7 @@ static enum ltn_status token_mixer(const struct pass *p, const struct ltn_layer 
     } else {
         LTN_TRY(norm_linear(p, q, &layer->token_norm, &layer->qkv, c->act, 2 * H, c->head_dim));
     }
-    LTN_TRY(p->ops->lightning(p->be, ws->o, q, k, v, ld, &layer->attention, p->seqs, p->n_seqs, p->err));
-    return gated_out(p, layer, gate, v3 ? H : ld);
+    return attention_out(p, layer, q, k, v, ld, gate, v3 ? H : ld);
 }
 
 /* Gated linear unit without an activation (SGLU, same section): x += W_3 ((W_1 y) * (W_2 y)). */
@@ -137,7 +142,7 @@ static enum ltn_status whole_step(const struct pass *p, const struct ltn_model *
     const struct ltn_network net = {c->vocab_size,     c->embed_dim, c->hidden_dim, c->glu_dim,   c->gate_dim,
                                     c->n_layers,       c->act,       scale,         model->embed, model->head,
                                     model->final_norm, model->layers};
-    return p->ops->step(p->be, &net, p->seqs, p->ids, ws->logits, ws->x, ws->qkv, ws->o, ws->gate, p->err);
+    return p->ops->step(p->be, &net, p->seqs, p->ids, ws->logits, p->err);
 }
 
 enum ltn_status ltn_forward_ids(const struct ltn_model *model, struct ltn_workspace *ws, const int32_t *ids,

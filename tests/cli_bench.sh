@@ -53,12 +53,13 @@ pass "attention: LRPE's errors too" awk '/"rel_l2":/ && $2 + 0 > 0 && $2 + 0 < 1
 try "$LTN_BIN/ltn-bench" attention --heads 0
 pass "attention: usage" refused 2 "--heads: expected up to 64 whole numbers from 1 to 1024 with commas between, found '0'"
 
-try "$LTN_BIN/ltn-bench" prefill --device cpu -l 2,3 --chunk 2 --seconds 0 --format json
+try "$LTN_BIN/ltn-bench" prefill --device cpu -l 2,3 --chunk 2 --loop 2 --seconds 0 --format json
 pass "prefill: JSON" exited 0
 for key in device date command gemm_tflops rows impl model dtype n tok_s share extra_bytes samples; do
     pass "prefill: JSON: $key" grep -q "\"$key\":" "$tmp/out"
 done
 pass "prefill: a share of the products' speed" awk '/"share":/ && $2 + 0 > 0.05 && $2 + 0 < 5 { n++ } END { exit n != 2 }' "$tmp/out"
+pass "prefill: the longer text beside short ones" test "$(grep -c '"loop_tok_s":' "$tmp/out")" = 1
 try "$LTN_BIN/ltn-bench" prefill --shape 13b
 pass "prefill: no such shape" refused 2 "--shape: expected one of 385m|1b|7b, found '13b'"
 

@@ -202,6 +202,7 @@ void recorder_install(struct ltn_backend *be, bool records)
     t->norm_linear = NULL;
     t->norm_glu = NULL;
     t->gated_linear_add = NULL;
+    t->lightning_linear_add = NULL;
     t->norm_logits = NULL;
     t->step = NULL;
     if (records) {

@@ -212,7 +212,7 @@ static void test_plans_compute_the_convolution(void **state)
 /* A strip as the copy engine's im2col mode brings it, [load][8 units]: first pixels run through the box, row
  * by row and image by image; what lies outside of the tensor is zero. */
 static void copy_strip(double *out, const struct ltn_tma_plan *plan, const struct ltn_conv_shape *p,
-                       const struct ltn_tma_strip *strip, const float *x, int first, int group)
+                       int channel, int right, int down, const float *x, int first, int group)
 {
     int line = 8 * plan->unit, corners[4];
     ltn_tma_corners(plan, p, corners);
@@ -220,9 +220,9 @@ static void copy_strip(double *out, const struct ltn_tma_plan *plan, const struc
     int row = m * p->sh - p->pt, column = j * p->sw - p->pl;
     for (int pos = 0; pos < plan->load; pos++) {
         for (int i = 0; i < line; i++) {
-            int c = group * (p->ci / p->groups) + strip->channel + i;
-            bool valid = n < p->n && inside(p, row + strip->y, column + strip->x) && c < p->ci;
-            out[pos * line + i] = valid ? x[conv_x_at(p, n, c, row + strip->y, column + strip->x)] : 0.0;
+            int c = group * (p->ci / p->groups) + channel + i;
+            bool valid = n < p->n && inside(p, row + down, column + right) && c < p->ci;
+            out[pos * line + i] = valid ? x[conv_x_at(p, n, c, row + down, column + right)] : 0.0;
         }
         column += p->sw;
         if (column > p->wi - 1 + corners[2]) {
@@ -236,6 +236,22 @@ static void copy_strip(double *out, const struct ltn_tma_plan *plan, const struc
     }
 }
 
+/* Adds a tap, so many steps of channels, of the strip from position `shift` on. */
+static void add_tap(double *sum, const struct ltn_tma_plan *plan, const double *strip, int shift, int steps,
+                    const char *weights)
+{
+    int line = 8 * plan->unit, rows = 64 * plan->mt;
+    assert_true(shift + rows <= plan->load);
+    for (int column = 0; column < plan->bn; column++)
+        for (int i = 0; i < steps * 2 * plan->unit; i++) {
+            int place = column * line + ((i / plan->unit) ^ (column & 7)) * plan->unit + i % plan->unit;
+            double w = ltn_load(weights, plan->unit == 8 ? LTN_BF16 : LTN_F32, (size_t)place);
+            for (int r = 0; r < rows; r++)
+                sum[r * plan->bn + ltn_fused_channel(column, plan->unit)] +=
+                    strip[(r + shift) * line + i] * w;
+        }
+}
+
 /* The same for the plan of strips by the copy engine. */
 static void run_tma_plan(const struct ltn_tma_plan *plan, const struct ltn_conv_shape *p,
                          const struct arrays *a)
@@ -246,31 +262,23 @@ static void run_tma_plan(const struct ltn_tma_plan *plan, const struct ltn_conv_
     double *sum = malloc((size_t)rows * (size_t)plan->bn * sizeof *sum);
     assert_true(packed && strip && sum);
     ltn_tma_pack(plan, p, a->filter, packed);
-    const struct ltn_tma_strip *strips = (const void *)packed;
+    const struct ltn_tma_strips *strips = &plan->strips;
     int positions = p->n * plan->ho * plan->wq;
-    const char *weights = packed + plan->at_weights;
+    const char *weights = packed;
     for (int tile = 0; tile < p->groups * plan->n_tiles; tile++) {
         int group = tile / plan->n_tiles, channel = tile % plan->n_tiles * plan->bn;
         const char *begin = weights;
         for (int first = 0; first < positions; first += rows) {
             memset(sum, 0, (size_t)rows * (size_t)plan->bn * sizeof *sum);
             weights = begin;
-            for (int s = 0; s < plan->strips; s++) {
-                copy_strip(strip, plan, p, strips + s, a->x, first, group);
-                for (int t = 0; t < strips[s].taps; t++, weights += plan->stage_bytes)
-                    for (int r = 0; r < rows; r++) {
-                        int at = r + strips[s].shift + t * strips[s].apart;
-                        assert_true(at < plan->load);
-                        for (int column = 0; column < plan->bn; column++)
-                            for (int i = 0; i < strips[s].steps * 2 * plan->unit; i++) {
-                                int place = column * line + ((i / plan->unit) ^ (column & 7)) * plan->unit +
-                                            i % plan->unit;
-                                double w =
-                                    ltn_load(weights, plan->unit == 8 ? LTN_BF16 : LTN_F32, (size_t)place);
-                                sum[r * plan->bn + ltn_fused_channel(column, plan->unit)] +=
-                                    strip[at * line + i] * w;
-                            }
-                    }
+            for (int s = 0; s < plan->n_strips; s++) {
+                int phase = s % strips->phases, u = s / strips->phases % strips->rows;
+                int at_line = s / strips->phases / strips->rows;
+                copy_strip(strip, plan, p, at_line * strips->line, strips->phase[phase].x, u * strips->down,
+                           a->x, first, group);
+                for (int t = 0; t < strips->phase[phase].taps; t++, weights += plan->stage_bytes)
+                    add_tap(sum, plan, strip, strips->phase[phase].shift + t * strips->apart,
+                            at_line + 1 < strips->lines ? 4 : strips->last_steps, weights);
             }
             for (int r = 0; r < rows; r++) {
                 int j = (first + r) % plan->wq, m = (first + r) / plan->wq % plan->ho;
@@ -302,12 +310,12 @@ static void test_plans_of_the_copy_engine_compute_the_convolution(void **state)
         p.hi = p.hi > 12 ? 12 : p.hi;
         if (p.hi + p.pt + p.pb < p.dh * (p.hf - 1) + 1)
             p.pt = p.dh * (p.hf - 1);
-        struct ltn_tma_choice choice = {.mt = i % 3 ? 0 : 4, .pair = test_below(&rng, 3), .overlap = i % 2};
+        struct ltn_tma_choice choice = {.mt = i % 3 ? 0 : 4, .overlap = i % 2};
         struct ltn_tma_plan plan;
         if (ltn_tma_choose(&plan, &p, &choice, &err) != LTN_OK)
             CHECK(ltn_tma_choose(&plan, &p, NULL, &err));
         assert_true(plan.shared_bytes <= 227 * 1024 && plan.slots >= 2 && plan.stages >= 1);
-        overlapping += plan.overlap && plan.taps > plan.strips;
+        overlapping += plan.overlap && plan.taps > plan.n_strips;
         apart += !plan.overlap;
         short_lines += p.ci / p.groups % (4 * step) != 0;
         int64_t n_y = ltn_conv_y_elements(&p);

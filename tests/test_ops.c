@@ -22,7 +22,7 @@
 enum { MAX_THREADS = 3, GUARD = 16 };
 
 static struct ltn_backend *reference;
-static struct ltn_backend *fast[3 * MAX_THREADS]; /* by instruction set, then by threads */
+static struct ltn_backend *fast[4 * MAX_THREADS]; /* by instruction set, then by threads */
 static int n_fast;
 static struct test_rng rng = {20240607};
 
@@ -668,6 +668,19 @@ static void meet(void *ctx, int64_t task, int worker)
         atomic_fetch_add(&m->count, 1);
 }
 
+/* Task 0 ends only once the others have, one of which lies in the share of the thread that runs it. */
+static void wait_for_others(void *ctx, int64_t task, int worker)
+{
+    struct meeting *m = ctx;
+    (void)worker;
+    for (int i = 0; i < 10000 && task == 0 && atomic_load(&m->arrived) < 3; i++)
+        nanosleep(&(struct timespec){0, 1000000}, NULL);
+    if (task > 0)
+        atomic_fetch_add(&m->arrived, 1);
+    else if (atomic_load(&m->arrived) == 3)
+        atomic_fetch_add(&m->count, 1);
+}
+
 static void tally(void *ctx, int64_t task, int worker)
 {
     struct meeting *m = ctx;
@@ -686,6 +699,9 @@ static void test_pool(void **state)
     pool_run(pool, 2, meet, &m);
     assert_int_equal(m.count, 2);
     assert_int_equal(m.sum, 1);
+    m = (struct meeting){0};
+    pool_run(pool, 4, wait_for_others, &m);
+    assert_int_equal(m.count, 1);
     static const int64_t counts[] = {1, 2, 3, 100000,
                                      (1 << 24) + 7}; /* the last is more than one job holds */
     for (int i = 0; i < LENGTH(counts); i++) {
@@ -795,6 +811,12 @@ static void test_avx512_is_here(void **state)
     instruction_set(LTN_CPU_AVX512, "AVX-512");
 }
 
+static void test_vnni_is_here(void **state)
+{
+    (void)state;
+    instruction_set(LTN_CPU_VNNI, "AVX-512 VNNI");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -814,6 +836,7 @@ int main(void)
         cmocka_unit_test(test_opening),
         cmocka_unit_test(test_avx2_is_here),
         cmocka_unit_test(test_avx512_is_here),
+        cmocka_unit_test(test_vnni_is_here),
     };
     return cmocka_run_group_tests(tests, open_all, close_all);
 }

@@ -1,6 +1,7 @@
 /* Quantised matrices: codes, layouts, what a rounding may lose, and the files that hold them. */
 #include "kernels/quant.h"
 #include "model/checkpoint.h"
+#include "model/decoder.h"
 #include "tests/files.h"
 #include "tests/support.h"
 #include "tools/quantize.h"
@@ -103,6 +104,35 @@ static void test_losses(void **state)
     }
 }
 
+/* q8's scale, chosen among many, loses a fifth less than the plain one; and a weight that counts most is
+ * nearest to its code. */
+static void test_scales(void **state)
+{
+    (void)state;
+    double chosen = 0, plain = 0, counted = 0, not_counted = 0;
+    for (int trial = 0; trial < 500; trial++) {
+        float w[LTN_GROUP], importance[LTN_GROUP], largest = 0, value;
+        for (int i = 0; i < LTN_GROUP; i++) {
+            w[i] = (float)test_normal(&rng);
+            largest = fmaxf(largest, fabsf(w[i]));
+            importance[i] = i == 5 ? 1000 : 1;
+        }
+        const float best = ltn_quant_scale(LTN_Q8, w, NULL, LTN_GROUP);
+        const float of_five = ltn_quant_scale(LTN_Q8, w, importance, LTN_GROUP);
+        for (int i = 0; i < LTN_GROUP; i++) {
+            ltn_quant_code(LTN_Q8, w[i], best, &value);
+            chosen += pow(w[i] - value, 2);
+            not_counted += i == 5 ? pow(w[i] - value, 2) : 0;
+            ltn_quant_code(LTN_Q8, w[i], largest / 127, &value);
+            plain += pow(w[i] - value, 2);
+            ltn_quant_code(LTN_Q8, w[i], of_five, &value);
+            counted += i == 5 ? pow(w[i] - value, 2) : 0;
+        }
+    }
+    assert_true(chosen < 0.8 * plain);
+    assert_true(counted < 0.3 * not_counted);
+}
+
 /* ---- files --------------------------------------------------------------------------------------------- */
 
 static struct ltn_config config(void)
@@ -167,7 +197,7 @@ static void test_files(void **state)
                     largest = fmaxf(largest, fabsf(want[c]));
                 for (size_t c = 0; c < cols; c++) {
                     float got = ltn_weight(is, q.file.map + q.scales[i]->offset, own, cols, r, c);
-                    float step = own == LTN_Q8 ? largest / 127
+                    float step = own == LTN_Q8 ? largest / 119
                                  : own == LTN_FP8
                                      ? fabsf(want[c]) / 8 + largest / 448 / 512
                                      : largest / 3.2f; /* its 7 may have to stand for 8 and more */
@@ -233,6 +263,9 @@ static void test_not_finite(void **state)
     const struct ltn_quantize_options options = {.dtype = LTN_Q4};
     assert_int_equal(ltn_quantize(&src, in_folder("none.ltn"), &options, &err), LTN_ERR_INPUT);
     assert_non_null(strstr(err.text, "channel_mixer.l3.weight\", element 123: nan is not a finite number"));
+    const struct ltn_quantize_options calibrated = {.dtype = LTN_Q8, .calibrate = "README.md"};
+    assert_int_equal(ltn_quantize(&src, in_folder("none.ltn"), &calibrated, &err), LTN_ERR_INPUT);
+    assert_non_null(strstr(err.text, "channel_mixer.l3.weight\" is not finite at element 123"));
     ltn_checkpoint_close(&src);
 
     quantise("f32.ltn", "q.ltn", LTN_FP8);
@@ -255,12 +288,33 @@ static void test_not_finite(void **state)
     }
 }
 
+/* A backend that has not all types says which tensor it cannot take. */
+static void test_backend_without(void **state)
+{
+    (void)state;
+    struct ltn_error err;
+    struct ltn_checkpoint q;
+    struct ltn_backend *be;
+    struct ltn_model model;
+    test_write_model(config(), LTN_F32, 3, in_folder("f32.ltn"));
+    quantise("f32.ltn", "q.ltn", LTN_Q4);
+    CHECK(ltn_checkpoint_open(&q, in_folder("q.ltn"), &err));
+    CHECK(ltn_cpu_open(&be, 1, &err));
+    be->dtypes &= ~(1u << LTN_Q4);
+    assert_int_equal(ltn_model_load(&model, &q, be, NULL, NULL, &err), LTN_ERR_UNSUPPORTED);
+    assert_non_null(strstr(err.text, "q.ltn: tensor \"model.layers.0."));
+    assert_non_null(strstr(err.text, "\" is Q4, which CPU, 1 thread"));
+    be->ops->close(be);
+    ltn_checkpoint_close(&q);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_every_e4m3),    cmocka_unit_test(test_places),
-        cmocka_unit_test(test_losses),        cmocka_unit_test(test_files),
-        cmocka_unit_test(test_hostile_files), cmocka_unit_test(test_not_finite),
+        cmocka_unit_test(test_every_e4m3), cmocka_unit_test(test_places),
+        cmocka_unit_test(test_losses),     cmocka_unit_test(test_scales),
+        cmocka_unit_test(test_files),      cmocka_unit_test(test_hostile_files),
+        cmocka_unit_test(test_not_finite), cmocka_unit_test(test_backend_without),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,14 +1,18 @@
 #!/usr/bin/env python3
-"""Times how fast ltn and a PyTorch model read, on one GPU in one run, and writes tools/results/prefill.json.
+"""Times how fast ltn and PyTorch models read, on one GPU in one run, and writes tools/results/prefill.json.
 
     tools/bench_prefill.py --bench ./ltn-bench -o tools/results/prefill.json
 
-ltn: `ltn-bench prefill` for each shape, exactly and in fp8 (the rows' "prefill"). The peer is what a user of PyTorch would write today: bf16 products by cuBLAS,
-flash-linear-attention's `chunk_simple_gla` for the attention, the rest fused by torch.compile, all of it captured in a
-CUDA graph; the same shapes with random weights, from an empty state, up to the last token's logits. Needs torch, and
-for the peer fla-core; where that is missing, the peer is left out with a line on stderr.
+ltn: `ltn-bench prefill` for each shape, exactly and in fp8 (the rows' "prefill"), and a long text beside short ones. The
+peers have the same shapes, random weights, bf16 products by cuBLAS, and read from an empty state up to the last
+token's logits, all of it captured in a CUDA graph. "PyTorch + fla": flash-linear-attention's `chunk_simple_gla`, what
+lies between the products fused by torch.compile. "PyTorch + lightning-attn": the Triton kernel of the published
+models' own code, and the rest as that code has it, operation by operation. Needs torch, and for the peers fla-core and
+lightning-attn; where one is missing, its peer is left out with a line on stderr.
 """
 import argparse
+import functools
+import gc
 import json
 import statistics
 import subprocess
@@ -20,13 +24,36 @@ SHAPES = {"385m": (24, 1024, 8, 2816), "1b": (16, 2048, 16, 5632), "7b": (30, 40
 VOCAB, HEAD_DIM = 64000, 128
 
 
-def peer(shape):
+def fla():
+    """q, k, v [1, n, heads, 128] -> [1, n, heads, 128]"""
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return lambda q, k, v, slopes: chunk_simple_gla(q, k, v, g_gamma=-slopes, scale=1.0)[0]
+
+
+def lightning():
+    """The same; heads lie outside for this kernel."""
+    from lightning_attn.ops.triton.lightning_attn2 import lightning_attn2
+
+    def attend(q, k, v, slopes):
+        q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+        return lightning_attn2(q, k, v, slopes.view(-1, 1, 1)).transpose(1, 2)
+
+    return attend
+
+
+PEERS = {"PyTorch + fla": (fla, True), "PyTorch + lightning-attn": (lightning, False)}  # and whether compiled
+
+
+def peer(name, shape):
     """A function of ids [n] on the GPU that returns the last token's logits."""
     import torch
     import torch.nn.functional as F
-    from fla.ops.simple_gla import chunk_simple_gla
 
     layers, width, heads, glu = SHAPES[shape]
+    attention, compiled = PEERS[name]
+    attend = attention()
+    fuse = functools.partial(torch.compile, dynamic=False) if compiled else lambda f: f
 
     def weight(rows, cols):
         return 0.02 * torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16)
@@ -42,17 +69,17 @@ def peer(shape):
         x = x.float()
         return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)).bfloat16()
 
-    @torch.compile
+    @fuse
     def before(x, w):
         q, k, v, u = F.linear(norm(x), w).chunk(4, -1)
         q, k, v = (t.reshape(1, -1, heads, HEAD_DIM) for t in (F.silu(q), F.silu(k), v))
         return q, k, v, u
 
-    @torch.compile
-    def turn(q, k, cos, sin):
-        return torch.cat([q * cos, q * sin], -1), torch.cat([k * cos, k * sin], -1)
+    @fuse
+    def turn(q, k, by):
+        return q * by, k * by
 
-    @torch.compile
+    @fuse
     def after(x, o, u, wo, w12, w3):
         x = x + F.linear(u * norm(o), wo)
         a, b = F.linear(norm(x), w12).chunk(2, -1)
@@ -62,9 +89,10 @@ def peer(shape):
         x = embed[ids].float() * width ** 0.5
         for l, (wqkvu, wo, w12, w3) in enumerate(mats):
             q, k, v, u = before(x, wqkvu)
-            if l == 0:
-                q, k = turn(q, k, cos, sin)
-            o = chunk_simple_gla(q, k, v, g_gamma=-slopes[l], scale=1.0)[0]
+            if l == 0:  # LRPE: keys twice as wide are the sum of two attentions
+                o = attend(*turn(q, k, cos), v, slopes[l]) + attend(*turn(q, k, sin), v, slopes[l])
+            else:
+                o = attend(q, k, v, slopes[l])
             x = after(x, o.reshape(-1, width), u, wo, w12, w3)
         return F.linear(norm(x[-1:]), embed).float()
 
@@ -75,11 +103,11 @@ def peer(shape):
     return forward, angles
 
 
-def time_peer(shape, n, seconds):
+def time_peer(name, shape, n, seconds):
     """Tokens/s of each replay."""
     import torch
 
-    forward, angles = peer(shape)
+    forward, angles = peer(name, shape)
     ids = torch.randint(VOCAB, (n,), device="cuda")
     cos, sin = angles(n)
     stream = torch.cuda.Stream()
@@ -104,16 +132,20 @@ def time_peer(shape, n, seconds):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--bench", default="./ltn-bench", metavar="PROGRAM")
-    ap.add_argument("-o", "--output", required=True, metavar="FILE")
+    ap.add_argument("-o", "--output", default="tools/results/prefill.json", metavar="FILE")
     ap.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     ap.add_argument("-l", "--lengths", default="32768", help="of ltn, with commas between")
     ap.add_argument("--seconds", type=float, default=3, help="of each of ltn's passes and products at these")
     ap.add_argument("--brief-lengths", default="2048,8192", help="of ltn, measured more briefly")
-    ap.add_argument("--long", default="1048576", help="one more of these, for the shapes of --long-shapes")
-    ap.add_argument("--long-shapes", nargs="*", default=["385m"], choices=list(SHAPES))
+    ap.add_argument("--long", default="1048576", help="of ltn, in slices beside texts of --loop; for --long-shapes")
+    ap.add_argument("--long-shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    ap.add_argument("--loop", default="8192", help="tokens of these short texts")
     ap.add_argument("--fp8-lengths", default="32768", help="of ltn in fp8, briefly")
     ap.add_argument("--brief", type=float, default=0.5, help="seconds of these, and of the peer")
     ap.add_argument("--peer-lengths", type=int, nargs="*", default=[32768])
+    ap.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    ap.add_argument("--compile", action="store_true", help="time nothing and write nothing: run each peer once, which "
+                    "fills the caches of compiled kernels")
     args = ap.parse_args()
 
     def write():
@@ -121,15 +153,36 @@ def main():
             json.dump(result, f, indent=1)
             f.write("\n")
 
+    def peers():
+        """(shape, n, name, samples) of each that runs."""
+        for shape in args.shapes:
+            for n in args.peer_lengths:
+                for name in args.peers:
+                    try:
+                        yield shape, n, name, time_peer(name, shape, n, 0 if args.compile else args.brief)
+                    except Exception as error:  # a peer that is missing or broken must not stop the others
+                        reason = (str(error).splitlines() or [type(error).__name__])[0]
+                        print(f"{name} {shape} {n}: left out: {reason}", file=sys.stderr)
+                    gc.collect()  # its weights and graph
+                    if "torch" in sys.modules:
+                        sys.modules["torch"].cuda.empty_cache()
+
+    if args.compile:
+        for shape, n, name, _ in peers():
+            print(f"{name} {shape} {n}: compiled", flush=True)
+        return
+
     result = None
     for shape in args.shapes:
-        brief = args.brief_lengths + ("," + args.long if args.long and shape in args.long_shapes else "")
-        for prefill, lengths, seconds in (("exact", args.lengths, args.seconds), ("exact", brief, args.brief),
-                                          ("fp8", args.fp8_lengths, args.brief)):
+        long = args.long if shape in args.long_shapes else ""
+        for prefill, lengths, seconds, loop in (("exact", args.lengths, args.seconds, "0"),
+                                                ("exact", args.brief_lengths, args.brief, "0"),
+                                                ("exact", long, args.brief, args.loop),
+                                                ("fp8", args.fp8_lengths, args.brief, "0")):
             if not lengths:
                 continue
             run = subprocess.run([args.bench, "prefill", "--shape", shape, "-l", lengths, "--prefill", prefill,
-                                  "--seconds", str(seconds), "--device", "cuda", "--format", "json"],
+                                  "--seconds", str(seconds), "--loop", loop, "--device", "cuda", "--format", "json"],
                                  stdout=subprocess.PIPE, check=True)
             one = json.loads(run.stdout)
             if result is None:
@@ -141,22 +194,18 @@ def main():
                 result["gemm_tflops"] = one["gemm_tflops"]
             for row in one["rows"]:
                 print(f"{row['impl']:8} {prefill:7} {shape:5} {row['n']:8} {row['tok_s']:10.0f} tok/s, "
-                      f"{100 * row['share']:.1f} % of the products alone", flush=True)
-    write()
-    for shape in args.shapes:
-        for n in args.peer_lengths:
-            try:
-                samples = time_peer(shape, n, args.brief)
-            except Exception as error:  # a peer that is missing or broken must not stop the others
-                print(f"PyTorch + fla {shape} {n}: left out: {str(error).splitlines()[0]}", file=sys.stderr)
-                continue
-            speed = statistics.median(samples)
-            bare = [r for r in result["rows"] if r["impl"] == "ltn" and r["model"] == shape and r["n"] == n
-                    and r["prefill"] == "exact"]
-            result["rows"].append({"impl": "PyTorch + fla", "model": shape, "dtype": "bf16", "n": n, "tok_s": speed,
-                                   "share": speed / bare[0]["gemm_tok_s"] if bare else None, "samples": samples})
-            print(f"PyTorch + fla    {shape:5} {n:8} {speed:10.0f} tok/s", flush=True)
-    write()
+                      f"{100 * row['share']:.1f} % of the products alone"
+                      + (f", {row['loop_n']} again and again {row['loop_tok_s']:.0f}" if "loop_n" in row else ""),
+                      flush=True)
+            write()
+    for shape, n, name, samples in peers():
+        speed = statistics.median(samples)
+        bare = [r for r in result["rows"] if r["impl"] == "ltn" and r["model"] == shape and r["n"] == n
+                and r["prefill"] == "exact"]
+        result["rows"].append({"impl": name, "model": shape, "dtype": "bf16", "n": n, "tok_s": speed,
+                               "share": speed / bare[0]["gemm_tok_s"] if bare else None, "samples": samples})
+        print(f"{name} {shape} {n:8} {speed:10.0f} tok/s", flush=True)
+        write()
 
 
 if __name__ == "__main__":

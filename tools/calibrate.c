@@ -84,8 +84,14 @@ static enum ltn_status listening_linear_add(struct ltn_backend *be, float *x, co
 static enum ltn_status listening_logits(struct ltn_backend *be, float *out, const void *y,
                                         const struct ltn_matrix *w, int32_t rows, struct ltn_error *err)
 {
-    LTN_TRY(listen(be, y, w, rows, err));
-    return ((const struct listener *)be->ops)->inner->logits(be, out, y, w, rows, err);
+    (void)out; /* which nobody reads */
+    return listen(be, y, w, rows, err);
+}
+
+bool ltn_calibration_listens(const struct ltn_checkpoint *checkpoint, size_t spec)
+{
+    const struct ltn_tensor_spec *s = &checkpoint->specs[spec];
+    return s->is_matrix && (s->slot != LTN_SLOT_EMBED || checkpoint->config.tied);
 }
 
 /* ---- reading the text ---------------------------------------------------------------------------------- */
@@ -110,7 +116,7 @@ static enum ltn_status make_room(struct ltn_calibration *c, size_t spec, struct 
         size_t own = s->is_matrix ? (size_t)(cols_of(s) * cols_of(s) * sizeof(float)) : 0;
         if (bytes > 0 && own > 0 && bytes + own > GRAMS_BYTES)
             break;
-        if (own == 0 || s->slot == LTN_SLOT_EMBED)
+        if (!ltn_calibration_listens(ck, c->end))
             continue;
         c->grams[c->end] = calloc(1, own);
         if (!c->grams[c->end])
@@ -128,8 +134,7 @@ static enum ltn_status read_text(struct ltn_calibration *c, struct ltn_error *er
     LTN_TRY(c->be->ops->zero(c->be, c->state, state_floats * sizeof(float), err));
     for (size_t at = 0; at < c->n_ids; at += CHUNK) {
         seq.count = (int32_t)(c->n_ids - at < CHUNK ? c->n_ids - at : CHUNK);
-        LTN_TRY(ltn_forward(&c->model, &c->ws, c->ids + at, seq.count, &seq, 1,
-                            c->model.config.tied ? LTN_WANT_NONE : LTN_WANT_ALL, NULL, err));
+        LTN_TRY(ltn_forward(&c->model, &c->ws, c->ids + at, seq.count, &seq, 1, LTN_WANT_ALL, NULL, err));
         seq.pos += seq.count;
     }
     return LTN_OK;

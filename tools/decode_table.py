@@ -4,10 +4,9 @@
    tools/decode_table.py          between the lines <!-- decode.json --> and <!-- end --> of README.md
 """
 import json
-import os
-import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+import readme
+
 MODELS = (("385m", "385M"), ("1b", "1B"), ("7b", "7B"))
 # PyTorch 2.11 on another card of the same kind: torch.compile in a CUDA graph for one stream, the best of
 # compiled and graph for 64.
@@ -39,19 +38,9 @@ def table(results):
 
 
 def main():
-    readme = os.path.join(ROOT, "README.md")
-    with open(os.path.join(ROOT, "tools", "results", "decode.json"), encoding="utf-8") as f:
+    with open(readme.result("decode.json"), encoding="utf-8") as f:
         results = json.load(f)
-    with open(readme, encoding="utf-8") as f:
-        text = f.read()
-    begin, end = "<!-- decode.json -->\n", "<!-- end -->"
-    if begin not in text or end not in text.split(begin, 1)[1]:
-        sys.exit("decode_table: README.md: expected the lines %s and %s" % (begin.strip(), end))
-    head, rest = text.split(begin, 1)
-    new = readme + ".new"
-    with open(new, "w", encoding="utf-8") as f:
-        f.write(head + begin + table(results) + "\n" + end + rest.split(end, 1)[1])
-    os.replace(new, readme)
+    readme.put("decode.json", table(results))
 
 
 main()

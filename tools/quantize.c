@@ -78,34 +78,44 @@ static void invert(double *v, double *scratch, size_t n)
     }
 }
 
-/* r, [n, n]: row j holds, from its own column on, R[j, k] / R[j, j], where R is upper and R^T R the inverse
- * of the damped gram. To get it from one factor and one inverse, the order of rows and columns is turned
- * round twice. NULL: no memory, or a gram of nothing. */
-static float *feedback(const float *gram, size_t n)
+/* Row j of r, [n, n], holds from behind its diagonal on R[j, k] / R[j, j], where R is upper and R^T R the
+ * inverse of the damped gram; its diagonal holds 1 / R[j, j]^2, which is what an error in column j costs once
+ * the columns behind it have made good what they can. To get it from one factor and one inverse, the order of
+ * rows and columns is turned round twice. `name`: of the tensor. */
+static enum ltn_status feedback(float **out, const float *gram, size_t n, const char *name,
+                                struct ltn_error *err)
 {
     double *a = malloc(n * n * sizeof *a), *scratch = malloc(n * sizeof *scratch), trace = 0;
     float *r = malloc(n * n * sizeof *r);
-    bool good = a && scratch && r;
+    enum ltn_status status = LTN_OK;
+    if (!a || !scratch || !r)
+        status = ltn_fail(err, LTN_ERR_MEMORY, "no memory to calibrate tensor \"%s\"", name);
     for (size_t i = 0; i < n; i++)
         trace += gram[i * n + i];
-    for (size_t i = 0; i < n && good; i++) {
+    for (size_t i = 0; i < n && status == LTN_OK; i++) {
         for (size_t k = 0; k < n; k++)
             a[i * n + k] = gram[(n - 1 - i) * n + (n - 1 - k)];
         a[i * n + i] += 0.01 * trace / (double)n;
     }
-    good = good && trace > 0 && factorise(a, n);
-    if (good) {
+    if (status == LTN_OK && !(trace > 0 && trace < INFINITY && factorise(a, n)))
+        status = ltn_fail(err, LTN_ERR_INPUT,
+                          "calibration: tensor \"%s\": its inputs, over the text, are all zero or not finite",
+                          name);
+    if (status == LTN_OK) {
         invert(a, scratch, n);
-        for (size_t j = 0; j < n; j++)
-            for (size_t k = j; k < n; k++)
-                r[j * n + k] = (float)(a[(n - 1 - k) * n + (n - 1 - j)] / a[(n - 1 - j) * n + (n - 1 - j)]);
+        for (size_t j = 0; j < n; j++) {
+            const double diagonal = a[(n - 1 - j) * n + (n - 1 - j)];
+            r[j * n + j] = (float)(1 / (diagonal * diagonal));
+            for (size_t k = j + 1; k < n; k++)
+                r[j * n + k] = (float)(a[(n - 1 - k) * n + (n - 1 - j)] / diagonal);
+        }
+        *out = r;
     } else {
         free(r);
-        r = NULL;
     }
     free(a);
     free(scratch);
-    return r;
+    return status;
 }
 
 /* One row, column after column; w, [cols], is spent. */
@@ -113,11 +123,14 @@ static bool quantise_row_with(enum ltn_dtype dtype, const float *r, float *w, si
                               uint8_t *scales)
 {
     size_t share = dtype == LTN_FP8 ? cols : LTN_GROUP;
-    float scale = 0;
+    float scale = 0, importance[LTN_GROUP];
     memset(codes, 0, ltn_row_bytes(dtype, cols));
     for (size_t c = 0; c < cols; c++) {
         if (c % share == 0) {
-            scale = ltn_quant_scale(dtype, w + c, cols - c < share ? cols - c : share);
+            size_t n = cols - c < share ? cols - c : share;
+            for (size_t i = 0; i < n && dtype != LTN_FP8; i++)
+                importance[i] = r[(c + i) * cols + c + i];
+            scale = ltn_quant_scale(dtype, w + c, importance, n);
             if (!isfinite(scale))
                 return false;
             ltn_quant_put_scale(dtype, scales, c / share, scale);
@@ -217,15 +230,10 @@ static enum ltn_status make(struct job *j, size_t spec, enum ltn_dtype dtype)
     enum ltn_status status = LTN_OK;
     if (!rj || !room || !made->codes || !made->scales)
         status = ltn_fail(j->err, LTN_ERR_MEMORY, "no memory for tensor \"%s\"", s->name);
-    if (status == LTN_OK && j->calibration && s->slot != LTN_SLOT_EMBED)
+    if (status == LTN_OK && j->calibration && ltn_calibration_listens(j->src, spec))
         status = ltn_calibration_gram(j->calibration, spec, &gram, j->err);
-    if (status == LTN_OK && gram) {
-        r = feedback(gram, cols);
-        if (!r)
-            status = ltn_fail(j->err, LTN_ERR_INPUT,
-                              "calibration: tensor \"%s\": its inputs were all zero, or no memory for them",
-                              s->name);
-    }
+    if (status == LTN_OK && gram)
+        status = feedback(&r, gram, cols, s->name, j->err);
     if (status == LTN_OK) {
         rj->job = j;
         rj->spec = spec;
@@ -354,6 +362,8 @@ enum ltn_status ltn_quantize(const struct ltn_checkpoint *src, const char *path,
         status = ltn_fail(err, LTN_ERR_MEMORY, "no memory for %zu tensors", src->n_specs);
     if (status == LTN_OK)
         status = pool_open(&j.pool, j.n_threads, err);
+    if (status == LTN_OK && options->calibrate) /* else the text would carry one bad weight into all sums */
+        status = ltn_checkpoint_verify(src, err);
     if (status == LTN_OK && options->calibrate)
         status = ltn_calibration_open(&j.calibration, src, options->calibrate, options->n_threads, err);
     if (status == LTN_OK)

@@ -324,7 +324,8 @@ static const struct ltn_conv_ops cpu_ops = {
 
 enum ltn_status ltn_conv_cpu_open(struct ltn_conv **out, int n_threads, struct ltn_error *err)
 {
-    static const struct micro *const micros[] = {&ltn_micro_portable, &ltn_micro_avx2, &ltn_micro_avx512};
+    static const struct micro *const micros[] = {&ltn_micro_portable, &ltn_micro_avx2, &ltn_micro_avx512,
+                                                 &ltn_micro_vnni};
     struct cpu_conv *cpu = calloc(1, sizeof *cpu);
     cpu_set_t set;
 

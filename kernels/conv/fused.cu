@@ -101,12 +101,7 @@ __device__ void multiply(const fused_params &p, char *base, barriers &bar, int g
             barrier_arrive(&bar.empty[s_held]);
         }
         const tile t = tile_at(p, index, BN);
-        const int position = t.first + rows + warp * 16 + (lane >> 2);
-#pragma unroll
-        for (int m = 0; m < MT; ++m) {
-            write_row<T, BN>(p, acc[m], 0, position + m * 64, t);
-            write_row<T, BN>(p, acc[m], 1, position + m * 64 + 8, t);
-        }
+        write_tile<T, BN, MT>(p, acc, t.first + rows + warp * 16 + (lane >> 2), t);
     }
 }
 
@@ -245,6 +240,7 @@ fused_params params_of(const ltn_fused_plan &plan, const ltn_conv_shape &s)
     p.resident = plan.resident;
     p.vector = plan.vector;
     p.relu = s.relu;
+    p.whole = nhwc && cog % plan.unit == 0;
     return p;
 }
 

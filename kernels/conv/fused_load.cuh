@@ -77,6 +77,7 @@ __device__ __forceinline__ void store_unit(uint32_t at, uint4 v)
 struct walker {
     int64_t at;
     int y, x, y_end, x_end, images;
+    walker() = default;
     __device__ __forceinline__ walker(const fused_params &p, int position, int dy, int dx, int offset)
     {
         int row = quotient(position, p.by_wq), image = quotient(row, p.by_hq);
@@ -188,53 +189,98 @@ template <> struct elements<float> {
 };
 
 template <typename T>
-__device__ __forceinline__ elements<T> gather(const fused_params &p, const T *x, const walker &w,
-                                              const int2 *fetch)
+__device__ __forceinline__ void gather_one(elements<T> &out, int i, const fused_params &p, const T *x,
+                                           const walker &w, int offset, int tap)
+{
+    out.v[i] = 0;
+    if (w.inside(p, tap >> 16, tap & 0xFFFF)) {
+        if (sizeof(T) == 2)
+            out.v[i] = __ldg(reinterpret_cast<const unsigned short *>(x + w.at + offset));
+        else
+            out.v[i] = __ldg(reinterpret_cast<const unsigned *>(x + w.at + offset));
+    }
+}
+
+/* The same unit of N positions. */
+template <typename T, int N>
+__device__ __forceinline__ void gather(elements<T> (&out)[N], const fused_params &p, const T *x,
+                                       const walker (&w)[N], const int2 *fetch)
 {
     constexpr int V = elements<T>::kUnit;
-    elements<T> out;
-    int4 e[V / 2]; /* two entries each */
 #pragma unroll
-    for (int k = 0; k < V / 2; ++k)
-        e[k] = __ldg(reinterpret_cast<const int4 *>(fetch) + k);
+    for (int k = 0; k < V; k += 2) {
+        const int4 e = __ldg(reinterpret_cast<const int4 *>(fetch + k)); /* two entries */
 #pragma unroll
-    for (int k = 0; k < V; ++k) {
-        int offset = k & 1 ? e[k / 2].z : e[k / 2].x, tap = k & 1 ? e[k / 2].w : e[k / 2].y;
-        out.v[k] = 0;
-        if (w.inside(p, tap >> 16, tap & 0xFFFF)) {
-            if (sizeof(T) == 2)
-                out.v[k] = __ldg(reinterpret_cast<const unsigned short *>(x + w.at + offset));
-            else
-                out.v[k] = __ldg(reinterpret_cast<const unsigned *>(x + w.at + offset));
+        for (int i = 0; i < N; ++i) {
+            gather_one(out[i], k, p, x, w[i], e.x, e.y);
+            gather_one(out[i], k + 1, p, x, w[i], e.z, e.w);
         }
     }
-    return out;
 }
 
 /* Units are gathered element by element: any layout, any number of channels. A thread stays in one column
- * phase, and neighbouring threads take neighbouring columns. */
+ * phase, and neighbouring threads take neighbouring columns; two units of N positions are under way at a
+ * time. */
+template <typename T, int N>
+__device__ __forceinline__ void load_elements(const fused_params &p, const T *x, int first, int block,
+                                              uint32_t slot, int thread)
+{
+    constexpr int V = elements<T>::kUnit;
+    const int from = thread / p.phases, phase = thread - from * p.phases, step = p.walk.positions;
+    const int2 *fetch = p.fetch + block * p.subplanes * V;
+    if (from >= step)
+        return;
+    const walker begin(p, first + from, 0, phase, phase * p.x_col);
+    walker w[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        w[i] = i ? w[i - 1] : begin;
+        if (i)
+            w[i].next(p);
+    }
+    uint32_t at = slot + (phase * p.subplanes * p.stride + from) * 16;
+    for (int pos = from; pos < p.load; pos += N * step, at += N * step * 16) {
+#pragma unroll
+        for (int i = 1; i < N; ++i)
+            if (pos + i * step >= p.load)
+                w[i].images = 0; /* nothing is inside */
+        int k = 0;
+        for (; k + 2 <= p.subplanes; k += 2) {
+            elements<T> a[N], b[N];
+            gather(a, p, x, w, fetch + k * V);
+            gather(b, p, x, w, fetch + (k + 1) * V);
+#pragma unroll
+            for (int i = 0; i < N; ++i)
+                if (i == 0 || pos + i * step < p.load) {
+                    store_unit(at + (k * p.stride + i * step) * 16, a[i].unit());
+                    store_unit(at + ((k + 1) * p.stride + i * step) * 16, b[i].unit());
+                }
+        }
+        if (k < p.subplanes) {
+            elements<T> a[N];
+            gather(a, p, x, w, fetch + k * V);
+#pragma unroll
+            for (int i = 0; i < N; ++i)
+                if (i == 0 || pos + i * step < p.load)
+                    store_unit(at + (k * p.stride + i * step) * 16, a[i].unit());
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+#pragma unroll
+            for (int k = 0; k < N; ++k)
+                w[i].next(p);
+    }
+}
+
+/* Two positions, where a thread has that many. */
 template <typename T>
 __device__ void load_elements(const fused_params &p, const T *x, int first, int block, uint32_t slot,
                               uint64_t *full, int thread)
 {
-    constexpr int V = elements<T>::kUnit;
-    const int from = thread / p.phases, phase = thread - from * p.phases;
-    const int2 *fetch = p.fetch + block * p.subplanes * V;
-    if (from < p.walk.positions) {
-        walker w(p, first + from, 0, phase, phase * p.x_col);
-        uint32_t at = slot + (phase * p.subplanes * p.stride + from) * 16;
-        for (int pos = from; pos < p.load; pos += p.walk.positions, at += p.walk.positions * 16) {
-            int k = 0;
-            for (; k + 2 <= p.subplanes; k += 2) {
-                elements<T> a = gather(p, x, w, fetch + k * V), b = gather(p, x, w, fetch + (k + 1) * V);
-                store_unit(at + k * p.stride * 16, a.unit());
-                store_unit(at + (k + 1) * p.stride * 16, b.unit());
-            }
-            if (k < p.subplanes)
-                store_unit(at + k * p.stride * 16, gather(p, x, w, fetch + k * V).unit());
-            w.next(p);
-        }
-    }
+    if (2 * p.load > 3 * p.walk.positions)
+        load_elements<T, 2>(p, x, first, block, slot, thread);
+    else
+        load_elements<T, 1>(p, x, first, block, slot, thread);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     barrier_arrive(full);
 }

@@ -3,8 +3,7 @@
  *
  * One block stays on each multiprocessor and takes tiles in turn. Warpgroups 0 and 1 multiply, each every
  * other tile: while one writes its outputs, the products of the other follow. Warp 8 brings strips, in im2col
- * mode and rounded to tf32 where that is asked for; warp 9 packed filters, which two blocks of a cluster may
- * share: then each brings half of every stage to both. */
+ * mode and rounded to tf32 where that is asked for; warp 9 packed filters. */
 #include "kernels/conv/fused_tma.h"
 #include "kernels/conv/fused_write.cuh"
 
@@ -17,12 +16,11 @@ namespace
 constexpr int kBlock = 3 * kGroup;
 
 struct tma_params : fused_tiles {
-    const ltn_tma_strip *strips_table;
     const char *weights;
+    ltn_tma_strips strips;
     int sh, sw, pt, pl, cg;
-    int strips, taps, slots, stages, slot_bytes, strip_bytes;
-    int at_stages, at_strips, at_barriers; /* in shared memory */
-    int pair;
+    int n_strips, taps, slots, stages, slot_bytes, strip_bytes;
+    int at_stages, at_barriers; /* in shared memory */
     bool resident;
 };
 
@@ -35,33 +33,25 @@ static_assert(sizeof(barriers) <= 1024, "fits in the plan's part");
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/* This block's tile, of those that its cluster does at a time. */
-__device__ __forceinline__ tile own_tile(const tma_params &p, int index, int bn)
-{
-    tile t = tile_at(p, index, bn);
-    t.first += static_cast<int>(cluster_rank()) * (p.tile_rows / p.pair);
-    return t;
-}
-
 /* By one thread. */
 template <int BN>
 __device__ void load_strips(const tma_params &p, const CUtensorMap *map, uint32_t base, barriers &bar)
 {
-    const ltn_tma_strip *strips = p.strips_table;
     turn now;
-    for (int index = blockIdx.x / p.pair; index < p.tiles; index += gridDim.x / p.pair) {
-        const tile t = own_tile(p, index, BN);
+    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+        const tile t = tile_at(p, index, BN);
         const int row = quotient(t.first, p.by_wq), image = quotient(row, p.by_hq);
         const int x = (t.first - row * static_cast<int>(p.by_wq.d)) * p.sw - p.pl;
         const int y = (row - image * static_cast<int>(p.by_hq.d)) * p.sh - p.pt;
-        for (int s = 0; s < p.strips; ++s) {
-            const int4 strip = __ldg(reinterpret_cast<const int4 *>(strips + s));
-            barrier_wait(&bar.empty[now.at], now.phase ^ 1);
-            barrier_arrive_expect(&bar.full[now.at], p.strip_bytes);
-            tma_load_im2col(base + now.at * p.slot_bytes, map, t.group * p.cg + strip.x, x, y, image, strip.y,
-                            strip.z, &bar.full[now.at]);
-            now.next(p.slots);
-        }
+        for (int line = 0; line < p.strips.lines; ++line)
+            for (int u = 0; u < p.strips.rows; ++u)
+                for (int phase = 0; phase < p.strips.phases; ++phase, now.next(p.slots)) {
+                    barrier_wait(&bar.empty[now.at], now.phase ^ 1);
+                    barrier_arrive_expect(&bar.full[now.at], p.strip_bytes);
+                    tma_load_im2col(base + now.at * p.slot_bytes, map, t.group * p.cg + line * p.strips.line,
+                                    x, y, image, p.strips.phase[phase].x, u * p.strips.down,
+                                    &bar.full[now.at]);
+                }
     }
 }
 
@@ -69,21 +59,16 @@ __device__ void load_strips(const tma_params &p, const CUtensorMap *map, uint32_
 template <int BN> __device__ void load_filters(const tma_params &p, uint32_t base, barriers &bar)
 {
     constexpr uint32_t kBytes = BN * LTN_TMA_LINE;
-    const uint32_t part = kBytes / p.pair, own = cluster_rank() * part;
     turn now;
-    for (int index = blockIdx.x / p.pair; index < p.tiles; index += gridDim.x / p.pair) {
+    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
         const tile t = tile_at(p, index, BN);
         const char *from =
-            p.weights + (static_cast<int64_t>(t.group) * p.by_n_tiles.d + t.n_tile) * p.taps * kBytes + own;
+            p.weights + (static_cast<int64_t>(t.group) * p.by_n_tiles.d + t.n_tile) * p.taps * kBytes;
         for (int k = 0; k < p.taps; ++k, from += kBytes) {
-            const uint32_t to = base + p.at_stages + now.at * kBytes + own;
             if (!p.resident)
                 barrier_wait(&bar.w_empty[now.at], now.phase ^ 1);
             barrier_arrive_expect(&bar.w_full[now.at], kBytes);
-            if (p.pair == 2)
-                bulk_load_multicast(to, from, part, &bar.w_full[now.at], 3);
-            else
-                bulk_load(to, from, part, &bar.w_full[now.at]);
+            bulk_load(base + p.at_stages + now.at * kBytes, from, kBytes, &bar.w_full[now.at]);
             now.next(p.stages);
         }
         if (p.resident)
@@ -120,26 +105,23 @@ __device__ __forceinline__ void add_tap(float (&acc)[MT][BN / 2], uint64_t a, ui
 }
 
 /* Strip a and stage w are read; -1: none. */
-__device__ __forceinline__ void release(const tma_params &p, barriers &bar, int lane, int a, int w)
+__device__ __forceinline__ void release(barriers &bar, int lane, int a, int w)
 {
-    if (w >= 0 && lane < p.pair)
-        barrier_arrive_at(&bar.w_empty[w], lane);
-    if (a >= 0 && lane == 0)
-        barrier_arrive(&bar.empty[a]);
+    barrier_arrive_if(&bar.w_empty[w], lane == 0 && w >= 0);
+    barrier_arrive_if(&bar.empty[a], lane == 0 && a >= 0);
 }
 
 template <typename T, int BN, int MT>
-__device__ void multiply(const tma_params &p, uint32_t base, const ltn_tma_strip *strips, barriers &bar,
-                         int group)
+__device__ void multiply(const tma_params &p, uint32_t base, barriers &bar, int group)
 {
     const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
     turn a, w;
     int skip = group;           /* tiles of the other warpgroup before this one's next */
     uint32_t order = group ^ 1; /* the first turn is warpgroup 0's */
 
-    for (int index = blockIdx.x / p.pair; index < p.tiles; index += gridDim.x / p.pair) {
+    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
         if (skip-- > 0) {
-            a.skip(p.strips, p.slots);
+            a.skip(p.n_strips, p.slots);
             w.skip(p.taps, p.stages);
             continue;
         }
@@ -148,52 +130,50 @@ __device__ void multiply(const tma_params &p, uint32_t base, const ltn_tma_strip
         int accumulate = 0, a_held = -1, w_held = -1; /* what the group of products before reads */
         barrier_wait(&bar.order[group], order);
         order ^= 1;
-        for (int s = 0; s < p.strips; ++s, a.next(p.slots)) {
-            const int4 taps = *(reinterpret_cast<const int4 *>(strips + s) + 0);
-            const int4 rest = *(reinterpret_cast<const int4 *>(strips + s) + 1);
-            barrier_wait(&bar.full[a.at], a.phase);
-            uint64_t from = matrix_descriptor(base + a.at * p.slot_bytes) + rest.x * (LTN_TMA_LINE / 16);
-            for (int t = 0; t < taps.w; ++t, from += rest.y * (LTN_TMA_LINE / 16)) {
-                barrier_wait(&bar.w_full[w.at], p.resident ? 0 : w.phase);
-                add_tap<T, BN, MT>(acc, from,
-                                   matrix_descriptor(base + p.at_stages + w.at * (BN * LTN_TMA_LINE)), rest.z,
-                                   accumulate);
-                accumulate = 1;
-                wgmma_wait<1>();
-                release(p, bar, lane, a_held, w_held);
-                w_held = p.resident ? -1 : w.at;
-                a_held = t + 1 == taps.w ? a.at : -1;
-                w.next(p.stages);
-            }
+        for (int line = 0; line < p.strips.lines; ++line) {
+            const int steps = line + 1 < p.strips.lines ? 4 : p.strips.last_steps;
+            for (int u = 0; u < p.strips.rows; ++u)
+                for (int phase = 0; phase < p.strips.phases; ++phase, a.next(p.slots)) {
+                    const int taps = p.strips.phase[phase].taps;
+                    uint64_t from = matrix_descriptor(base + a.at * p.slot_bytes) +
+                                    p.strips.phase[phase].shift * (LTN_TMA_LINE / 16);
+                    barrier_wait(&bar.full[a.at], a.phase);
+                    for (int t = 0; t < taps; ++t, from += p.strips.apart * (LTN_TMA_LINE / 16)) {
+                        barrier_wait(&bar.w_full[w.at], p.resident ? 0 : w.phase);
+                        add_tap<T, BN, MT>(acc, from,
+                                           matrix_descriptor(base + p.at_stages + w.at * (BN * LTN_TMA_LINE)),
+                                           steps, accumulate);
+                        accumulate = 1;
+                        wgmma_wait<1>();
+                        release(bar, lane, a_held, w_held);
+                        w_held = p.resident ? -1 : w.at;
+                        a_held = t + 1 == taps ? a.at : -1;
+                        w.next(p.stages);
+                    }
+                }
         }
-        if (lane == 0)
-            barrier_arrive(&bar.order[group ^ 1]);
+        barrier_arrive_if(&bar.order[group ^ 1], lane == 0);
         wgmma_wait<0>();
         pin(acc);
-        release(p, bar, lane, a_held, w_held);
-        const tile t = own_tile(p, index, BN);
-        const int position = t.first + warp * 16 + (lane >> 2);
-#pragma unroll
-        for (int m = 0; m < MT; ++m) {
-            write_row<T, BN>(p, acc[m], 0, position + m * 64, t);
-            write_row<T, BN>(p, acc[m], 1, position + m * 64 + 8, t);
-        }
+        release(bar, lane, a_held, w_held);
+        const tile t = tile_at(p, index, BN);
+        write_tile<T, BN, MT>(p, acc, t.first + warp * 16 + (lane >> 2), t);
     }
 }
 
+/* By all threads, each its barrier. */
 __device__ __forceinline__ void begin(const tma_params &p, barriers &bar)
 {
-#pragma unroll 1
-    for (int i = 0; i < p.slots; ++i) {
+    const int i = threadIdx.x;
+    if (i < p.slots) {
         barrier_init(&bar.full[i], 1);
         barrier_init(&bar.empty[i], 4);
     }
-#pragma unroll 1
-    for (int i = 0; i < p.stages; ++i) {
+    if (i < p.stages) {
         barrier_init(&bar.w_full[i], 1);
-        barrier_init(&bar.w_empty[i], 4 * p.pair);
+        barrier_init(&bar.w_empty[i], 4);
     }
-    for (int i = 0; i < 2; ++i)
+    if (i < 2)
         barrier_init(&bar.order[i], 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -209,18 +189,15 @@ __global__ void __launch_bounds__(kBlock, 1)
     const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
     char *aligned = raw + (base - shared_address(raw));
     barriers &bar = *reinterpret_cast<barriers *>(aligned + p.at_barriers);
-    ltn_tma_strip *strips = reinterpret_cast<ltn_tma_strip *>(aligned + p.at_strips);
-    if (threadIdx.x == 0)
-        begin(p, bar);
-    for (int i = threadIdx.x; i < p.strips * 2; i += kBlock)
-        reinterpret_cast<int4 *>(strips)[i] = reinterpret_cast<const int4 *>(p.strips_table)[i];
+    if (threadIdx.x == 2 * kGroup)
+        prefetch_map(&map);
+    begin(p, bar);
     __syncthreads();
-    cluster_sync();
     const int group =
         __shfl_sync(0xFFFFFFFF, threadIdx.x / kGroup, 0); /* the compiler then knows that it is uniform */
     if (group < 2) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        multiply<T, BN, MT>(p, base, strips, bar, group);
+        multiply<T, BN, MT>(p, base, bar, group);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == 2 * kGroup)
@@ -228,8 +205,6 @@ __global__ void __launch_bounds__(kBlock, 1)
         else if (threadIdx.x == 2 * kGroup + 32)
             load_filters<BN>(p, base, bar);
     }
-    __syncwarp();
-    cluster_sync(); /* the other block may still send here */
 #else
     __shared__ volatile char absent[1]; /* tells refuse() */
     absent[0] = 0;
@@ -284,23 +259,23 @@ tma_params params_of(const ltn_tma_plan &plan, const ltn_conv_shape &s)
     p.by_n_tiles = conv_divisor_of(plan.n_tiles);
     p.ho = plan.ho;
     p.wo = plan.wo;
-    p.tile_rows = 64 * plan.mt * plan.pair;
+    p.tile_rows = 64 * plan.mt;
     p.relu = s.relu;
+    p.whole = p.cog % plan.unit == 0;
     p.sh = s.sh;
     p.sw = s.sw;
     p.pt = s.pt;
     p.pl = s.pl;
     p.cg = s.ci / s.groups;
     p.strips = plan.strips;
+    p.n_strips = plan.n_strips;
     p.taps = plan.taps;
     p.slots = plan.slots;
     p.stages = plan.stages;
     p.slot_bytes = plan.slot_bytes;
     p.strip_bytes = plan.load * LTN_TMA_LINE;
     p.at_stages = plan.at_stages;
-    p.at_strips = plan.at_strips;
     p.at_barriers = plan.at_barriers;
-    p.pair = plan.pair;
     p.resident = plan.resident;
     return p;
 }
@@ -346,12 +321,10 @@ enum ltn_status create(conv_device *dev, conv_op *op, const float *filter, ltn_e
         status = dev->base.ops->upload(&dev->base, op->filter, packed, plan.bytes, err);
     free(packed);
     LTN_TRY(status);
-    f->params.strips_table = static_cast<const ltn_tma_strip *>(op->filter);
-    f->params.weights = static_cast<const char *>(op->filter) + plan.at_weights;
+    f->params.weights = static_cast<const char *>(op->filter);
     op->base.info.filter_bytes = plan.bytes;
-    snprintf(op->base.info.variant, sizeof op->base.info.variant, "%s, tile %d x %d, filters %s%s",
-             plan.overlap ? "rows" : "taps", 64 * plan.mt, plan.bn, plan.resident ? "resident" : "streamed",
-             plan.pair == 2 ? " in pairs" : "");
+    snprintf(op->base.info.variant, sizeof op->base.info.variant, "%s, tile %d x %d, filters %s",
+             plan.overlap ? "rows" : "taps", 64 * plan.mt, plan.bn, plan.resident ? "resident" : "streamed");
     CONV_TRY(dev, err,
              cudaFuncSetAttribute(f->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes));
     return LTN_OK;
@@ -394,18 +367,10 @@ enum ltn_status run(conv_device *dev, conv_op *op, void *y, const void *x, void 
         int m_tiles = (p.n * f->plan.ho * f->plan.wq + p.tile_rows - 1) / p.tile_rows;
         p.by_m_tiles = conv_divisor_of(m_tiles);
         p.tiles = m_tiles * f->plan.n_tiles * s.groups;
-        const int clusters = dev->n_sms / p.pair;
-        cudaLaunchAttribute cluster[1] = {};
-        cluster[0].id = cudaLaunchAttributeClusterDimension;
-        cluster[0].val.clusterDim = {static_cast<unsigned>(p.pair), 1, 1};
-        cudaLaunchConfig_t config = {};
-        config.gridDim = dim3(static_cast<unsigned>((p.tiles < clusters ? p.tiles : clusters) * p.pair));
-        config.blockDim = dim3(kBlock);
-        config.dynamicSmemBytes = static_cast<size_t>(f->plan.shared_bytes);
-        config.stream = dev->stream;
-        config.attrs = cluster;
-        config.numAttrs = 1;
-        CONV_TRY(dev, err, cudaLaunchKernelEx(&config, f->kernel, p, map));
+        const int grid = p.tiles < dev->n_sms ? p.tiles : dev->n_sms;
+        const tma_fn kernel = f->kernel;
+        kernel<<<grid, kBlock, f->plan.shared_bytes, dev->stream>>>(p, map);
+        CONV_TRY(dev, err, cudaGetLastError());
     }
     return LTN_OK;
 }

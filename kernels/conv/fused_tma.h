@@ -7,8 +7,8 @@
  * are kept apart by their phase, a strip each. Where the columns that rows waste for that (wq - wo) cost more
  * than the copies, each tap has a strip of its own, of outputs alone (wq = wo).
  *
- * The sum runs over strips, taps, channels in the order of the tables; it and the plan depend on the shape
- * alone. */
+ * The sum runs over strips, taps, channels in the order of struct ltn_tma_strips; it and the plan depend on
+ * the shape alone. */
 #ifndef LTN_CONV_FUSED_TMA_H
 #define LTN_CONV_FUSED_TMA_H
 
@@ -21,15 +21,21 @@ extern "C" {
 enum {
     LTN_TMA_LINE = 128, /* bytes of channels of a position in a strip */
     LTN_TMA_STEP = 32,  /* of those in one product */
+    LTN_TMA_MAX_PHASES = 16,
     LTN_TMA_MAX_SLOTS = 8,
     LTN_TMA_MAX_STAGES = 32,
 };
 
-struct ltn_tma_strip {
-    int32_t channel, x, y; /* first channel of the group; columns and rows from the position's own element */
-    int32_t taps, shift, apart; /* tap t begins `shift + t * apart` positions on */
-    int32_t steps;              /* products of a tap: 4, fewer where channels end */
-    int32_t unused;
+/* Strips of one tile, in the order of the sum: for each line of channels, each row u of the filter, each
+ * phase. Tap t of a strip begins `shift + t * apart` positions on. */
+struct ltn_tma_strips {
+    int32_t lines, rows, phases;
+    int32_t line, down; /* elements of a line; input rows from one u to the next */
+    int32_t last_steps; /* products of a tap in the last line; in the others 4 */
+    int32_t apart;
+    struct {
+        int32_t x, taps, shift; /* x: columns from the position's own element */
+    } phase[LTN_TMA_MAX_PHASES];
 };
 
 struct ltn_tma_plan {
@@ -37,19 +43,19 @@ struct ltn_tma_plan {
     int ho, wo, wq;      /* output rows and columns; columns of positions */
     bool overlap;        /* taps of a row share a strip */
     int bn, mt, n_tiles; /* a tile is mt * 64 positions by bn output channels; such tiles in a group */
-    int strips, taps;    /* of one tile */
-    int load;            /* positions of a strip: a tile's and the largest shift */
-    int pair;            /* blocks, of a cluster, that share the filters' way from the L2: 1 or 2 */
-    bool resident;       /* all filters stay in shared memory */
-    int slots, stages;   /* strips and taps of filters in shared memory */
+    struct ltn_tma_strips strips;
+    int n_strips, taps; /* of one tile */
+    int load;           /* positions of a strip: a tile's and the largest shift */
+    bool resident;      /* all filters stay in shared memory */
+    int slots, stages;  /* strips and taps of filters in shared memory */
     int slot_bytes, stage_bytes;
-    int at_stages, at_strips, at_barriers, shared_bytes; /* from a base that is a multiple of 1,024 */
-    size_t at_weights, bytes;                            /* in the packed filter */
+    int at_stages, at_barriers, shared_bytes; /* from a base that is a multiple of 1,024 */
+    size_t bytes;                             /* of the packed filter */
 };
 
 /* Overrides for measuring; 0 or -1: the plan chooses. */
 struct ltn_tma_choice {
-    int mt, pair, overlap;
+    int mt, overlap;
 };
 
 /* Decides how the shape is computed; choice may be NULL. LTN_ERR_UNSUPPORTED: not this way. */
@@ -60,8 +66,8 @@ enum ltn_status ltn_tma_choose(struct ltn_tma_plan *plan, const struct ltn_conv_
 void ltn_tma_corners(const struct ltn_tma_plan *plan, const struct ltn_conv_shape *s, int corners[4]);
 
 /* Packs the filter, f32 [co][ci / groups][hf][wf], rounded to the shape's type, into plan->bytes of host
- * memory: struct ltn_tma_strip [strips]; weights [groups][n_tiles][taps][bn][128 bytes], row r of channel
- * ltn_fused_channel(r), its 16-byte column c at c ^ (r & 7), zeros beyond the last channel. */
+ * memory: [groups][n_tiles][taps][bn][128 bytes], row r of channel ltn_fused_channel(r), its 16-byte column c
+ * at c ^ (r & 7), zeros beyond the last channel. */
 void ltn_tma_pack(const struct ltn_tma_plan *plan, const struct ltn_conv_shape *s, const float *filter,
                   void *packed);
 

@@ -26,36 +26,36 @@ static int gcd(int a, int b)
     return b ? gcd(b, a % b) : a;
 }
 
-/* Strips of one tile, in order; out may be NULL. Their number, and in *plan taps and load. */
-static int list_strips(struct ltn_tma_plan *plan, const struct ltn_conv_shape *s, struct ltn_tma_strip *out)
+/* Strips and what follows from them. False: too many phases. */
+static bool set_strips(struct ltn_tma_plan *plan, const struct ltn_conv_shape *s)
 {
-    int cg = s->ci / s->groups, line = 8 * plan->unit, step = 2 * plan->unit, n = 0, most = 0;
+    struct ltn_tma_strips *strips = &plan->strips;
+    int cg = s->ci / s->groups, line = 8 * plan->unit, step = 2 * plan->unit, most = 0;
     int period = s->sw / gcd(s->dw, s->sw); /* taps of one phase are so far apart */
     if (!plan->overlap || period > s->wf)
         period = s->wf;
-    plan->taps = 0;
-    for (int c = 0; c < cg; c += line)
-        for (int u = 0; u < s->hf; ++u)
-            for (int v = 0; v < period; ++v, ++n) {
-                int x = v * s->dw, taps = plan->overlap ? ceil_div(s->wf - v, period) : 1;
-                struct ltn_tma_strip strip = {.channel = c,
-                                              .x = plan->overlap ? x % s->sw : x,
-                                              .y = u * s->dh,
-                                              .taps = taps,
-                                              .shift = plan->overlap ? x / s->sw : 0,
-                                              .apart = period * s->dw / s->sw,
-                                              .steps = cg - c < line ? (cg - c) / step : 4};
-                if (taps > 1 && strip.shift + (taps - 1) * strip.apart > most)
-                    most = strip.shift + (taps - 1) * strip.apart;
-                if (strip.shift > most)
-                    most = strip.shift;
-                plan->taps += taps;
-                if (out)
-                    out[n] = strip;
-            }
+    if (period > LTN_TMA_MAX_PHASES)
+        return false;
+    *strips = (struct ltn_tma_strips){.lines = ceil_div(cg, line),
+                                      .rows = s->hf,
+                                      .phases = period,
+                                      .line = line,
+                                      .down = s->dh,
+                                      .last_steps = cg % line ? cg % line / step : 4,
+                                      .apart = period * s->dw / s->sw};
+    for (int v = 0; v < period; ++v) {
+        int x = v * s->dw, taps = plan->overlap ? ceil_div(s->wf - v, period) : 1;
+        int shift = plan->overlap ? x / s->sw : 0, last = shift + (taps - 1) * strips->apart;
+        strips->phase[v].x = plan->overlap ? x % s->sw : x;
+        strips->phase[v].taps = taps;
+        strips->phase[v].shift = shift;
+        most = last > most ? last : most;
+    }
+    plan->n_strips = strips->lines * strips->rows * period;
+    plan->taps = strips->lines * s->hf * s->wf;
     plan->load = 64 * plan->mt + most;
     plan->wq = plan->wo + most;
-    return n;
+    return true;
 }
 
 /* Places in shared memory. False: does not fit. */
@@ -63,19 +63,13 @@ static bool set_memory(struct ltn_tma_plan *plan, const struct ltn_conv_shape *s
 {
     plan->slot_bytes = align_up(plan->load * LTN_TMA_LINE);
     plan->stage_bytes = plan->bn * LTN_TMA_LINE;
-    int fixed =
-        align_up(plan->strips * (int)sizeof(struct ltn_tma_strip)) + 2 * ALIGN; /* barriers, the base */
+    int fixed = 2 * ALIGN; /* barriers, the base */
     int left = SHARED - fixed;
-    if (plan->load > 1024 || plan->strips > 512 || plan->taps > 4096)
+    if (plan->load > 1024)
         return false;
     plan->resident = s->groups * plan->n_tiles == 1 && plan->taps <= LTN_TMA_MAX_STAGES &&
                      plan->taps * plan->stage_bytes + 3 * plan->slot_bytes <= left;
-    if (plan->resident) {
-        plan->stages = plan->taps;
-        plan->pair = 1;
-    } else { /* half and half */
-        plan->stages = left / 2 / plan->stage_bytes;
-    }
+    plan->stages = plan->resident ? plan->taps : left / 2 / plan->stage_bytes; /* else half and half */
     plan->slots = (left - plan->stages * plan->stage_bytes) / plan->slot_bytes;
     if (plan->slots > LTN_TMA_MAX_SLOTS)
         plan->slots = LTN_TMA_MAX_SLOTS;
@@ -85,8 +79,7 @@ static bool set_memory(struct ltn_tma_plan *plan, const struct ltn_conv_shape *s
             plan->stages = LTN_TMA_MAX_STAGES;
     }
     plan->at_stages = plan->slots * plan->slot_bytes;
-    plan->at_strips = plan->at_stages + plan->stages * plan->stage_bytes;
-    plan->at_barriers = plan->at_strips + align_up(plan->strips * (int)sizeof(struct ltn_tma_strip));
+    plan->at_barriers = plan->at_stages + plan->stages * plan->stage_bytes;
     plan->shared_bytes = plan->at_barriers + 2 * ALIGN;
     return plan->slots >= 2 && (plan->resident || plan->stages >= 2);
 }
@@ -105,8 +98,8 @@ static double cost(const struct ltn_tma_plan *plan, const struct ltn_conv_shape 
                        : plan->bn == 96 ? 53
                        : plan->mt == 4  ? 38
                                         : 42);
-    double bytes = (double)plan->strips * plan->load * LTN_TMA_LINE +
-                   (plan->resident ? 0 : (double)plan->taps * plan->stage_bytes / plan->pair);
+    double bytes = (double)plan->n_strips * plan->load * LTN_TMA_LINE +
+                   (plan->resident ? 0 : (double)plan->taps * plan->stage_bytes);
     double l2 = bytes / 33;
     double high = products > l2 ? products : l2, low = products > l2 ? l2 : products;
     return rounds * (high + low / 4);
@@ -142,22 +135,19 @@ enum ltn_status ltn_tma_choose(struct ltn_tma_plan *plan, const struct ltn_conv_
         choice = &any;
     if (s->type == LTN_CONV_F32 || s->layout != LTN_NHWC || cg % (2 * base.unit) != 0 || s->sh > 8 ||
         s->sw > 8 || (int64_t)s->dh * (s->hf - 1) > 255 || (int64_t)s->dw * (s->wf - 1) > 255 ||
-        s->pt > 128 || s->pl > 128 || s->hi > 1 << 20 || s->wi > 1 << 20 || cg > 1 << 20)
+        s->pt > 128 || s->pl > 128 || (double)s->hi * s->wi * s->ci >= 1e11 || s->hi > 1 << 20 ||
+        s->wi > 1 << 20 || cg > 1 << 20)
         return ltn_fail(err, LTN_ERR_UNSUPPORTED, "convolution: not a shape for strips by the copy engine");
     base.bn = cog <= 64 ? 64 : ceil_div(cog, 96) * 96 < ceil_div(cog, 128) * 128 ? 96 : 128;
     base.n_tiles = ceil_div(cog, base.bn);
     double least = -1;
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 4; ++i) {
         struct ltn_tma_plan now = base;
         now.overlap = i & 1;
-        now.pair = i & 2 ? 2 : 1;
-        now.mt = i & 4 ? 4 : 2;
+        now.mt = i & 2 ? 4 : 2;
         if ((now.mt == 4 && now.bn != 64) || (choice->mt && choice->mt != now.mt) ||
-            (choice->overlap >= 0 && choice->overlap != now.overlap))
-            continue;
-        now.strips = list_strips(&now, s, NULL);
-        if (!set_memory(&now, s) || !can_map(&now, s) ||
-            (choice->pair && choice->pair != now.pair && !now.resident))
+            (choice->overlap >= 0 && choice->overlap != now.overlap) || !set_strips(&now, s) ||
+            !set_memory(&now, s) || !can_map(&now, s))
             continue;
         double c = cost(&now, s);
         if (least < 0 || c < least) {
@@ -167,20 +157,18 @@ enum ltn_status ltn_tma_choose(struct ltn_tma_plan *plan, const struct ltn_conv_
     }
     if (least < 0)
         return ltn_fail(err, LTN_ERR_UNSUPPORTED, "convolution: not a shape for strips by the copy engine");
-    plan->at_weights = (size_t)align_up(plan->strips * (int)sizeof(struct ltn_tma_strip));
-    plan->bytes = plan->at_weights +
-                  (size_t)s->groups * (size_t)plan->n_tiles * (size_t)plan->taps * (size_t)plan->stage_bytes;
+    plan->bytes = (size_t)s->groups * (size_t)plan->n_tiles * (size_t)plan->taps * (size_t)plan->stage_bytes;
     return LTN_OK;
 }
 
-/* One tap of a tile of channels, [bn][128 bytes]. v: the tap's column of the filter. */
+/* One tap of a tile of channels, [bn][128 bytes]. first: channel of the group; (u, v): of the filter. */
 static void pack_tap(const struct ltn_tma_plan *plan, const struct ltn_conv_shape *s, const float *filter,
-                     const struct ltn_tma_strip *strip, int v, int group, int n_tile, char *out)
+                     int first, int u, int v, int group, int n_tile, char *out)
 {
-    int cg = s->ci / s->groups, cog = s->co / s->groups, u = strip->y / s->dh, unit = plan->unit;
+    int cg = s->ci / s->groups, cog = s->co / s->groups, unit = plan->unit;
     for (int row = 0; row < plan->bn; ++row)
         for (int i = 0; i < 8 * unit; ++i) {
-            int o = n_tile * plan->bn + ltn_fused_channel(row, unit), c = strip->channel + i;
+            int o = n_tile * plan->bn + ltn_fused_channel(row, unit), c = first + i;
             int at = row * 8 * unit + ((i / unit) ^ (row & 7)) * unit + i % unit;
             float value = 0;
             if (o < cog && c < cg)
@@ -195,16 +183,13 @@ static void pack_tap(const struct ltn_tma_plan *plan, const struct ltn_conv_shap
 void ltn_tma_pack(const struct ltn_tma_plan *plan, const struct ltn_conv_shape *s, const float *filter,
                   void *packed)
 {
-    struct ltn_tma_plan copy = *plan;
-    struct ltn_tma_strip *strips = packed;
-    char *out = (char *)packed + plan->at_weights;
-    memset(packed, 0, plan->at_weights);
-    list_strips(&copy, s, strips);
-    for (int group = 0; group < s->groups; ++group)
-        for (int n_tile = 0; n_tile < plan->n_tiles; ++n_tile)
-            for (int k = 0; k < plan->strips; ++k)
-                for (int t = 0; t < strips[k].taps; ++t, out += plan->stage_bytes) {
-                    int right = strips[k].x + (strips[k].shift + t * strips[k].apart) * s->sw;
-                    pack_tap(plan, s, filter, strips + k, right / s->dw, group, n_tile, out);
-                }
+    const struct ltn_tma_strips *strips = &plan->strips;
+    char *out = packed;
+    for (int tile = 0; tile < s->groups * plan->n_tiles; ++tile)
+        for (int line = 0; line < strips->lines; ++line)
+            for (int u = 0; u < strips->rows; ++u)
+                for (int phase = 0; phase < strips->phases; ++phase)
+                    for (int v = phase; v < s->wf; v += strips->phases, out += plan->stage_bytes)
+                        pack_tap(plan, s, filter, line * strips->line, u, v, tile / plan->n_tiles,
+                                 tile % plan->n_tiles, out);
 }

@@ -19,7 +19,7 @@ struct fused_tiles {
     conv_divisor by_wq, by_hq, by_n_tiles, by_m_tiles;
     int n, ho, wo, cog;
     int tiles, tile_rows;
-    bool relu;
+    bool relu, whole; /* whole: channels are neighbours, and come in whole units of 16 bytes */
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -85,47 +85,89 @@ __device__ __forceinline__ uint4 pack(const float (&v)[4], float)
                       __float_as_uint(v[3]));
 }
 
-/* The output of a position, its group's first channel; NULL: there is none. */
+/* Without a branch: a branch for each store costs more than the store. */
+__device__ __forceinline__ void store_if(bool wanted, void *p, uint4 v)
+{
+    asm volatile("{\n"
+                 ".reg .pred wanted;\n"
+                 "setp.ne.s32 wanted, %0, 0;\n"
+                 "@wanted st.global.v4.b32 [%1], {%2, %3, %4, %5};\n"
+                 "}\n" ::"r"(static_cast<int>(wanted)),
+                 "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+/* The output of a position, a channel of its group; NULL: there is none. */
 template <typename T>
-__device__ __forceinline__ T *output_at(const fused_tiles &p, int position, const tile &t)
+__device__ __forceinline__ T *output_at(const fused_tiles &p, int position, const tile &t, int channel)
 {
     int row = quotient(position, p.by_wq), image = quotient(row, p.by_hq);
     int j = position - row * static_cast<int>(p.by_wq.d), m = row - image * static_cast<int>(p.by_hq.d);
     if (image >= p.n || m >= p.ho || j >= p.wo)
         return nullptr;
-    return static_cast<T *>(p.y) + image * p.y_image + m * p.y_row + j * p.y_col + t.group * p.y_group;
+    return static_cast<T *>(p.y) + image * p.y_image + m * p.y_row + j * p.y_col + t.group * p.y_group +
+           channel * p.y_channel;
 }
 
-/* One row of accumulators, those of `d` at [4 b + 2 half + 0, 1]. */
-template <typename T, int BN>
-__device__ __forceinline__ void write_row(const fused_tiles &p, const float (&d)[BN / 2], int half,
-                                          int position, const tile &t)
+/* Bias and ReLU, in place. first: the thread's first channel. */
+template <typename T, int BN, int MT>
+__device__ __forceinline__ void finish_tile(const fused_tiles &p, float (&acc)[MT][BN / 2], int first,
+                                            const tile &t)
 {
     constexpr int V = 16 / sizeof(T);
-    T *y = output_at<T>(p, position, t);
-    if (y == nullptr)
-        return;
     const float *bias = p.bias ? p.bias + t.group * p.cog : nullptr;
 #pragma unroll
-    for (int i = 0; i < BN / (4 * V); ++i) {
-        int c = t.channel + i * 4 * V + (threadIdx.x & 3) * V;
-        float v[V];
+    for (int i = 0; i < BN / (4 * V); ++i)
 #pragma unroll
-        for (int k = 0; k < V; ++k)
-            v[k] = d[4 * (i * V / 2 + k / 2) + 2 * half + (k & 1)];
-        if (bias || p.relu)
+        for (int k = 0; k < V; ++k) {
+            const int c = first + i * 4 * V + k;
+            const float b = bias && c < p.cog ? __ldg(bias + c) : 0;
 #pragma unroll
-            for (int k = 0; k < V; ++k)
-                v[k] = conv_finish(v[k], c + k < p.cog ? bias : nullptr, c + k, p.relu);
-        if (p.y_channel == 1 && p.cog % V == 0) {
-            if (c < p.cog)
-                *reinterpret_cast<uint4 *>(y + c) = pack(v, T());
-        } else {
-#pragma unroll
-            for (int k = 0; k < V; ++k)
-                if (c + k < p.cog)
-                    y[(c + k) * p.y_channel] = static_cast<T>(v[k]);
+            for (int r = 0; r < 2 * MT; ++r) {
+                float &v = acc[r / 2][4 * (i * V / 2 + k / 2) + 2 * (r & 1) + (k & 1)];
+                v += b;
+                if (p.relu && v < 0)
+                    v = 0;
+            }
         }
+}
+
+/* The warpgroup's accumulators: a thread's are of positions `position`, 8 on, 64 on, 72 on ..., those of the
+ * first at [4 b + 0, 1], of the second at [4 b + 2, 3]. What goes to memory as it is takes few instructions,
+ * for they are what this costs. */
+template <typename T, int BN, int MT>
+__device__ __forceinline__ void write_tile(const fused_tiles &p, float (&acc)[MT][BN / 2], int position,
+                                           const tile &t)
+{
+    constexpr int V = 16 / sizeof(T);
+    const int first = t.channel + (threadIdx.x & 3) * V, own = p.cog - first;
+    if (p.bias || p.relu)
+        finish_tile<T, BN, MT>(p, acc, first, t);
+    T *y[2 * MT];
+#pragma unroll
+    for (int r = 0; r < 2 * MT; ++r)
+        y[r] = output_at<T>(p, position + r / 2 * 64 + (r & 1) * 8, t, first);
+    if (p.whole) {
+#pragma unroll
+        for (int r = 0; r < 2 * MT; ++r)
+#pragma unroll
+            for (int i = 0; i < BN / (4 * V); ++i) {
+                float v[V];
+#pragma unroll
+                for (int k = 0; k < V; ++k)
+                    v[k] = acc[r / 2][2 * i * V + k / 2 * 4 + 2 * (r & 1) + (k & 1)];
+                store_if(y[r] && i * 4 * V < own, y[r] + i * 4 * V, pack(v, T()));
+            }
+    } else {
+#pragma unroll
+        for (int r = 0; r < 2 * MT; ++r)
+#pragma unroll
+            for (int i = 0; i < BN / (4 * V); ++i)
+#pragma unroll
+                for (int k = 0; k < V; ++k)
+                    if (y[r] && i * 4 * V + k < own)
+                        y[r][(i * 4 * V + k) * p.y_channel] =
+                            static_cast<T>(acc[r / 2][2 * i * V + k / 2 * 4 + 2 * (r & 1) + (k & 1)]);
     }
 }
 

@@ -1,5 +1,5 @@
-/* Instructions of sm_90a that the fused convolutions need beside kernels/cuda/hopper.cuh: plain bulk copies,
- * the copy engine's im2col mode, products of a warpgroup in the sizes used here. */
+/* Instructions of sm_90a that the fused convolutions need beside kernels/cuda/hopper.cuh: arriving without a
+ * branch, the copy engine's im2col mode, products of a warpgroup in the sizes used here. */
 #ifndef LTN_CONV_HOPPER_CUH
 #define LTN_CONV_HOPPER_CUH
 
@@ -8,21 +8,15 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
-static __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint64_t *bar)
+/* Without a branch, behind which the compiler would no longer know what is the same in all threads. */
+static __device__ __forceinline__ void barrier_arrive_if(uint64_t *bar, bool wanted)
 {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
-        "l"(src), "r"(bytes), "r"(shared_address(bar))
-        : "memory");
-}
-
-/* To the same place, with the same barrier, in every block of the mask. */
-static __device__ __forceinline__ void bulk_load_multicast(uint32_t dst, const void *src, uint32_t bytes,
-                                                           uint64_t *bar, uint16_t mask)
-{
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1], %2, [%3], %4;" ::"r"(dst),
-                 "l"(src), "r"(bytes), "r"(shared_address(bar)), "h"(mask)
+    asm volatile("{\n"
+                 ".reg .pred wanted;\n"
+                 "setp.ne.s32 wanted, %1, 0;\n"
+                 "@wanted mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+                 "}\n" ::"r"(shared_address(bar)),
+                 "r"(static_cast<int>(wanted))
                  : "memory");
 }
 
@@ -36,6 +30,12 @@ static __device__ __forceinline__ void tma_load_im2col(uint32_t dst, const CUten
                  "l"(map), "r"(channel), "r"(x), "r"(y), "r"(image), "r"(shared_address(bar)),
                  "h"(static_cast<uint16_t>(right)), "h"(static_cast<uint16_t>(down))
                  : "memory");
+}
+
+/* Has the map at hand before the first copy needs it. */
+static __device__ __forceinline__ void prefetch_map(const CUtensorMap *map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 /* ---- products ---- */

@@ -171,7 +171,15 @@ static enum ltn_status cpu_multiply(struct ltn_backend *be, void *a, const void 
 enum {
     TASK_ROWS = 96, /* rows of x by rows of W that one task multiplies: both stay in the L2 cache */
     TASK_OUTS = 64,
+    ROW_OUTS = 128, /* rows of W for one row of x at most: the cache keeps nothing */
 };
+
+/* Rows of W of a task for one row of x: two tasks a thread, and whole tiles. */
+static int outs_for_one_row(int outs, int n_threads)
+{
+    const int step = (outs + 2 * n_threads - 1) / (2 * n_threads);
+    return step > ROW_OUTS ? ROW_OUTS : (step + 3) / 4 * 4;
+}
 
 struct matmul_job {
     const struct cpu_backend *cpu;
@@ -213,9 +221,11 @@ static enum ltn_status matmul(struct ltn_backend *be, float *y, const float *x, 
                              .row_step = TASK_ROWS,
                              .out_step = TASK_OUTS,
                              .add = add};
+    if (rows == 1)
+        job.out_step = outs_for_one_row(w->rows, job.cpu->n_threads);
     job.row_tasks = (rows + TASK_ROWS - 1) / TASK_ROWS;
-    pool_run(job.cpu->pool, (int64_t)job.row_tasks * ((w->rows + TASK_OUTS - 1) / TASK_OUTS), matmul_task,
-             &job);
+    pool_run(job.cpu->pool, (int64_t)job.row_tasks * ((w->rows + job.out_step - 1) / job.out_step),
+             matmul_task, &job);
     return LTN_OK;
 }
 
@@ -264,7 +274,7 @@ enum ltn_cpu_isa ltn_cpu_best_isa(void)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return LTN_CPU_AVX512;
+        return __builtin_cpu_supports("avx512vnni") ? LTN_CPU_VNNI : LTN_CPU_AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
         return LTN_CPU_AVX2;
     return LTN_CPU_PORTABLE;
@@ -286,7 +296,8 @@ static int available_cores(void)
 enum ltn_status ltn_cpu_open_isa(struct ltn_backend **out, int n_threads, enum ltn_cpu_isa isa,
                                  struct ltn_error *err)
 {
-    static const struct micro *const micros[] = {&ltn_micro_portable, &ltn_micro_avx2, &ltn_micro_avx512};
+    static const struct micro *const micros[] = {&ltn_micro_portable, &ltn_micro_avx2, &ltn_micro_avx512,
+                                                 &ltn_micro_vnni};
     *out = NULL;
     if (isa > ltn_cpu_best_isa())
         return ltn_fail(err, LTN_ERR_UNSUPPORTED, "CPU backend: this machine has no %s", micros[isa]->name);

@@ -6,7 +6,7 @@
 #include "kernels/cpu/pool.h"
 #include "kernels/ops.h"
 
-enum ltn_cpu_isa { LTN_CPU_PORTABLE, LTN_CPU_AVX2, LTN_CPU_AVX512 };
+enum ltn_cpu_isa { LTN_CPU_PORTABLE, LTN_CPU_AVX2, LTN_CPU_AVX512, LTN_CPU_VNNI };
 
 /* The best that this machine has. */
 enum ltn_cpu_isa ltn_cpu_best_isa(void);

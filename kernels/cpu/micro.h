@@ -1,5 +1,6 @@
 /* The inner loops of the CPU backend, one table per instruction set. micro_body.h writes them once over a
- * vector type; micro_portable.c, micro_avx2.c and micro_avx512.c define that type and include it.
+ * vector type; micro_portable.c, micro_avx2.c, micro_avx512.c and micro_vnni.c define that type and include
+ * it.
  *
  * In every one of them the value of an output element depends on its own inputs and on the length of its sum
  * alone, never on which rows or columns it is computed together with: so results are the same bits however
@@ -45,5 +46,6 @@ struct micro {
 extern const struct micro ltn_micro_portable;
 extern const struct micro ltn_micro_avx2;
 extern const struct micro ltn_micro_avx512;
+extern const struct micro ltn_micro_vnni;
 
 #endif

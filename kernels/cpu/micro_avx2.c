@@ -6,9 +6,11 @@
 #define VL 8
 #define DOT_ROWS 3
 #define OUTER_ROWS 6
+#define WORDS_FOR_ROWS 1
 typedef __m256 vf;
 typedef int32_t vi __attribute__((vector_size(32)));
 typedef int16_t vw __attribute__((vector_size(32)));
+typedef uint8_t vb __attribute__((vector_size(32)));
 
 static inline vf fma_v(vf a, vf b, vf c)
 {
@@ -48,16 +50,29 @@ static inline vw load_i8(const uint8_t *p)
     return (vw)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
 }
 
-/* Of a group's bytes the low nibbles, or the high ones. */
-static inline vw load_nibbles(const uint8_t *group, int part)
-{
-    __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)group));
-    return (vw)(part ? _mm256_srai_epi16(wide, 4) : _mm256_srai_epi16(_mm256_slli_epi16(wide, 12), 12));
-}
-
 static inline vi madd(vw a, vw b)
 {
     return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+}
+
+/* Four products of at most 15 * 128 are an int16 yet. */
+static inline vi dot_bytes(vb low, vb high, const vb p[4], vi sum)
+{
+    const __m256i l = (__m256i)low, h = (__m256i)high;
+    __m256i a =
+        _mm256_add_epi16(_mm256_maddubs_epi16(l, (__m256i)p[0]), _mm256_maddubs_epi16(h, (__m256i)p[1]));
+    __m256i b =
+        _mm256_add_epi16(_mm256_maddubs_epi16(l, (__m256i)p[2]), _mm256_maddubs_epi16(h, (__m256i)p[3]));
+    return (vi)_mm256_madd_epi16(a, _mm256_set1_epi16(256)) + (vi)_mm256_madd_epi16(b, _mm256_set1_epi16(1)) +
+           sum;
+}
+
+static inline vf spread(const float *scales)
+{
+    double pair; /* two scales, moved as one */
+    memcpy(&pair, scales, sizeof pair);
+    return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(pair)),
+                                _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0));
 }
 
 /* The sums of the lanes of four vectors. */

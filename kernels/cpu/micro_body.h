@@ -2,16 +2,16 @@
  *   VL           lanes of a vector
  *   DOT_ROWS     rows of a tile of dot products; its DOT_ROWS x 4 sums stay in registers
  *   OUTER_ROWS   rows of a tile of outer products; OUTER_ROWS x 2 vectors stay in registers
- *   vf vi vw     a vector of VL floats, of VL int32, of 2 VL int16
+ *   vf vi vw vb  a vector of VL floats, of VL int32, of 2 VL int16, of 4 VL uint8
  *   fma_v fma_s  a * b + c of vectors and scalars, as fast as the machine has it
  *   load_f32 load_bf16 load_f16    VL elements from any address, widened to f32
  *   load_e4m3                      VL codes likewise, as 2^-8 of their values
- *   load_i8 load_nibbles           2 VL codes of q8, as int16; those number 2 VL part and on of a group of q4
+ *   load_i8      2 VL codes of q8, as int16
  *   madd         the sums of products of neighbours, a[2i] b[2i] + a[2i + 1] b[2i + 1]
- *   sum_lanes    the four lane sums of four vectors
- *   MICRO_TABLE MICRO_NAME
- * Tiles are written as loops over constant bounds inside inlined functions, so that the compiler unrolls them
- * into registers. */
+ *   dot_bytes    in lane i the sum over bytes 4i .. 4i + 3 of low p[0] + high p[1] of the one half of the
+ * input and low p[2] + high p[3] of the other, the first times 256; see below spread       lane i is scales[i
+ * / 4] sum_lanes    the four lane sums of four vectors MICRO_TABLE MICRO_NAME Tiles are written as loops over
+ * constant bounds inside inlined functions, so that the compiler unrolls them into registers. */
 #include <math.h>
 
 #define INLINE static inline __attribute__((always_inline))
@@ -55,6 +55,15 @@ INLINE vf load_weights(const void *w, enum ltn_dtype dtype, size_t i, int n)
 
 /* ---- products ---------------------------------------------------------------------------------------- */
 
+INLINE void clear_tile(vf sum[][4], int rows)
+{
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int o = 0; o < 4; o++)
+            sum[r][o] = (vf){0};
+}
+
 /* y[r, o] = (add ? y[r, o] : 0) + scale[o] row_scale[r] * lanes of sum[r][o] + bias[o]; row_scale may be NULL
  */
 INLINE void put_tile(float *y, size_t ldy, vf sum[][4], int rows, int n_outs, v4 scale,
@@ -90,7 +99,8 @@ INLINE void dot_tile(float *y, size_t ldy, const float *x, size_t ldx, const voi
     const char *w[4];
     for (int o = 0; o < 4; o++) /* rows that are not there repeat the first */
         w[o] = (const char *)weights + ((size_t)(o < n_outs ? o : 0) * ldw + (size_t)first) * size;
-    vf sum[DOT_ROWS][4] = {0};
+    vf sum[DOT_ROWS][4];
+    clear_tile(sum, rows);
     int c = 0;
     for (; c + VL <= cols; c += VL) {
         vf b[4];
@@ -135,7 +145,8 @@ INLINE void fp8_tile(float *y, size_t ldy, const float *x, size_t ldx, const voi
         w[o] = (const uint8_t *)weights + at * ldw + first;
         scale[o] = 256 * ((const float *)scales)[at];
     }
-    vf sum[DOT_ROWS][4] = {0};
+    vf sum[DOT_ROWS][4];
+    clear_tile(sum, rows);
     int c = 0;
     for (; c + VL <= cols; c += VL) {
         vf b[4];
@@ -169,10 +180,35 @@ INLINE void fp8_tile(float *y, size_t ldy, const float *x, size_t ldx, const voi
  *
  * The input of a tile is rounded to int16 with one scale for the columns of the tile: 2^-16 of its largest
  * value at most, far below what a weight of 8 bits has lost. Products of a group are summed exactly, and
- * its scale is applied once. */
+ * its scale is applied once.
+ *
+ * For q4 the int16 are cut in two bytes, x = 256 h + l with l from -128 on, because bytes multiply in half
+ * the instructions and a nibble is soon one: VL / 4 groups make a chunk, whose 4 VL bytes of codes hold one
+ * vector of low and one of high nibbles. They are multiplied as 0 .. 15, which is the weight's code plus 8;
+ * -8 times the sum of the inputs makes that good. Where the work of unpacking is shared by many rows, int16
+ * may be faster (even and odd bytes of the codes apart); both ways give every lane the same whole number. */
 
+enum {
+    WHOLE_MOST = 127 * 256 + 127, /* the largest x with h below 128 */
+    CHUNK_GROUPS = VL / 4,
+    CHUNK = CHUNK_GROUPS * LTN_GROUP,
+    CHUNK_BYTES = CHUNK / 2,
+    PARTS = LTN_GROUP / (2 * VL),
+    TILE_GROUPS = MICRO_DOT_COLS / LTN_GROUP,
+};
+
+INLINE bool in_words(int rows)
+{
+    return rows > 1 && WORDS_FOR_ROWS;
+}
+
+/* Of q8: x. Of q4: of each chunk the planes, for low and for high nibbles, of h, then of l (in words: x of
+ * the even codes, then of the odd), and of the bytes -8 times their sums. With zeros up to whole groups, or
+ * chunks. */
 struct rounded {
-    _Alignas(64) int16_t x[DOT_ROWS][MICRO_DOT_COLS]; /* zeros up to whole groups */
+    _Alignas(64) int16_t x[DOT_ROWS][MICRO_DOT_COLS];
+    vb planes[DOT_ROWS][MICRO_DOT_COLS / CHUNK][4];
+    vi shift[DOT_ROWS][MICRO_DOT_COLS / CHUNK];
     float scale[DOT_ROWS];
 };
 
@@ -193,24 +229,65 @@ INLINE float largest(const float *x, int n)
     return ltn_bits_to_f32((uint32_t)top);
 }
 
-INLINE void round_rows(struct rounded *to, const float *x, size_t ldx, int rows, int cols)
+INLINE void round_row(int16_t *to, const float *x, float factor, int cols)
 {
-    for (int r = 0; r < rows; r++) {
-        const float most = largest(x + r * ldx, cols), inverse = 32767 / most;
-        const bool usable = most > 0x1p-100f && most < INFINITY; /* as good as zero; or not a number */
-        to->scale[r] = usable ? most / 32767 : most < INFINITY ? 0 : NAN;
-        memset(to->x[r] + cols / LTN_GROUP * LTN_GROUP, 0, (size_t)(cols % LTN_GROUP ? LTN_GROUP : 0) * 2);
-        if (usable)
-            for (int c = 0; c < cols; c++)
-                to->x[r][c] = (int16_t)(int)rintf(x[r * ldx + c] * inverse);
-        else
-            memset(to->x[r], 0, (size_t)cols * sizeof *to->x[r]);
+    typedef int16_t narrow __attribute__((vector_size(2 * VL)));
+    const vf shift = splat(0x1.8p23f); /* puts the nearest integer into the low bits */
+    for (int c = 0; c < cols; c += VL) {
+        vf v = cols - c < VL ? load_part(x + c, cols - c) : load_f32(x + c);
+        narrow n = __builtin_convertvector((vi)(v * splat(factor) + shift), narrow);
+        memcpy(to + c, &n, sizeof n);
     }
 }
 
-enum { PARTS = LTN_GROUP / (2 * VL), TILE_GROUPS = MICRO_DOT_COLS / LTN_GROUP };
+INLINE void cut_row(vb planes[][4], vi *shift, const int16_t *x, int chunks, bool in_words)
+{
+    typedef int16_t words __attribute__((vector_size(LTN_GROUP)));
+    typedef int32_t pairs __attribute__((vector_size(LTN_GROUP)));
+    typedef int8_t bytes __attribute__((vector_size(LTN_GROUP / 2)));
+    typedef int16_t evens __attribute__((vector_size(LTN_GROUP / 2)));
+    for (int k = 0; k < chunks; k++) {
+        bytes parts[4][CHUNK_GROUPS];
+        for (int g = 0; g < CHUNK_GROUPS; g++)
+            for (int half = 0; half < 2; half++, x += LTN_GROUP / 2) {
+                words v;
+                memcpy(&v, x, sizeof v);
+                if (in_words) {
+                    parts[half][g] = (bytes) __builtin_convertvector((pairs)v, evens);
+                    parts[half + 2][g] = (bytes) __builtin_convertvector((pairs)v >> 16, evens);
+                } else {
+                    parts[half][g] = __builtin_convertvector((v + 128) >> 8, bytes);
+                    parts[half + 2][g] = __builtin_convertvector(v, bytes);
+                }
+            }
+        memcpy(planes[k], parts, sizeof parts);
+    }
+    if (in_words)
+        return;
+    for (int k = 0; k < chunks; k++) /* later, since what has just been written in halves loads slowly */
+        shift[k] = -dot_bytes((vb){0} + 8, (vb){0} + 8, planes[k], (vi){0});
+}
 
-/* The scales of n <= TILE_GROUPS groups. */
+INLINE void round_rows(struct rounded *to, enum ltn_dtype dtype, const float *x, size_t ldx, int rows,
+                       int cols)
+{
+    const int unit = dtype == LTN_Q4 ? CHUNK : LTN_GROUP, padded = (cols + unit - 1) / unit * unit;
+    for (int r = 0; r < rows; r++) {
+        const float most = largest(x + r * ldx, cols);
+        const bool usable = most > 0x1p-100f && most < INFINITY; /* as good as zero; or not a number */
+        to->scale[r] = usable ? most / WHOLE_MOST : most < INFINITY ? 0 : NAN;
+        for (int c = cols; c < padded; c++)
+            to->x[r][c] = 0;
+        if (usable)
+            round_row(to->x[r], x + r * ldx, WHOLE_MOST / most, cols);
+        else
+            memset(to->x[r], 0, (size_t)cols * sizeof *to->x[r]);
+        if (dtype == LTN_Q4)
+            cut_row(to->planes[r], to->shift[r], to->x[r], padded / CHUNK, in_words(rows));
+    }
+}
+
+/* The scales of n <= TILE_GROUPS groups, and zeros up to a multiple of VL. */
 INLINE void load_scales(float *scales, const uint16_t *from, int n)
 {
     uint16_t part[VL] = {0};
@@ -221,23 +298,51 @@ INLINE void load_scales(float *scales, const uint16_t *from, int n)
         store(scales + g, load_f16(memcpy(part, from + g, (size_t)(n - g) * sizeof *from)));
 }
 
-/* One group of one output against all rows of the tile; codes: of at least a whole group. */
-INLINE void group_dots(vf sum[][4], const struct rounded *x, const uint8_t *codes, enum ltn_dtype dtype,
-                       float scale, int rows, int o, int c)
+/* One group of q8 of one output against all rows of the tile; codes: of at least a whole group. */
+INLINE void group_dots(vf sum[][4], const struct rounded *x, const uint8_t *codes, float scale, int rows,
+                       int o, int g)
 {
     vw b[PARTS];
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; p++)
-        b[p] = dtype == LTN_Q8 ? load_i8(codes + p * 2 * VL) : load_nibbles(codes, p);
+        b[p] = load_i8(codes + p * 2 * VL);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        const vw *a = (const vw *)(x->x[r] + c);
+        const vw *a = (const vw *)(x->x[r] + g * LTN_GROUP);
         vi total = madd(a[0], b[0]);
 #pragma GCC unroll 4
         for (int p = 1; p < PARTS; p++)
             total += madd(a[p], b[p]);
         sum[r][o] = fma_v(__builtin_convertvector(total, vf), splat(scale), sum[r][o]);
     }
+}
+
+/* One chunk of q4 likewise. */
+INLINE void chunk_dots(vf sum[][4], const struct rounded *x, const uint8_t *codes, const float *scales,
+                       int rows, int o, int k)
+{
+    vb both;
+    memcpy(&both, codes, sizeof both);
+    const vw two = (vw)both, words[4] = {two << 12 >> 12, two << 8 >> 12, two << 4 >> 12, two >> 12};
+    const vb low = (both ^ 0x88) & 15, high = (vb)((vw)(both ^ 0x88) >> 4) & 15;
+    const vf scale = spread(scales + k * CHUNK_GROUPS);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        const vb *p = x->planes[r][k];
+        vi total = in_words(rows) ? madd(words[0], (vw)p[0]) + madd(words[1], (vw)p[1]) +
+                                        madd(words[2], (vw)p[2]) + madd(words[3], (vw)p[3])
+                                  : dot_bytes(low, high, p, x->shift[r][k]);
+        sum[r][o] = fma_v(__builtin_convertvector(total, vf), scale, sum[r][o]);
+    }
+}
+
+INLINE void whole_dots(vf sum[][4], const struct rounded *x, const uint8_t *codes, enum ltn_dtype dtype,
+                       const float *scales, int rows, int o, int k)
+{
+    if (dtype == LTN_Q4)
+        chunk_dots(sum, x, codes, scales, rows, o, k);
+    else
+        group_dots(sum, x, codes, scales[k], rows, o, k);
 }
 
 /* dot_tile of q8 or q4 weights, of an input that is rounded already. */
@@ -250,25 +355,38 @@ INLINE void whole_tile(float *y, size_t ldy, const struct rounded *x, const void
     const size_t row_bytes = ltn_row_bytes(dtype, ldw), n_groups = ltn_groups(ldw);
     for (int o = 0; o < 4; o++) { /* rows that are not there repeat the first */
         size_t at = (size_t)(o < n_outs ? o : 0);
+        const uint16_t *s = (const uint16_t *)scales + at * n_groups + (size_t)first / LTN_GROUP;
         w[o] = (const uint8_t *)weights + at * row_bytes + ltn_row_bytes(dtype, (size_t)first);
-        load_scales(group_scales[o], (const uint16_t *)scales + at * n_groups + (size_t)first / LTN_GROUP,
-                    (int)ltn_groups((size_t)cols));
+        load_scales(group_scales[o], s, (int)ltn_groups((size_t)cols));
+        if (fetch)
+            __builtin_prefetch(s + 8 * n_groups);
     }
-    vf sum[DOT_ROWS][4] = {0};
-    int c = 0;
-    for (; c + LTN_GROUP <= cols; c += LTN_GROUP) {
+    const int step = dtype == LTN_Q4 ? CHUNK : LTN_GROUP,
+              step_bytes = dtype == LTN_Q4 ? CHUNK_BYTES : LTN_GROUP;
+    const int whole = cols / step, rest = (int)ltn_row_bytes(dtype, (size_t)cols) - whole * step_bytes;
+    vf sum[DOT_ROWS][4];
+    clear_tile(sum, rows);
+    if (rows == 1) { /* in the order of memory, which is what the time goes into */
 #pragma GCC unroll 4
-        for (int o = 0; o < 4; o++) {
-            const uint8_t *codes = w[o] + ltn_row_bytes(dtype, (size_t)c);
-            if (fetch)
-                __builtin_prefetch(codes + 8 * row_bytes);
-            group_dots(sum, x, codes, dtype, group_scales[o][c / LTN_GROUP], rows, o, c);
+        for (int o = 0; o < 4; o++)
+            for (int k = 0; k < whole; k++) {
+                __builtin_prefetch(w[o] + k * step_bytes + 8 * row_bytes);
+                whole_dots(sum, x, w[o] + k * step_bytes, dtype, group_scales[o], rows, o, k);
+            }
+    } else {
+        for (int k = 0; k < whole; k++) {
+#pragma GCC unroll 4
+            for (int o = 0; o < 4; o++) {
+                if (fetch)
+                    __builtin_prefetch(w[o] + k * step_bytes + 8 * row_bytes);
+                whole_dots(sum, x, w[o] + k * step_bytes, dtype, group_scales[o], rows, o, k);
+            }
         }
     }
-    for (int o = 0; o < 4 && c < cols; o++) { /* the last group, where it is not full */
-        uint8_t part[LTN_GROUP] = {0};
-        memcpy(part, w[o] + ltn_row_bytes(dtype, (size_t)c), ltn_row_bytes(dtype, (size_t)(cols - c)));
-        group_dots(sum, x, part, dtype, group_scales[o][c / LTN_GROUP], rows, o, c);
+    for (int o = 0; o < 4 && rest > 0; o++) {        /* the last group or chunk, where it is not full */
+        uint8_t part[CHUNK_BYTES + LTN_GROUP] = {0}; /* room for either */
+        memcpy(part, w[o] + whole * step_bytes, (size_t)rest);
+        whole_dots(sum, x, part, dtype, group_scales[o], rows, o, whole);
     }
     put_tile(y, ldy, sum, rows, n_outs, (v4){1, 1, 1, 1}, x->scale, add, bias);
 }
@@ -284,7 +402,8 @@ INLINE void dots(float *y, size_t ldy, const float *x, size_t ldx, const void *w
         bool plus = add || first > 0;
         for (int r = 0; r < rows; r += DOT_ROWS) {
             if (dtype == LTN_Q8 || dtype == LTN_Q4)
-                round_rows(&rounded, x + r * ldx + first, ldx, rows - r < DOT_ROWS ? rows - r : DOT_ROWS, n);
+                round_rows(&rounded, dtype, x + r * ldx + first, ldx,
+                           rows - r < DOT_ROWS ? rows - r : DOT_ROWS, n);
             for (int o = 0; o < outs; o += 4) {
                 int n_outs = outs - o < 4 ? outs - o : 4;
                 float *to = y + r * ldy + o;

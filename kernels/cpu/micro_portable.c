@@ -4,9 +4,11 @@
 #define VL 4
 #define DOT_ROWS 2
 #define OUTER_ROWS 4
+#define WORDS_FOR_ROWS 0
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 typedef int16_t vw __attribute__((vector_size(16)));
+typedef uint8_t vb __attribute__((vector_size(16)));
 
 static inline vf fma_v(vf a, vf b, vf c)
 {
@@ -49,21 +51,26 @@ static inline vw load_i8(const uint8_t *p)
     return v;
 }
 
-/* Of a group's bytes the low nibbles of the first or second half, or the high ones of either. */
-static inline vw load_nibbles(const uint8_t *group, int part)
-{
-    vw v;
-    for (int i = 0; i < 2 * VL; i++)
-        v[i] = (int16_t)(((group[part % 2 * 2 * VL + i] >> (part / 2 * 4) & 15) ^ 8) - 8);
-    return v;
-}
-
 static inline vi madd(vw a, vw b)
 {
     vi v;
     for (int i = 0; i < VL; i++)
         v[i] = a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
     return v;
+}
+
+static inline vi dot_bytes(vb low, vb high, const vb p[4], vi sum)
+{
+    const int8_t(*x)[4 * VL] = (const int8_t(*)[4 * VL]) p;
+    int32_t lanes[VL] = {0};
+    for (int i = 0; i < 4 * VL; i++)
+        lanes[i / 4] += 256 * (low[i] * x[0][i] + high[i] * x[1][i]) + low[i] * x[2][i] + high[i] * x[3][i];
+    return (vi){lanes[0], lanes[1], lanes[2], lanes[3]} + sum;
+}
+
+static inline vf spread(const float *scales)
+{
+    return (vf){scales[0], scales[0], scales[0], scales[0]};
 }
 
 /* The sums of the lanes of four vectors. */

@@ -10,20 +10,24 @@
 #include <time.h>
 
 enum {
-    TASK_BITS = 24,
+    TASK_BITS = 16,
     MAX_TASKS = (1 << TASK_BITS) - 1, /* of one job; longer ones are cut */
-    SPIN_NS = 50000,                  /* how long an idle thread looks for work before it sleeps */
+    SPIN_NS = 200000,                 /* how long an idle thread looks for work before it sleeps */
 };
 
 struct worker {
+    /* Of this thread's share of the tasks: the number of a job above TASK_BITS, how many of them have been
+     * taken below. Whoever takes from a share whose number is of an earlier job begins it. */
+    _Alignas(64) atomic_uint_fast64_t taken;
     struct pool *pool;
     pthread_t thread;
     int index;
 };
 
-/* A job is published by one store to `ticket`: its number above TASK_BITS, the tasks still to be taken below.
- * A task is taken by lowering the ticket by one; since that fails once the number has changed, a thread that
- * wakes late cannot take part in the wrong job, and fn, ctx and base hold still as long as a taken task
+/* A job is published by one store to `ticket`: its number above TASK_BITS, its tasks below. Every thread
+ * first takes its own share of them, which lie side by side and whose counter others seldom touch, then what
+ * it finds in the shares of others. Taking fails once the number has changed or all are taken, so a thread
+ * that wakes late cannot take part in the wrong job, and fn, ctx and base hold still as long as a taken task
  * runs. */
 struct pool {
     _Alignas(64) atomic_uint_fast64_t ticket;
@@ -40,21 +44,36 @@ struct pool {
     struct worker workers[];
 };
 
-static bool work_left(struct pool *pool)
+/* Whether task *k of a share of `size` was still to be had. */
+static bool take(atomic_uint_fast64_t *taken, uint_fast64_t job, int64_t size, int64_t *k)
 {
-    return (atomic_load(&pool->ticket) & MAX_TASKS) != 0;
+    uint_fast64_t seen = atomic_load(taken);
+    do {
+        if (seen >> TASK_BITS > job)
+            return false;
+        *k = seen >> TASK_BITS == job ? (int64_t)(seen & MAX_TASKS) : 0;
+        if (*k >= size)
+            return false;
+    } while (!atomic_compare_exchange_weak(taken, &seen, job << TASK_BITS | (uint_fast64_t)(*k + 1)));
+    return true;
 }
 
-static void take_tasks(struct pool *pool, int worker)
+/* Returns the ticket that it worked on, of which nothing is left to be taken. */
+static uint_fast64_t take_tasks(struct pool *pool, int worker)
 {
-    uint_fast64_t ticket = atomic_load(&pool->ticket);
-    while (ticket & MAX_TASKS) {
-        if (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket - 1))
-            continue;
-        pool->fn(pool->ctx, pool->base + (int64_t)(ticket & MAX_TASKS) - 1, worker);
-        atomic_fetch_add(&pool->done, 1);
-        ticket = atomic_load(&pool->ticket);
+    const uint_fast64_t ticket = atomic_load(&pool->ticket), job = ticket >> TASK_BITS;
+    const int64_t n_tasks = (int64_t)(ticket & MAX_TASKS), n = pool->n_threads;
+    int64_t ran = 0, k;
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t owner = (worker + i) % n, first = n_tasks * owner / n, end = n_tasks * (owner + 1) / n;
+        while (take(&pool->workers[owner].taken, job, end - first, &k)) {
+            pool->fn(pool->ctx, pool->base + first + k, worker);
+            ran++;
+        }
     }
+    if (ran > 0)
+        atomic_fetch_add(&pool->done, ran);
+    return ticket;
 }
 
 static inline void pause_briefly(void)
@@ -71,19 +90,19 @@ static int64_t now_ns(void)
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-static void wait_for_work(struct pool *pool)
+static void wait_for_work(struct pool *pool, uint_fast64_t finished)
 {
     int64_t end = now_ns() + SPIN_NS;
     do {
         for (int i = 0; i < 32; i++) {
-            if (work_left(pool) || atomic_load(&pool->quit))
+            if (atomic_load(&pool->ticket) != finished || atomic_load(&pool->quit))
                 return;
             pause_briefly();
         }
     } while (now_ns() < end);
     pthread_mutex_lock(&pool->mutex);
     atomic_fetch_add(&pool->sleepers, 1); /* before the last look: who publishes later sees it and signals */
-    while (!work_left(pool) && !atomic_load(&pool->quit))
+    while (atomic_load(&pool->ticket) == finished && !atomic_load(&pool->quit))
         pthread_cond_wait(&pool->wake, &pool->mutex);
     atomic_fetch_sub(&pool->sleepers, 1);
     pthread_mutex_unlock(&pool->mutex);
@@ -92,10 +111,8 @@ static void wait_for_work(struct pool *pool)
 static void *worker_main(void *arg)
 {
     struct worker *worker = arg;
-    while (!atomic_load(&worker->pool->quit)) {
-        take_tasks(worker->pool, worker->index);
-        wait_for_work(worker->pool);
-    }
+    while (!atomic_load(&worker->pool->quit))
+        wait_for_work(worker->pool, take_tasks(worker->pool, worker->index));
     return NULL;
 }
 

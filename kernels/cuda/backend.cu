@@ -128,9 +128,24 @@ static enum ltn_status cuda_sum(struct ltn_backend *base, uint64_t *out, const v
 /* ---- attention: by sequences -----------------------------------------------------------------------------
  */
 
-/* *done: whether the tensor-core kernels took the call: for sequences of more than one row. */
-static enum ltn_status lightning_tensor(struct cuda_backend *be, struct ltn_lightning_call *call, bool *done,
-                                        struct ltn_error *err)
+/* Whether so much room is there, or made now: nothing can be allocated while operations are recorded. */
+static enum ltn_status room_now(struct cuda_backend *be, void **room, size_t *bytes, size_t needed,
+                                bool *there, struct ltn_error *err)
+{
+    cudaStreamCaptureStatus recording = cudaStreamCaptureStatusNone;
+    *there = needed <= *bytes;
+    if (*there)
+        return LTN_OK;
+    CUDA_TRY(be, err, cudaStreamIsCapturing(be->stream, &recording));
+    if (recording != cudaStreamCaptureStatusNone)
+        return LTN_OK;
+    *there = true;
+    return make_room(be, room, bytes, needed, err);
+}
+
+/* For sequences of more than one row. */
+enum ltn_status lightning_tensor(struct cuda_backend *be, struct ltn_lightning_call *call, bool *done,
+                                 struct ltn_error *err)
 {
     const struct ltn_attention *a = call->a;
     bool many = false;
@@ -140,12 +155,16 @@ static enum ltn_status lightning_tensor(struct cuda_backend *be, struct ltn_ligh
     if (!many || be->base.act_dtype != LTN_BF16)
         return LTN_OK;
     const size_t needed = ltn_lightning_workspace(a->n_heads, a->head_dim, a->theta != NULL);
-    if (needed > be->lightning_bytes) {
-        cudaStreamCaptureStatus recording;
-        CUDA_TRY(be, err, cudaStreamIsCapturing(be->stream, &recording));
-        if (recording != cudaStreamCaptureStatusNone) /* nothing can be allocated now */
-            return LTN_OK;
-        LTN_TRY(make_room(be, &be->lightning_workspace, &be->lightning_bytes, needed, err));
+    bool there;
+    LTN_TRY(room_now(be, &be->lightning_workspace, &be->lightning_bytes, needed, &there, err));
+    if (!there)
+        return LTN_OK;
+    if (a->theta) {
+        const struct ltn_seq *last = &call->seqs[call->n_seqs - 1];
+        const size_t turned =
+            ltn_lightning_turned((int64_t)last->first + last->count, a->n_heads, a->head_dim);
+        LTN_TRY(room_now(be, &be->turned, &be->turned_bytes, turned, &there, err));
+        call->turned = turned > 0 && there ? be->turned : NULL;
     }
     call->workspace = be->lightning_workspace;
     call->workspace_bytes = be->lightning_bytes;
@@ -155,13 +174,22 @@ static enum ltn_status lightning_tensor(struct cuda_backend *be, struct ltn_ligh
     return LTN_OK;
 }
 
-static enum ltn_status cuda_lightning(struct ltn_backend *base, void *o, const void *q, const void *k,
-                                      const void *v, int32_t ld, const struct ltn_attention *a,
-                                      const struct ltn_seq *seqs, int32_t n_seqs, struct ltn_error *err)
+enum ltn_status cuda_lightning(struct ltn_backend *base, void *o, const void *q, const void *k, const void *v,
+                               int32_t ld, const struct ltn_attention *a, const struct ltn_seq *seqs,
+                               int32_t n_seqs, struct ltn_error *err)
 {
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
-    struct ltn_lightning_call call = {o, q, k, v, ld, a, seqs, n_seqs, NULL, 0, 0, false, be->steps};
+    struct ltn_lightning_call call = {};
+    call.o = o;
+    call.q = q;
+    call.k = k;
+    call.v = v;
+    call.ld = ld;
+    call.a = a;
+    call.seqs = seqs;
+    call.n_seqs = n_seqs;
+    call.steps = be->steps;
     bool done;
     LTN_TRY(lightning_tensor(be, &call, &done, err));
     if (done)
@@ -191,10 +219,11 @@ static void cuda_close(struct ltn_backend *base)
     gemm_close(be);
     cudaFree(be->widened);
     cudaFree(be->lightning_workspace);
+    cudaFree(be->turned);
     cudaFree(be->copy_workspace);
     cudaFree(be->fp8_workspace);
     cudaFree(be->partials);
-    cudaFree(be->step_barrier);
+    cudaFree(be->step_words);
     for (int i = 0; i < STAGES; i++) {
         cudaFreeHost(be->stage[i]);
         if (be->staged[i])
@@ -227,6 +256,7 @@ static const struct ltn_ops cuda_ops = {
     .norm_linear = cuda_norm_linear,
     .norm_glu = cuda_norm_glu,
     .gated_linear_add = cuda_gated_linear_add,
+    .lightning_linear_add = cuda_lightning_linear_add,
     .norm_logits = cuda_norm_logits,
     .matrix_fp8 = cuda_matrix_fp8,
     .step = cuda_step,

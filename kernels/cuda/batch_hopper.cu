@@ -253,16 +253,9 @@ static __global__ void __launch_bounds__(BOXES * 128 + 32, 2)
 /* ---- host ------------------------------------------------------------------------------------------------
  */
 
-/* [rows, cols] bf16 in boxes of 64 columns */
 static bool encode(CUtensorMap *map, const void *base, int32_t rows, int32_t cols, uint32_t box_rows)
 {
-    cuuint64_t dims[2] = {(cuuint64_t)cols, (cuuint64_t)rows};
-    cuuint64_t strides[1] = {(cuuint64_t)cols * sizeof(__nv_bfloat16)};
-    cuuint32_t box[2] = {COLS, box_rows}, step[2] = {1, 1};
-    return tensor_map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void *>(base), dims,
-                                strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    return tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, base, rows, cols, cols, box_rows);
 }
 
 template <int BOXES, int N>

@@ -39,6 +39,7 @@ struct cuda_backend {
     bool overlaps;       /* programmatic dependent launch works */
     bool apart;          /* the next launch begins when all before it has ended: see may_overlap */
     bool batch_hopper;   /* so does batch_hopper.cu */
+    bool step_streams;   /* and step.cu, with weights that are not quantised */
     size_t max_shared;   /* bytes of shared memory that a block may have */
     cudaStream_t stream; /* the one queue */
     std::recursive_mutex lock;
@@ -49,6 +50,8 @@ struct cuda_backend {
     struct gemm_library *gemm;
     void *lightning_workspace; /* device, [lightning_bytes]; NULL until the tensor-core attention is used */
     size_t lightning_bytes;
+    void *turned; /* device, [turned_bytes]: q and k turned by LRPE; NULL until they are used */
+    size_t turned_bytes;
     void *copy_workspace; /* device, [copy_bytes]: bf16 copy and sums of squares of a residual stream */
     size_t copy_bytes;
     const float *copied; /* the stream that they are of; NULL unless the operation just before left them */
@@ -57,9 +60,9 @@ struct cuda_backend {
     size_t fp8_bytes;
     void *widened; /* device, [widened_bytes]: linear_quant.cu's matrices in bf16; NULL until they are used */
     size_t widened_bytes;
-    uint8_t *partials;      /* device: batch.cu's partial sums and counters */
-    uint32_t *step_barrier; /* device: step.cu's; NULL: the device cannot hold all blocks at once */
-    const int64_t *steps;   /* while recording: what is added to positions; else NULL */
+    uint8_t *partials;    /* device: batch.cu's partial sums and counters */
+    void *step_words;     /* device: step.cu's; NULL: the device cannot hold all blocks at once */
+    const int64_t *steps; /* while recording: what is added to positions; else NULL */
 };
 
 static inline struct cuda_backend *cuda_of(struct ltn_backend *be)
@@ -329,6 +332,14 @@ enum ltn_status lightning_prefill(struct cuda_backend *be, void *o, const void *
                                   const void *v, int32_t ld, const struct ltn_attention *a,
                                   const struct seq_table *seqs, int32_t n_seqs, struct ltn_error *err);
 
+struct ltn_lightning_call;
+/* The tensor-core kernels, where they take the call (*done); its workspaces are set here. backend.cu */
+enum ltn_status lightning_tensor(struct cuda_backend *be, struct ltn_lightning_call *call, bool *done,
+                                 struct ltn_error *err);
+enum ltn_status cuda_lightning(struct ltn_backend *be, void *o, const void *q, const void *k, const void *v,
+                               int32_t ld, const struct ltn_attention *a, const struct ltn_seq *seqs,
+                               int32_t n_seqs, struct ltn_error *err);
+
 /* What a product reads and what becomes of it; y = In(x) W^T + b. */
 enum product_in {
     IN_ACT,   /* x: act [rows, cols] */
@@ -349,6 +360,8 @@ struct product {
     const void *gate;
     int32_t ld_gate;
     struct ltn_norm norm;
+    const float *squares; /* [n_squares, rows] sums over each row whose 1 / rms scales IN_ACT's x; or NULL: */
+    int32_t n_squares;    /* gemm_hopper.cu alone */
     enum product_out out;
     void *y;
     enum ltn_act act;
@@ -405,6 +418,12 @@ enum ltn_status cuda_gated_linear_add(struct ltn_backend *be, float *x, const vo
                                       int32_t ld_gate, const struct ltn_norm *norm,
                                       const struct ltn_linear *l, int32_t rows, void *scratch,
                                       struct ltn_error *err);
+enum ltn_status cuda_lightning_linear_add(struct ltn_backend *be, float *x, const void *q, const void *k,
+                                          const void *v, int32_t ld, const struct ltn_attention *a,
+                                          const struct ltn_seq *seqs, int32_t n_seqs, const void *gate,
+                                          int32_t ld_gate, const struct ltn_norm *norm,
+                                          const struct ltn_linear *l, int32_t rows, void *o, void *scratch,
+                                          struct ltn_error *err);
 enum ltn_status cuda_norm_logits(struct ltn_backend *be, float *out, const float *x,
                                  const struct ltn_norm *norm, const struct ltn_matrix *w, int32_t rows,
                                  void *scratch, struct ltn_error *err);
@@ -412,8 +431,7 @@ enum ltn_status cuda_norm_logits(struct ltn_backend *be, float *out, const float
 /* step.cu */
 enum ltn_status step_open(struct cuda_backend *be, struct ltn_error *err);
 enum ltn_status cuda_step(struct ltn_backend *be, const struct ltn_network *net, const struct ltn_seq *seq,
-                          const int32_t *id, float *logits, float *x, void *qkv, void *o, void *h,
-                          struct ltn_error *err);
+                          const int32_t *id, float *logits, struct ltn_error *err);
 
 /* transfer.cu */
 enum ltn_status cuda_upload(struct ltn_backend *be, void *dst, const void *host, size_t bytes,

@@ -17,23 +17,20 @@ template <typename W, bool WIDE> struct piece {
     static constexpr int N = WIDE ? 16 / sizeof(W) : 1;
 };
 
-/* acc += piece . x, where x is this row's input in shared memory: f32, in the layout of stage_at(). */
+/* acc += piece . x, where lo and hi are the first and last four of eight columns; of four columns lo alone. */
 template <typename W> struct dot;
 template <> struct dot<float> {
-    static __device__ __forceinline__ float wide(uint4 w, const float *x, int32_t at, int32_t, float acc)
+    static __device__ __forceinline__ float add(uint4 w, float4 lo, float4, float acc)
     {
-        const float4 v = reinterpret_cast<const float4 *>(x)[at];
-        acc = fmaf(__uint_as_float(w.x), v.x, acc);
-        acc = fmaf(__uint_as_float(w.y), v.y, acc);
-        acc = fmaf(__uint_as_float(w.z), v.z, acc);
-        return fmaf(__uint_as_float(w.w), v.w, acc);
+        acc = fmaf(__uint_as_float(w.x), lo.x, acc);
+        acc = fmaf(__uint_as_float(w.y), lo.y, acc);
+        acc = fmaf(__uint_as_float(w.z), lo.z, acc);
+        return fmaf(__uint_as_float(w.w), lo.w, acc);
     }
 };
 template <> struct dot<__nv_bfloat16> {
-    static __device__ __forceinline__ float wide(uint4 w, const float *x, int32_t at, int32_t n, float acc)
+    static __device__ __forceinline__ float add(uint4 w, float4 lo, float4 hi, float acc)
     {
-        const float4 lo = reinterpret_cast<const float4 *>(x)[at];
-        const float4 hi = reinterpret_cast<const float4 *>(x)[n + at];
         acc = fmaf(__uint_as_float(w.x << 16), lo.x, acc);
         acc = fmaf(__uint_as_float(w.x & 0xffff0000u), lo.y, acc);
         acc = fmaf(__uint_as_float(w.y << 16), lo.z, acc);
@@ -45,10 +42,8 @@ template <> struct dot<__nv_bfloat16> {
     }
 };
 template <> struct dot<__half> {
-    static __device__ __forceinline__ float wide(uint4 w, const float *x, int32_t at, int32_t n, float acc)
+    static __device__ __forceinline__ float add(uint4 w, float4 lo, float4 hi, float acc)
     {
-        const float4 lo = reinterpret_cast<const float4 *>(x)[at];
-        const float4 hi = reinterpret_cast<const float4 *>(x)[n + at];
         const float2 a = __half22float2(*reinterpret_cast<const __half2 *>(&w.x));
         const float2 b = __half22float2(*reinterpret_cast<const __half2 *>(&w.y));
         const float2 c = __half22float2(*reinterpret_cast<const __half2 *>(&w.z));
@@ -60,6 +55,15 @@ template <> struct dot<__half> {
         return acc;
     }
 };
+
+/* acc += piece . x, where x is this row's input in shared memory: f32, in the layout of stage_at(); at: which
+ * of the n pieces of a row. */
+template <typename W>
+static __device__ __forceinline__ float dot_wide(uint4 w, const float *x, int32_t at, int32_t n, float acc)
+{
+    const float4 *from = reinterpret_cast<const float4 *>(x);
+    return dot<W>::add(w, from[at], from[sizeof(W) == 2 ? n + at : at], acc);
+}
 
 /* Where column c of the input lies in shared memory. Pieces of eight are held as two planes of fours, so that
  * the 16-byte reads of neighbouring lanes fall into different banks. */

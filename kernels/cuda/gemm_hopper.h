@@ -7,7 +7,7 @@
  * alone
  *
  * with c[r, o] = row_scale[r] col_scale[o] sum_k x[r, k] W[o, k], col_scale in e4m3 alone, and where squares
- * are given, row_scale[r] = 1 / sqrt(their sum over x's row / cols + 1e-6): SimpleRMSNorm has no weights, so
+ * are given, row_scale[r] = 1 / sqrt(their sum over the row / cols + 1e-6): SimpleRMSNorm has no weights, so
  * that W Norm(x) = (W x) / rms(x), and a norm costs no pass over x. Sums in f32, in an order that depends on
  * cols alone. Design and measurements: PREFILL.md. */
 #ifndef LTN_GEMM_HOPPER_H
@@ -21,12 +21,13 @@ enum hopper_out { HOPPER_ACT, HOPPER_GLU, HOPPER_ADD, HOPPER_RESIDUAL };
 /* Pointers are device memory, 16-byte aligned, as are rows: cols % 8 == 0 (fp8: 16), outs % 8 == 0. */
 struct hopper_gemm {
     enum hopper_out out;
-    bool fp8;                            /* x, w, w2 hold e4m3; else bf16 */
-    const void *w, *w2;                  /* [outs, cols]; w2 with HOPPER_GLU */
-    const void *x;                       /* [rows, cols] */
-    void *y;                             /* must not overlap x */
-    const float *row_scale;              /* [rows] or NULL: 1; not of HOPPER_RESIDUAL */
-    const float *squares;                /* [hopper_squares(cols), rows] or NULL; of HOPPER_ACT, HOPPER_GLU */
+    bool fp8;               /* x, w, w2 hold e4m3; else bf16 */
+    const void *w, *w2;     /* [outs, cols]; w2 with HOPPER_GLU */
+    const void *x;          /* [rows, cols] */
+    void *y;                /* must not overlap x */
+    const float *row_scale; /* [rows] or NULL: 1 */
+    const float *squares;   /* [n_squares, rows] or NULL */
+    int32_t n_squares;
     void *copy;                          /* HOPPER_RESIDUAL: bf16 [rows, outs] */
     float *new_squares;                  /* HOPPER_RESIDUAL: [hopper_squares(outs), rows] */
     const float *col_scale, *col_scale2; /* [outs], with fp8 alone; of w, w2 */

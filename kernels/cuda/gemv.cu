@@ -151,7 +151,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
                 const float one = WIDE ? 0 : to_f32(row_of(i)[at]);
 #pragma unroll
                 for (int r = 0; r < R; r++)
-                    acc[r] = WIDE ? dot<W>::wide(w, sx + r * cols, at, n_pieces, acc[r])
+                    acc[r] = WIDE ? dot_wide<W>(w, sx + r * cols, at, n_pieces, acc[r])
                                   : fmaf(one, sx[r * cols + at], acc[r]);
             }
             if (WIDE)

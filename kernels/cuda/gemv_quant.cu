@@ -4,21 +4,27 @@
  *
  * A piece is 16 bytes: 16 codes of q8 or fp8, or a whole group of q4. q8 becomes f32 by a byte's permutation
  * into the low mantissa of 2^23, exactly, and fp8 by the hardware's conversion; the input is f32. Of q4 there
- * are so many weights to a byte that their arithmetic would bind, so the input is rounded to int8 with a
- * scale for each group of 32 (an error of 0.4 %, against q4's own of 8 %) and four products go into one
- * instruction, summed exactly. */
+ * are so many weights to a byte that their arithmetic would bind, so the input is rounded to 16 bits with a
+ * scale for each group of 32 (an error below 2^-15 of the group's largest) and four products of a byte of it
+ * go into one instruction, summed exactly. */
 #include "kernels/cuda/dot.cuh"
 #include "kernels/cuda/quant.cuh"
 
 #include <cuda_fp8.h>
 
-enum { WARPS = 16, THREADS = 32 * WARPS, DEPTH = 12, MAX_SUMS = 4096 };
+enum {
+    WARPS = 16,
+    THREADS = 32 * WARPS,
+    DEPTH = 12,
+    MAX_SUMS = 4096,
+    MOST_CODE = 32512, /* of a rounded input: its high byte is at most 127 */
+};
 
 /* What differs between the formats. GROUPS: pieces have scales of their own, one for PIECES of them; X_BYTES:
- * of a piece's input in shared memory, beside INFO_BYTES about it. */
+ * of a piece's input in shared memory, beside INFO_BYTES about it; ROUNDED: the input is not f32. */
 struct q8 {
     static constexpr int N = 16, PIECES = 2, X_BYTES = 64, INFO_BYTES = 0;
-    static constexpr bool GROUPS = true, ROW_SCALES = false;
+    static constexpr bool GROUPS = true, ROW_SCALES = false, ROUNDED = false;
     static __device__ __forceinline__ float dot(uint4 w, const uint8_t *x, int32_t at, int32_t n)
     {
         const uint32_t words[4] = {w.x, w.y, w.z, w.w};
@@ -37,7 +43,7 @@ struct q8 {
 };
 struct fp8 {
     static constexpr int N = 16, PIECES = 1, X_BYTES = 64, INFO_BYTES = 0;
-    static constexpr bool GROUPS = false, ROW_SCALES = true;
+    static constexpr bool GROUPS = false, ROW_SCALES = true, ROUNDED = false;
     static __device__ __forceinline__ float2 two(uint32_t codes)
     {
         const __half2_raw h = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)codes, __NV_E4M3);
@@ -59,10 +65,11 @@ struct fp8 {
         return sum;
     }
 };
-/* Of the input: int8 in two planes of 16 codes, then {scale, -8 times the sum of the codes} of each group. */
+/* Of the input, an integer of 16 bits: its high bytes in two planes of 16, its low bytes, signed, in two
+ * more; then {scale, -8 times the sum of the integers} of each group. */
 struct q4 {
-    static constexpr int N = 32, PIECES = 1, X_BYTES = 32, INFO_BYTES = 8;
-    static constexpr bool GROUPS = true, ROW_SCALES = false;
+    static constexpr int N = 32, PIECES = 1, X_BYTES = 64, INFO_BYTES = 8;
+    static constexpr bool GROUPS = true, ROW_SCALES = false, ROUNDED = true;
     static __device__ __forceinline__ int four(uint32_t weights, uint32_t x, int sum)
     {
         asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(weights), "r"(x));
@@ -70,18 +77,21 @@ struct q4 {
     }
     static __device__ __forceinline__ float dot(uint4 w, const uint8_t *x, int32_t at, int32_t n)
     {
-        const uint4 lo = reinterpret_cast<const uint4 *>(x)[at],
-                    hi = reinterpret_cast<const uint4 *>(x)[n + at];
         const uint2 info = reinterpret_cast<const uint2 *>(x + (int64_t)n * X_BYTES)[at];
         const uint32_t words[4] = {w.x, w.y, w.z, w.w};
-        const uint32_t low[4] = {lo.x, lo.y, lo.z, lo.w}, high[4] = {hi.x, hi.y, hi.z, hi.w};
-        int sum = (int)info.y;
+        int sum[2] = {0, (int)info.y};
 #pragma unroll
-        for (int i = 0; i < 4; i++) { /* two's complement to the code plus 8 */
-            sum = four((words[i] & 0x0f0f0f0fu) ^ 0x08080808u, low[i], sum);
-            sum = four((words[i] >> 4 & 0x0f0f0f0fu) ^ 0x08080808u, high[i], sum);
+        for (int part = 0; part < 2; part++) {
+            const uint4 lo = reinterpret_cast<const uint4 *>(x)[2 * part * n + at],
+                        hi = reinterpret_cast<const uint4 *>(x)[(2 * part + 1) * n + at];
+            const uint32_t low[4] = {lo.x, lo.y, lo.z, lo.w}, high[4] = {hi.x, hi.y, hi.z, hi.w};
+#pragma unroll
+            for (int i = 0; i < 4; i++) { /* two's complement to the code plus 8 */
+                sum[part] = four((words[i] & 0x0f0f0f0fu) ^ 0x08080808u, low[i], sum[part]);
+                sum[part] = four((words[i] >> 4 & 0x0f0f0f0fu) ^ 0x08080808u, high[i], sum[part]);
+            }
         }
-        return __uint_as_float(info.x) * (float)sum;
+        return __uint_as_float(info.x) * (float)(sum[0] * 256 + sum[1]);
     }
 };
 
@@ -90,26 +100,32 @@ template <typename Q>
 static __device__ __forceinline__ void put_input(uint8_t *x, int32_t c, int32_t cols, float4 v)
 {
     const int32_t n = cols / Q::N, at = c / Q::N, word = c % Q::N / 4;
-    if (Q::X_BYTES == 64) {
+    if (!Q::ROUNDED) {
         reinterpret_cast<float4 *>(x)[word * n + at] = v;
         return;
     }
     float most = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
     for (int offset = 4; offset > 0; offset /= 2)
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, offset));
-    const float inverse = most > 0 ? 127 / most : 0;
-    const int a = __float2int_rn(v.x * inverse), b = __float2int_rn(v.y * inverse);
-    const int d = __float2int_rn(v.z * inverse), e = __float2int_rn(v.w * inverse);
-    int sum = a + b + d + e;
+    const float inverse = most > 1e-30f ? MOST_CODE / most : 0;
+    const int code[4] = {__float2int_rn(v.x * inverse), __float2int_rn(v.y * inverse),
+                         __float2int_rn(v.z * inverse), __float2int_rn(v.w * inverse)};
+    int sum = code[0] + code[1] + code[2] + code[3];
     for (int offset = 4; offset > 0; offset /= 2)
         sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     if (c >= cols) /* such threads only kept the others company */
         return;
-    reinterpret_cast<uint32_t *>(x)[(word / 4 * n + at) * 4 + word % 4] =
-        (a & 255) | (b & 255) << 8 | (d & 255) << 16 | (uint32_t)(e & 255) << 24;
+    uint32_t high = 0, low = 0;
+    for (int i = 0; i < 4; i++) {
+        high |= (uint32_t)((code[i] + 128) >> 8 & 255) << 8 * i;
+        low |= (uint32_t)(code[i] & 255) << 8 * i;
+    }
+    uint32_t *words = reinterpret_cast<uint32_t *>(x) + (word / 4 * n + at) * 4 + word % 4;
+    words[0] = high;
+    words[8 * n] = low;
     if (word == 0)
         reinterpret_cast<uint2 *>(x + (int64_t)n * Q::X_BYTES)[at] =
-            make_uint2(__float_as_uint(most / 127), (uint32_t)(-8 * sum));
+            make_uint2(__float_as_uint(most / MOST_CODE), (uint32_t)(-8 * sum));
 }
 
 /* In(x), but for the division by the rms; the warps' sums of squares are left in red. */
@@ -129,7 +145,7 @@ template <typename Q> static __device__ void stage_input(uint8_t *x, float *red,
                 v.x *= u.x, v.y *= u.y, v.z *= u.z, v.w *= u.w;
             }
         }
-        if (Q::X_BYTES == 32 || c < p.cols)
+        if (Q::ROUNDED || c < p.cols)
             put_input<Q>(x, c, p.cols, v);
     }
     sum = warp_sum(sum);

@@ -15,11 +15,6 @@ namespace
 
 constexpr int kThreads = 128;
 
-/* q and k, once turned by LRPE, are kept as f16 times 1 / kTurnScale: its 11 bits cost a state 2e-4, where
- * bf16's 8 would cost 1.6e-3. The scale moves its range to 1e6, beyond what a row of weights can make of a
- * normalised input; below 1e-3 elements lose bits that no sum misses. */
-constexpr float kTurnScale = 16.0f;
-
 /* Rows of shared tiles are padded to an odd number of 16-byte pieces: ldmatrix then meets no bank twice. */
 constexpr int padded(int columns)
 {
@@ -38,27 +33,11 @@ template <int E, bool LRPE, int DVT> struct shape {
     static_assert(E % DVT == 0 && DVT % 8 == 0 && kD % 16 == 0, "tiles must divide the head");
 };
 
-__device__ __forceinline__ void ldmatrix4(uint32_t (&r)[4], const void *p)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(smem_address(p))
-                 : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix4_trans(uint32_t (&r)[4], const void *p)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(smem_address(p))
-                 : "memory");
-}
-
 __device__ __forceinline__ void ldmatrix2_trans(uint32_t (&r)[2], const void *p)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
                  : "=r"(r[0]), "=r"(r[1])
-                 : "r"(smem_address(p))
+                 : "r"(shared_address(p))
                  : "memory");
 }
 
@@ -91,8 +70,8 @@ template <bool F16> __device__ __forceinline__ float2 unpack(uint32_t x)
 /* (a, b) as a high and a low pair of bf16 */
 __device__ __forceinline__ void split(uint32_t &hi, uint32_t &lo, float a, float b)
 {
-    hi = pack(a, b);
-    lo = pack(a - low_half(hi), b - high_half(hi));
+    hi = pack_bf16(a, b);
+    lo = pack_bf16(a - low_half(hi), b - high_half(hi));
 }
 
 /* acc[n] += A (16 x 16) times columns 8 n .. 8 n + 7 of the 16 rows at `b`, for all n. */
@@ -105,7 +84,7 @@ __device__ __forceinline__ void mma_row(float (&acc)[N][4], const uint32_t (&a)[
 #pragma unroll
     for (int n = 0; n + 1 < N; n += 2) {
         uint32_t r[4];
-        ldmatrix4_trans(r, at + 8 * n + 8 * (lane >> 4));
+        ldmatrix_trans(r, shared_address(at + 8 * n + 8 * (lane >> 4)));
         mma(acc[n], a, r[0], r[1]);
         mma(acc[n + 1], a, r[2], r[3]);
     }
@@ -126,7 +105,7 @@ __device__ __forceinline__ void mma_row(float (&acc)[N][4], const uint32_t (&hi)
 #pragma unroll
     for (int n = 0; n + 1 < N; n += 2) {
         uint32_t r[4];
-        ldmatrix4_trans(r, at + 8 * n + 8 * (lane >> 4));
+        ldmatrix_trans(r, shared_address(at + 8 * n + 8 * (lane >> 4)));
         mma(acc[n], hi, r[0], r[1]);
         mma(acc[n + 1], hi, r[2], r[3]);
         mma(acc[n], lo, r[0], r[1]);
@@ -150,29 +129,11 @@ __device__ __forceinline__ void load_tile(__nv_bfloat16 *tile, int ld_tile, cons
         int row = i / kPieces, piece = i - row * kPieces;
         int bytes = row < m ? 16 : 0;
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                         smem_address(tile + row * ld_tile + 8 * piece)),
+                         shared_address(tile + row * ld_tile + 8 * piece)),
                      "l"(from + (row < m ? row : 0) * ld + 8 * piece), "r"(bytes)
                      : "memory");
     }
 }
-
-/* cos and sin of an angle that steps from row to row: reduced in f64 once, then turned in f32. */
-struct turning {
-    float c, s, dc, ds;
-    __device__ turning(float theta, int64_t pos)
-    {
-        double step = theta * 0.15915494309189535; /* in turns */
-        double turn = static_cast<double>(pos) * step;
-        sincospif(2.0f * static_cast<float>(turn - rint(turn)), &s, &c);
-        sincospif(2.0f * static_cast<float>(step - rint(step)), &ds, &dc);
-    }
-    __device__ void next()
-    {
-        float x = c * dc - s * ds;
-        s = s * dc + c * ds;
-        c = x;
-    }
-};
 
 /* [x] -> [x cos(theta p), x sin(theta p)] / kTurnScale in f16, in place on q (unless NULL) and k, p = pos +
  * row. Each thread takes two columns of some rows, and reads a few rows ahead of what it writes. */
@@ -281,7 +242,7 @@ __global__ void __launch_bounds__(kThreads)
                         for (int i = 0; i < 2; ++i)
                             *reinterpret_cast<uint32_t *>(
                                 state + (16 * (warp + 4 * b) + g + 8 * i) * kLdValue + 8 * n + t2) =
-                                pack(s[b][n][2 * i], s[b][n][2 * i + 1]);
+                                pack_bf16(s[b][n][2 * i], s[b][n][2 * i + 1]);
         }
         load_tile<E>(k, kLdKey, k_from + row * p.ld, p.ld, m);
         load_tile<DVT>(v, kLdValue, v_from + row * p.ld, p.ld, m);
@@ -299,13 +260,14 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 4
             for (int kk = 0; kk < kD / 16; ++kk) {
                 uint32_t a[4];
-                ldmatrix4(a, q + (16 * warp + (lane & 15)) * kLdKey + 16 * kk + 8 * (lane >> 4));
+                ldmatrix(a,
+                         shared_address(q + (16 * warp + (lane & 15)) * kLdKey + 16 * kk + 8 * (lane >> 4)));
 #pragma unroll
                 for (int n = 0; n < 8; n += 2)
                     if (n <= 2 * warp) {
                         uint32_t b[4];
-                        ldmatrix4(b, k + (8 * n + (lane & 7) + 8 * (lane >> 4)) * kLdKey + 16 * kk +
-                                         8 * ((lane >> 3) & 1));
+                        ldmatrix(b, shared_address(k + (8 * n + (lane & 7) + 8 * (lane >> 4)) * kLdKey +
+                                                   16 * kk + 8 * ((lane >> 3) & 1)));
                         (LRPE ? mma_f16 : mma)(score[n], a, b[0], b[1]);
                         (LRPE ? mma_f16 : mma)(score[n + 1], a, b[2], b[3]);
                     }
@@ -335,8 +297,8 @@ __global__ void __launch_bounds__(kThreads)
                     for (int i = 0; i < 4; ++i) { /* rows r, r + 8 of columns 16 kk + t2, then of + 8 */
                         int back = r + 8 * (i & 1) - (16 * kk + 8 * (i >> 1) + t2);
                         const float *x = score[2 * kk + (i >> 1)] + 2 * (i & 1);
-                        a[i] = pack(back >= 0 ? x[0] * (kUnit * kUnit * power[max(back, 0)]) : 0.0f,
-                                    back >= 1 ? x[1] * (kUnit * kUnit * power[max(back - 1, 0)]) : 0.0f);
+                        a[i] = pack_bf16(back >= 0 ? x[0] * (kUnit * kUnit * power[max(back, 0)]) : 0.0f,
+                                         back >= 1 ? x[1] * (kUnit * kUnit * power[max(back - 1, 0)]) : 0.0f);
                     }
                     mma_row(out, a, v + 16 * kk * kLdValue, kLdValue);
                 }
@@ -347,7 +309,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
                     for (int n = 0; n < kN; ++n)
                         *reinterpret_cast<uint32_t *>(to + static_cast<int64_t>(8 * i) * p.n_heads * E +
-                                                      8 * n) = pack(out[n][2 * i], out[n][2 * i + 1]);
+                                                      8 * n) = pack_bf16(out[n][2 * i], out[n][2 * i + 1]);
         }
 
         if (m < kChunk)
@@ -359,8 +321,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
                 for (int kk = 0; kk < 4; ++kk) {
                     uint32_t x[4], hi[4], lo[4];
-                    ldmatrix4_trans(x, k + (16 * kk + (lane & 7) + 8 * (lane >> 4)) * kLdKey +
-                                           16 * (warp + 4 * b) + 8 * ((lane >> 3) & 1));
+                    ldmatrix_trans(x, shared_address(k + (16 * kk + (lane & 7) + 8 * (lane >> 4)) * kLdKey +
+                                                     16 * (warp + 4 * b) + 8 * ((lane >> 3) & 1)));
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         int back = m - 1 - (16 * kk + 8 * (i >> 1) + t2); /* rows past m hold zeros */
@@ -510,6 +472,13 @@ bool aligned(const void *p)
     return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
+bool on_hopper(const struct ltn_lightning_call *call, int device)
+{
+    const bool lrpe = call->a->theta != nullptr;
+    return !call->portable && (!lrpe || (call->turned && aligned(call->turned))) &&
+           ltn_lightning_hopper_supports(call->a->head_dim, lrpe, device);
+}
+
 } // namespace
 
 bool ltn_lightning_supports(const struct ltn_lightning_call *call)
@@ -519,6 +488,8 @@ bool ltn_lightning_supports(const struct ltn_lightning_call *call)
     return v.kernel && call->ld % 8 == 0 && aligned(call->q) && aligned(call->k) && aligned(call->v) &&
            aligned(call->o) && cudaGetDevice(&device) == cudaSuccess &&
            cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
+           (!call->gate ||
+            (call->ld_gate % 8 == 0 && aligned(call->gate) && call->squares && on_hopper(call, device))) &&
            v.bytes <= bytes && call->workspace && aligned(call->workspace) &&
            call->workspace_bytes >=
                ltn_lightning_workspace(call->a->n_heads, call->a->head_dim, call->a->theta != nullptr);
@@ -530,6 +501,14 @@ size_t ltn_lightning_workspace(int32_t n_heads, int32_t head_dim, bool lrpe)
     return kMaxFlags * sizeof(unsigned) + (n_heads <= kMaxStates / 2 ? kMaxStates * state : 0);
 }
 
+size_t ltn_lightning_turned(int64_t rows, int32_t n_heads, int32_t head_dim)
+{
+    int device = 0;
+    return cudaGetDevice(&device) == cudaSuccess && ltn_lightning_hopper_supports(head_dim, true, device)
+               ? sizeof(__nv_bfloat16) * 2 * 2 * rows * n_heads * head_dim
+               : 0;
+}
+
 cudaError_t ltn_lightning_prefill(cudaStream_t stream, const struct ltn_lightning_call *call)
 {
     const struct ltn_attention *a = call->a;
@@ -537,10 +516,8 @@ cudaError_t ltn_lightning_prefill(cudaStream_t stream, const struct ltn_lightnin
     cudaError_t err = cudaGetDevice(&device);
     if (err != cudaSuccess)
         return err;
-    bool hopper = !call->portable && ltn_lightning_hopper_supports(a->head_dim, a->theta != nullptr, device);
+    const bool hopper = on_hopper(call, device);
     variant v = find(a->head_dim, a->theta != nullptr);
-    int64_t rows =
-        static_cast<int64_t>(call->seqs[call->n_seqs - 1].first) + call->seqs[call->n_seqs - 1].count;
 
     struct lightning_params p;
     p.o = static_cast<__nv_bfloat16 *>(call->o);
@@ -552,6 +529,11 @@ cudaError_t ltn_lightning_prefill(cudaStream_t stream, const struct ltn_lightnin
     p.steps = call->steps;
     p.flags = static_cast<unsigned *>(call->workspace);
     p.parts = reinterpret_cast<float *>(p.flags + kMaxFlags);
+    p.gate = static_cast<const __nv_bfloat16 *>(call->gate);
+    p.squares = call->squares;
+    p.turned = static_cast<__nv_bfloat16 *>(call->turned);
+    p.rows = static_cast<int64_t>(call->seqs[call->n_seqs - 1].first) + call->seqs[call->n_seqs - 1].count;
+    p.ld_gate = call->ld_gate;
     p.ld = call->ld;
     p.n_heads = a->n_heads;
     int64_t tiles = static_cast<int64_t>(a->n_heads) * call->n_seqs * ((a->head_dim + 63) / 64);
@@ -581,7 +563,10 @@ cudaError_t ltn_lightning_prefill(cudaStream_t stream, const struct ltn_lightnin
         p.items1 = n1;
         p.items = n1 + n2;
         if (hopper) {
-            err = ltn_lightning_hopper(stream, p, a->head_dim, rows, device);
+            if (p.theta)
+                err = lightning_turn(stream, p, a->head_dim);
+            if (err == cudaSuccess)
+                err = ltn_lightning_hopper(stream, p, a->head_dim, device);
         } else {
             err = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.bytes);
             if (err == cudaSuccess)

@@ -26,16 +26,23 @@ struct ltn_lightning_call {
     int32_t walkers;      /* parallel segments per sequence; 0: chosen from the sizes (LIGHTNING.md) */
     bool portable;        /* take the mma.sync kernels even where the Hopper kernel would run */
     const int64_t *steps; /* device memory: what a replay adds to every position; NULL: nothing */
+    void *turned;         /* [ltn_lightning_turned()] bytes for q and k turned by LRPE, or NULL */
+    const void *gate; /* bf16, row r at gate + r * ld_gate, or NULL; else o becomes gate * o, and squares */
+    int32_t ld_gate;
+    float *squares; /* [n_heads * e / 64, rows] the sums of o^2 over 64 columns each, before the gate */
 };
 
 /* Whether there is a kernel for this call on the current device: e in {64, 80, 96, 128, 160, 192, 256},
- * with LRPE in {32, 40, 48} too, 16-byte aligned rows of q, k, v and o, enough shared memory and workspace.
- * Else the caller's generic kernel must do it.
- */
+ * with LRPE in {32, 40, 48} too, 16-byte aligned rows of q, k, v, o and gate, enough shared memory and
+ * workspace; a gate takes the Hopper kernel, and so e in {64, 128}, with LRPE 128 and room for what is
+ * turned. Else the caller's generic kernel must do it. */
 bool ltn_lightning_supports(const struct ltn_lightning_call *call);
 
 /* Bytes of workspace for any call with this shape, whatever its rows and sequences. */
 size_t ltn_lightning_workspace(int32_t n_heads, int32_t head_dim, bool lrpe);
+
+/* Bytes for q and k turned by LRPE, with which the Hopper kernel takes such a call; 0: it would not. */
+size_t ltn_lightning_turned(int64_t rows, int32_t n_heads, int32_t head_dim);
 
 /* Issues the operation on `stream`. The call must be supported. Never allocates, never waits. */
 cudaError_t ltn_lightning_prefill(cudaStream_t stream, const struct ltn_lightning_call *call);

@@ -18,6 +18,7 @@
 #ifndef LTN_LIGHTNING_PLAN_CUH
 #define LTN_LIGHTNING_PLAN_CUH
 
+#include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/lightning_mma.h"
 
 #include <cuda_bf16.h>
@@ -49,8 +50,13 @@ struct lightning_params {
     const float *slopes;  /* [n_heads] */
     const float *theta;   /* [n_heads, e] or NULL */
     const int64_t *steps; /* added to every position; or NULL */
-    float *parts;         /* [segment, head][d * e] */
-    unsigned *flags;      /* [segment, head, tile]: how many readers still wait; 0 between calls */
+    const __nv_bfloat16 *gate;
+    float *squares;
+    __nv_bfloat16 *turned; /* q, then k, each [rows, n_heads, 2 e], as lightning_turn leaves them */
+    int64_t rows;          /* of all sequences, of this launch or not */
+    int64_t ld_gate;
+    float *parts;    /* [segment, head][d * e] */
+    unsigned *flags; /* [segment, head, tile]: how many readers still wait; 0 between calls */
     int64_t ld;
     int32_t n_heads;
     int32_t n_seqs;
@@ -92,19 +98,6 @@ __device__ __forceinline__ lightning_item lightning_decode(const lightning_param
     return it;
 }
 
-__device__ __forceinline__ uint32_t smem_address(const void *p)
-{
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-/* Two bf16 in a word, and back. */
-__device__ __forceinline__ uint32_t pack(float lo, float hi)
-{
-    uint32_t r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    return r;
-}
-
 __device__ __forceinline__ float low_half(uint32_t x)
 {
     return __uint_as_float(x << 16);
@@ -122,9 +115,35 @@ __device__ __forceinline__ float loss(float slope, int64_t rows)
     return static_cast<float>(-expm1(-static_cast<double>(slope) * static_cast<double>(rows)));
 }
 
-/* The Hopper kernel (lightning_hopper.cu): e = 64 or 128, no LRPE. */
+/* q and k, once turned by LRPE, are kept as f16 times 1 / kTurnScale: its 11 bits cost a state 2e-4, where
+ * bf16's 8 would cost 1.6e-3. The scale moves its range to 1e6, beyond what a row of weights can make of a
+ * normalised input; below 1e-3 elements lose bits that no sum misses. */
+constexpr float kTurnScale = 16.0f;
+
+/* cos and sin of an angle that steps from row to row: reduced in f64 once, then turned in f32. */
+struct turning {
+    float c, s, dc, ds;
+    __device__ turning(float theta, int64_t pos)
+    {
+        double step = theta * 0.15915494309189535; /* in turns */
+        double turn = static_cast<double>(pos) * step;
+        sincospif(2.0f * static_cast<float>(turn - rint(turn)), &s, &c);
+        sincospif(2.0f * static_cast<float>(step - rint(step)), &ds, &dc);
+    }
+    __device__ void next()
+    {
+        float x = c * dc - s * ds;
+        s = s * dc + c * ds;
+        c = x;
+    }
+};
+
+/* The Hopper kernel (lightning_hopper.cu): e = 128, or 64 without LRPE. */
 bool ltn_lightning_hopper_supports(int32_t head_dim, bool lrpe, int device);
 cudaError_t ltn_lightning_hopper(cudaStream_t stream, const lightning_params &p, int32_t head_dim,
-                                 int64_t rows, int device);
+                                 int device);
+
+/* p.turned <- q and k, [x cos(theta p), x sin(theta p)] / kTurnScale in f16; e a multiple of 64 */
+cudaError_t lightning_turn(cudaStream_t stream, const lightning_params &p, int32_t head_dim);
 
 #endif

@@ -3,11 +3,12 @@
  *   gemv.cu         one row, or a few where batch.cu cannot: everything fused, norms included
  *   batch.cu        up to 64 rows of 16-bit weights: feature map and second matrix fused, norms before it
  *   gemm_hopper.cu  many rows on Hopper: SiLU, product of two, sum into the residual fused, SimpleRMSNorm as
- *                   a factor of rows; in e4m3 where the map has its fp8: norms while rounding
- *   gemm.cu         the rest: nothing fused
+ *                   a factor of rows, the gate behind the attention in the attention; in e4m3 where the map
+ * has its fp8: norms and gate while rounding gemm.cu         the rest: nothing fused
  *
  * Quantised weights go row by row through gemv_quant.cu, or become bf16 first: linear_quant.cu. */
 #include "kernels/cuda/gemm_hopper.h"
+#include "kernels/cuda/lightning_mma.h"
 #include "kernels/cuda/quant.cuh"
 
 enum path { GEMV, BATCH, HOPPER_FP8, HOPPER, GEMM };
@@ -139,6 +140,7 @@ static enum ltn_status norm_by_rows(struct cuda_backend *be, struct hopper_gemm 
         CUDA_TRY(be, err, hopper_square(be->stream, copy, squares, x, p->rows, p->cols));
     g->x = copy;
     g->squares = squares;
+    g->n_squares = hopper_squares(p->cols);
     be->copied = x; /* which stays as it is */
     be->copied_rows = p->rows;
     be->copied_cols = p->cols;
@@ -160,6 +162,8 @@ static enum ltn_status hopper(struct cuda_backend *be, const struct product *p, 
     g.outs = p->outs;
     g.cols = p->cols;
     g.act_cols = p->act_cols;
+    g.squares = p->squares;
+    g.n_squares = p->n_squares;
     if (fp8) {
         const size_t codes = (size_t)p->rows * p->cols;
         LTN_TRY(make_room(be, &be->fp8_workspace, &be->fp8_bytes, fp8_bytes(p), err));
@@ -328,6 +332,46 @@ enum ltn_status cuda_gated_linear_add(struct ltn_backend *base, float *x, const 
         p.x = scratch;
     }
     return run(be, path, &p, l, NULL, turn.copied, err);
+}
+
+/* Where the attention's kernel can put the gate on its outputs, and leave their squares, W gate Norm(o) = (W
+ * (gate o)) / rms(o). */
+enum ltn_status cuda_lightning_linear_add(struct ltn_backend *base, float *x, const void *q, const void *k,
+                                          const void *v, int32_t ld, const struct ltn_attention *a,
+                                          const struct ltn_seq *seqs, int32_t n_seqs, const void *gate,
+                                          int32_t ld_gate, const struct ltn_norm *norm,
+                                          const struct ltn_linear *l, int32_t rows, void *o, void *scratch,
+                                          struct ltn_error *err)
+{
+    enum { SQUARES_COLS = 64 };
+    struct cuda_backend *be = cuda_of(base);
+    struct turn turn(be);
+    struct product p = product_of(l, rows, OUT_ADD, x);
+    bool done = false;
+
+    p.x = o;
+    p.squares = (const float *)scratch;
+    p.n_squares = p.cols / SQUARES_COLS;
+    if (!norm->weight && p.cols == a->n_heads * a->head_dim && path_of(be, &p, l, NULL) == HOPPER) {
+        struct ltn_lightning_call call = {};
+        call.o = o;
+        call.q = q;
+        call.k = k;
+        call.v = v;
+        call.ld = ld;
+        call.a = a;
+        call.seqs = seqs;
+        call.n_seqs = n_seqs;
+        call.steps = be->steps;
+        call.gate = gate;
+        call.ld_gate = ld_gate;
+        call.squares = (float *)scratch;
+        LTN_TRY(lightning_tensor(be, &call, &done, err));
+        if (done)
+            return run(be, HOPPER, &p, l, NULL, NULL, err);
+    }
+    LTN_TRY(cuda_lightning(base, o, q, k, v, ld, a, seqs, n_seqs, err));
+    return cuda_gated_linear_add(base, x, o, gate, ld_gate, norm, l, rows, scratch, err);
 }
 
 enum ltn_status cuda_norm_logits(struct ltn_backend *base, float *out, const float *x,

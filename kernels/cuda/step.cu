@@ -1,524 +1,390 @@
 /* One token through the whole network in one launch: the kernel of decoding a single stream.
  *
- * One block per SM stays for the whole token. Its share of every matrix is known beforehand, and so is the
- * order in which it needs it: each thread keeps DEPTH 16-byte pieces of weights on their way into its own
- * slots of shared memory, across layers and across the barriers at which all blocks wait for each other. So
- * memory is busy while the arithmetic waits, and what a layer costs beyond its bytes is five barriers:
+ * One block per SM stays for the whole token. Its rows of every matrix are known beforehand, and so is the
+ * order in which it needs them: one warp does nothing but stream them, in bulk copies, into a ring of TILES
+ * tiles in shared memory, across layers and as far ahead as the ring goes. The other warps consume:
  *
  *   qkvu   [q k v u] = W Norm(x), q and k through the feature map
- *   mix    S <- S + k^T v - (1 - r) S, o = q S       (the state is fetched before the barrier)
+ *   mix    S <- S + k^T v - (1 - r) S, o = q S       (the state is fetched ahead)
  *   out    x += W_o (u * Norm(o))
  *   glu    h = (W_1 Norm(x)) * (W_2 Norm(x))
  *   l3     x += W_3 h
  *
- * A block owns the same part of the residual stream in `out` and in `l3`, and keeps it. Norms are scalars
- * beside the product, as in gemv.cu. Every sum has an order that follows from sizes alone. */
-#include "kernels/cuda/dot.cuh"
+ * What one block makes and others need travels in words of eight bytes: four of value, four of a tag that
+ * names launch, layer and phase. A word is written and read whole, so a reader that sees the tag it waits for
+ * has the value too: there is neither a barrier among blocks nor a fence, and waiting costs one way to the L2
+ * cache and one back.
+ *
+ * A word is written again only when all have read it. Every block has a row of qkvu and a pair of h at least
+ * (suits() asks for it), and publishes results of a product when all its warps have read its input. So
+ * whoever has all o of a layer knows that every block is done with the layer before, as o is made of all of
+ * qkvu; and whoever has all h knows that every block has finished mix and out and read x of out. Hence:
+ * x of out is written with all o at hand, x of l3 with all h, and both had been read in qkvu and glu;
+ * h with all x of out, made with all o, so h of the layer before had been read in l3;
+ * qkvu, and what mix makes of them, with all x of l3, made with all h, so those before had been read.
+ *
+ * A tile is TILE_ROWS rows of a matrix, UNIT columns of each for every warp. All warps work on all rows of a
+ * block, with their columns of the input, and then the WARPS sums of a row are added: every sum has an order
+ * that follows from the number of columns alone. With bf16 weights the tensor cores multiply, with others the
+ * ordinary ones. With 16-bit weights the input is bf16, as the residual stream is where it enters a product;
+ * what it is added to stays f32 in its block. Norms are scalars beside the product. */
+#include "kernels/cuda/step_quant.cuh"
 
-enum {
-    WARPS = 16,
-    THREADS = 32 * WARPS,
-    DEPTH = 20,
-    MAX_LAYERS = 64,
-    COLS = 8, /* columns of a head's state that half a block works on */
-    HALF = THREADS / 2,
-    ROWS = HALF / 2, /* rows of the state at once: two threads hold COLS columns */
-    HELD = 4,        /* pieces of the state that a thread fetches ahead */
-};
+/* ---- the state ----------------------------------------------------------------------------------------- */
 
-struct step_layer {
-    const void *qkvu, *out, *l1, *l2, *l3;
-    const float *slopes, *theta;
-    int64_t state_offset;
-};
-
-struct step_args {
-    int32_t V, D, H, G, n_heads, head_dim, n_layers;
-    enum ltn_act act;
-    float embed_scale;
-    const void *embed, *head;
-    const int32_t *id;
-    const int64_t *steps; /* NULL, or added to pos */
-    int64_t pos;
-    float *state;
-    float *logits, *x;
-    void *qkv, *o, *h;
-    uint32_t *barrier;           /* [2] blocks that arrived, blocks that left; zero between launches */
-    int32_t max_input, max_sums; /* floats */
-    struct step_layer layers[MAX_LAYERS];
-};
-
-enum phase { QKVU, OUT, GLU, L3, N_PHASES }; /* of a layer; after the last layer comes the head */
-
-/* A warp's share of one product: dots group, group + groups, ... of its block's, pieces [32 from, 32 to). */
-template <typename W> struct share {
-    const W *w, *w2;
-    int32_t first, n_outs, n_dots, cols, n_pieces;
-    int32_t split, part, group, groups, from, to;
-
-    __device__ const W *row(int32_t dot) const
-    {
-        const W *base = w2 && (dot & 1) ? w2 : w;
-        return base + (int64_t)(first + (w2 ? dot >> 1 : dot)) * cols;
-    }
-    __device__ bool empty() const
-    {
-        return from >= to || group >= n_dots;
-    }
-};
-
-template <typename W> static __device__ struct share<W> share_of(const struct step_args &a, int32_t at) {
-    struct share<W> s;
-    const int32_t layer = at / N_PHASES, warp = threadIdx.x / 32;
-    int32_t outs;
-    s.w2 = NULL;
-    if (layer == a.n_layers) {
-        s.w = (const W *)a.head;
-        outs = a.V, s.cols = a.D;
-    } else {
-        const struct step_layer &l = a.layers[layer];
-        switch (at % N_PHASES) {
-        case QKVU:
-            s.w = (const W *)l.qkvu;
-            outs = 4 * a.H, s.cols = a.D;
-            break;
-        case OUT:
-            s.w = (const W *)l.out;
-            outs = a.D, s.cols = a.H;
-            break;
-        case GLU:
-            s.w = (const W *)l.l1, s.w2 = (const W *)l.l2;
-            outs = a.G, s.cols = a.D;
-            break;
-        default:
-            s.w = (const W *)l.l3;
-            outs = a.D, s.cols = a.G;
-        }
-    }
-    s.first = (int32_t)((int64_t)outs * blockIdx.x / gridDim.x);
-    s.n_outs = (int32_t)((int64_t)outs * (blockIdx.x + 1) / gridDim.x) - s.first;
-    s.n_dots = s.w2 ? 2 * s.n_outs : s.n_outs;
-    s.n_pieces = s.cols / piece<W, true>::N;
-    s.split = split_of(s.w2 ? 2 * outs : outs);
-    s.part = warp % s.split, s.group = warp / s.split, s.groups = WARPS / s.split;
-    const int32_t n_steps = (s.n_pieces + 31) / 32, per_part = (n_steps + s.split - 1) / s.split;
-    s.from = min(s.part * per_part, n_steps), s.to = min(s.from + per_part, n_steps);
-    return s;
-}
-
-/* The weights of this thread in the order of their use, up to DEPTH pieces ahead of it. */
-template <typename W>
-struct feed {
-    const struct step_args &a;
-    uint4 *slots;
-    struct share<W> s;
-    const W *row;
-    int32_t at, last, dot, step;
-
-    __device__ void enter()
-    {
-        for (; at <= last; at++) {
-            s = share_of<W>(a, at);
-            if (!s.empty()) {
-                dot = s.group, step = s.from;
-                row = s.row(dot);
-                return;
-            }
-        }
-    }
-
-    __device__ void fetch(int slot)
-    {
-        if (at <= last) {
-            const int32_t i = step * 32 + threadIdx.x % 32;
-            if (i < s.n_pieces)
-                copy_async(slots + slot * THREADS, row + i * piece<W, true>::N);
-            if (++step == s.to) {
-                step = s.from;
-                dot += s.groups;
-                if (dot < s.n_dots) {
-                    row = s.row(dot);
-                } else {
-                    at++;
-                    enter();
-                }
-            }
-        }
-        end_copy_group();
-    }
-};
-
-/* All blocks wait for each other; what was written before is visible after. */
-struct barrier {
-    uint32_t *count;
-    uint32_t target;
-
-    __device__ void arrive()
-    {
-        __syncthreads();
-        target += gridDim.x;
-        if (threadIdx.x == 0)
-            asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
-    }
-
-    __device__ void wait()
-    {
-        if (threadIdx.x == 0) {
-            uint32_t seen;
-            do {
-                asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(count) : "memory");
-            } while (seen < target);
-        }
-        __syncthreads();
-    }
-
-    /* The last block to leave makes it ready for the next launch: by then all have left wait(). */
-    __device__ void leave()
-    {
-        if (threadIdx.x == 0 && atomicAdd(count + 1, 1) == gridDim.x - 1) {
-            count[0] = 0;
-            count[1] = 0;
-        }
-    }
-};
-
-/* Shared memory beside the slots. */
-struct room {
-    float *in;   /* [max_input] the input of the product */
-    float *sums; /* [max_sums] the warps' results */
-    float *own;  /* [D / blocks] this block's part of the residual stream */
-    float *red;  /* [WARPS] sums of squares */
-    float *mix;  /* [2][WARPS / 2][COLS] */
-};
-
-/* Leaves an input in shared memory and the warps' sums of squares in red; value(c) gives what to square and
- * what to stage of columns c .. c + 3. */
-template <typename W, typename F>
-static __device__ __forceinline__ void stage(const struct room &m, int32_t cols, F value)
-{
-    float sum = 0;
-    for (int32_t c = threadIdx.x * 4; c < cols; c += THREADS * 4) {
-        float4 square, v;
-        value(c, square, v);
-        sum += square.x * square.x + square.y * square.y + square.z * square.z + square.w * square.w;
-        *reinterpret_cast<float4 *>(m.in + stage_at<W, true>(c, cols)) = v;
-    }
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0)
-        m.red[threadIdx.x / 32] = sum;
-    __syncthreads();
-}
-
-static __device__ float inverse_rms(const struct room &m, int32_t cols)
-{
-    float sum = 0;
-    for (int w = 0; w < WARPS; w++)
-        sum += m.red[w];
-    return rsqrtf(sum / cols + 1e-6f);
-}
-
-/* The block's dots with the staged input, into m.sums; ends with a barrier of the block. */
-template <typename W>
-static __device__ __forceinline__ void multiply(const struct room &m, const struct share<W> &s,
-                                                struct feed<W> &f, int &slot)
-{
-    const int lane = threadIdx.x % 32;
-    if (!s.empty()) {
-        for (int32_t i = s.group; i < s.n_dots; i += s.groups) {
-            float acc = 0;
-            for (int32_t step = s.from; step < s.to; step++) {
-                const int32_t at = step * 32 + lane;
-                wait_copy_groups<DEPTH - 1>();
-                if (at < s.n_pieces)
-                    acc = dot<W>::wide(f.slots[slot * THREADS], m.in, at, s.n_pieces, acc);
-                f.fetch(slot);
-                slot = slot == DEPTH - 1 ? 0 : slot + 1;
-            }
-            acc = warp_sum(acc);
-            if (lane == 0)
-                m.sums[i * s.split + s.part] = acc;
-        }
-    } else if (lane == 0) {
-        for (int32_t i = s.group; i < s.n_dots; i += s.groups)
-            m.sums[i * s.split + s.part] = 0;
-    }
-    __syncthreads();
-}
-
-template <typename W>
-static __device__ float result(const struct room &m, const struct share<W> &s, int32_t dot)
-{
-    float value = 0;
-    for (int i = 0; i < s.split; i++)
-        value += m.sums[dot * s.split + i];
-    return value;
-}
-
-/* The state's part of a layer. Units of COLS columns of a head go round the halves of the blocks. */
+/* The state's part of a layer. Units of COLS columns of a head go round the blocks, then their halves. */
 struct mixer {
     const struct step_args &a;
     const struct step_layer &l;
-    int32_t d, per_head, n_units, row, col;
+    int32_t d, per_head, n_units, row, col, per_unit;
     float4 held[HELD];
+    float turns[HELD];
 
-    __device__ mixer(const struct step_args &args, const struct step_layer &layer) : a(args), l(layer)
+    __device__ __forceinline__ mixer(const struct step_args &args, const struct step_layer &layer)
+        : a(args), l(layer)
     {
         d = l.theta ? 2 * a.head_dim : a.head_dim;
         per_head = a.head_dim / COLS;
         n_units = a.n_heads * per_head;
         row = threadIdx.x % HALF / 2;
         col = threadIdx.x % 2 * 4;
+        per_unit = (d + ROWS - 1) / ROWS;
     }
 
-    __device__ int32_t unit(int32_t round) const
+    __device__ __forceinline__ int32_t unit(int32_t round) const
     {
-        return (round * (int32_t)gridDim.x + (int32_t)blockIdx.x) * 2 + threadIdx.x / HALF;
+        return (round * 2 + (int32_t)threadIdx.x / HALF) * (int32_t)gridDim.x + (int32_t)blockIdx.x;
     }
 
-    __device__ float4 *place(int32_t u, int32_t r) const
+    __device__ __forceinline__ float4 *place(int32_t u, int32_t r) const
     {
         const int32_t head = u / per_head;
         float *S = a.state + l.state_offset + (int64_t)head * d * a.head_dim;
         return reinterpret_cast<float4 *>(S + (int64_t)r * a.head_dim + u % per_head * COLS + col);
     }
 
-    __device__ void fetch()
+    __device__ __forceinline__ int32_t feature(int32_t u, int32_t r) const
     {
-        const int32_t per_unit = (d + ROWS - 1) / ROWS;
+        return u / per_head * a.head_dim + (r < a.head_dim ? r : r - a.head_dim);
+    }
+
+    __device__ __forceinline__ float turn(int32_t u, int32_t r, double pos) const
+    {
+        return l.theta ? lrpe_turn(l.theta[feature(u, r)], pos, r >= a.head_dim) : 1;
+    }
+
+    __device__ __forceinline__ void fetch(double pos)
+    {
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
             const int32_t u = unit(i / per_unit), r = row + i % per_unit * ROWS;
-            if (u < n_units && r < d)
+            if (u < n_units && r < d) {
                 held[i] = __ldcg(place(u, r));
+                turns[i] = turn(u, r, pos);
+            }
         }
     }
 
-    template <typename A> __device__ void run(const struct room &m, double pos)
+    template <typename W>
+    __device__ __forceinline__ void run(const struct room &m, double pos, uint32_t tag, struct worker<W> &who)
     {
         const int lane = threadIdx.x % 32, half = threadIdx.x / HALF, warp = threadIdx.x % HALF / 32;
-        const int32_t e = a.head_dim, H = a.H;
-        const int32_t per_unit = (d + ROWS - 1) / ROWS;
-        const A *q = (const A *)a.qkv;
+        const int32_t H = a.H;
+        const uint64_t *q = a.words->qkvu;
         for (int32_t round = 0; round * (int32_t)gridDim.x * 2 < n_units; round++) {
-            const int32_t u = unit(round), head = u / per_head;
+            const int32_t u = unit(round), c = u * COLS, i = threadIdx.x % HALF;
+            const bool writes = i < COLS && u < n_units;
+            float up = 0;
             float4 sum = make_float4(0, 0, 0, 0);
             if (u < n_units) {
-                const float fade = (float)-expm1(-(double)l.slopes[head]);
-                const int32_t c = head * e + u % per_head * COLS + col;
-                const float4 v = load_fresh4(q + 2 * H + c);
+                const float fade = -expm1f(-l.slopes[u / per_head]);
+                const uint64_t *v_at = q + 2 * H + c + col, *up_at = q + 3 * H + c + i;
+                ulonglong2 v0 = look2(v_at), v1 = look2(v_at + 2);
+                uint64_t up_word = writes ? look(up_at) : 0;
+                const uint64_t *q_at = q + feature(u, min(row, d - 1));
+                uint64_t q_word = look(q_at), k_word = look(q_at + H);
+                for (;;) {
+                    const bool again = stale(v0, tag + TAG_QKVU) || stale(v1, tag + TAG_QKVU) ||
+                                       stale(q_word, tag + TAG_QKVU) || stale(k_word, tag + TAG_QKVU);
+                    if (again)
+                        v0 = look2(v_at), v1 = look2(v_at + 2), q_word = look(q_at), k_word = look(q_at + H);
+                    if (!__any_sync(0xffffffffu, again))
+                        break;
+                    who.idle();
+                }
                 for (int32_t k = 0; k < per_unit; k++) {
-                    const int32_t r = row + k * ROWS, i = round * per_unit + k;
+                    const int32_t r = row + k * ROWS, held_at = round * per_unit + k;
                     if (r >= d)
                         break;
-                    const int32_t feature = head * e + (r < e ? r : r - e);
-                    const float turn = l.theta ? lrpe_turn(l.theta[feature], pos, r >= e) : 1;
-                    const float qr = load_fresh(q + feature) * turn, kr = load_fresh(q + H + feature) * turn;
+                    if (k) {
+                        q_at = q + feature(u, r);
+                        q_word = look(q_at), k_word = look(q_at + H);
+                    }
                     float4 *S = place(u, r), s;
-                    if (i < HELD) {
-#pragma unroll
-                        for (int j = 0; j < HELD; j++)
-                            if (i == j)
-                                s = held[j];
+                    float turned;
+                    if (held_at < HELD) {
+                        static_assert(HELD == 2, "all are named");
+                        s = held_at ? held[1] : held[0];
+                        turned = held_at ? turns[1] : turns[0];
                     } else {
                         s = __ldcg(S);
+                        turned = turn(u, r, pos);
                     }
-                    s.x += kr * v.x - fade * s.x, s.y += kr * v.y - fade * s.y;
-                    s.z += kr * v.z - fade * s.z, s.w += kr * v.w - fade * s.w;
+                    const float qr = value_of(await(q_at, q_word, tag + TAG_QKVU)) * turned;
+                    const float kr = value_of(await(q_at + H, k_word, tag + TAG_QKVU)) * turned;
+                    s.x += kr * value_of(v0.x) - fade * s.x, s.y += kr * value_of(v0.y) - fade * s.y;
+                    s.z += kr * value_of(v1.x) - fade * s.z, s.w += kr * value_of(v1.y) - fade * s.w;
                     __stcg(S, s);
                     sum.x += qr * s.x, sum.y += qr * s.y, sum.z += qr * s.z, sum.w += qr * s.w;
                 }
+                if (writes)
+                    up = value_of(await(up_at, up_word, tag + TAG_QKVU));
             }
-            for (int offset = 16; offset > 1; offset /= 2) {
-                sum.x += __shfl_xor_sync(0xffffffffu, sum.x, offset);
-                sum.y += __shfl_xor_sync(0xffffffffu, sum.y, offset);
-                sum.z += __shfl_xor_sync(0xffffffffu, sum.z, offset);
-                sum.w += __shfl_xor_sync(0xffffffffu, sum.w, offset);
-            }
-            if (lane < 2)
-                *reinterpret_cast<float4 *>(m.mix + (half * (WARPS / 2) + warp) * COLS + col) = sum;
-            __syncthreads();
-            if (threadIdx.x % HALF < COLS && u < n_units) {
+            /* Over the 16 lanes of a column; lane bits 4 and 3 say which of the four. */
+            const bool b16 = lane & 16, b8 = lane & 8;
+            const float s0 = (b16 ? sum.z : sum.x) + __shfl_xor_sync(0xffffffffu, b16 ? sum.x : sum.z, 16);
+            const float s1 = (b16 ? sum.w : sum.y) + __shfl_xor_sync(0xffffffffu, b16 ? sum.y : sum.w, 16);
+            float s = (b8 ? s1 : s0) + __shfl_xor_sync(0xffffffffu, b8 ? s0 : s1, 8);
+            s += __shfl_xor_sync(0xffffffffu, s, 4);
+            s += __shfl_xor_sync(0xffffffffu, s, 2);
+            if ((lane & 6) == 0)
+                m.mix[(half * (WARPS / 2) + warp) * COLS + col + lane / 8] = s;
+            meet();
+            if (writes) {
                 float total = 0;
                 for (int w = 0; w < WARPS / 2; w++)
-                    total += m.mix[(half * (WARPS / 2) + w) * COLS + threadIdx.x % HALF];
-                ((A *)a.o)[head * e + u % per_head * COLS + threadIdx.x % HALF] = from_f32<A>(total);
+                    total += m.mix[(half * (WARPS / 2) + w) * COLS + i];
+                if (paired<W>::value) {
+                    tell(a.words->gated + c + i, two_bf16(total, up), tag + TAG_MIX);
+                } else {
+                    tell(a.words->gated + 2 * (c + i), __float_as_uint(total), tag + TAG_MIX);
+                    tell(a.words->gated + 2 * (c + i) + 1, __float_as_uint(up), tag + TAG_MIX);
+                }
             }
-            __syncthreads();
+            if ((round + 1) * (int32_t)gridDim.x * 2 < n_units)
+                meet();
         }
     }
 };
 
-template <typename W, typename A>
-static __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_constant__ struct step_args a)
+/* ---- the kernel ---------------------------------------------------------------------------------------- */
+
+/* Tags begin again long before they could overflow, with all words cleared by the last block to leave. */
+static __device__ void leave(struct words *words, uint32_t tag)
 {
-    extern __shared__ uint4 shared[];
-    struct room m;
-    m.in = reinterpret_cast<float *>(shared + DEPTH * THREADS);
-    m.sums = m.in + a.max_input;
-    m.mix = m.sums + a.max_sums;
-    m.red = m.mix + WARPS * COLS;
-    m.own = m.red + WARPS;
-
-    struct feed<W> f = {
-        a, shared + threadIdx.x
-    };
-    f.at = 0;
-    f.last = N_PHASES * a.n_layers;
-    f.enter();
-    for (int i = 0; i < DEPTH; i++)
-        f.fetch(i);
-
-    struct barrier all = {a.barrier, 0};
-    const double pos = (double)(a.pos + (a.steps ? __ldcg(a.steps) : 0));
-    const W *token = (const W *)a.embed + (int64_t)__ldcg(a.id) * a.D;
-    int slot = 0;
-    for (int32_t l = 0; l < a.n_layers; l++) {
-        const struct step_layer &layer = a.layers[l];
-        auto load_x = [&](int32_t c, float4 &square, float4 &v) {
-            if (l == 0)
-                v = make_float4(a.embed_scale * to_f32(token[c]), a.embed_scale * to_f32(token[c + 1]),
-                                a.embed_scale * to_f32(token[c + 2]), a.embed_scale * to_f32(token[c + 3]));
-            else
-                v = load_fresh4(a.x + c);
-            square = v;
-        };
-
-        struct share<W> s = share_of<W>(a, l * N_PHASES + QKVU);
-        stage<W>(m, s.cols, load_x);
-        multiply<W>(m, s, f, slot);
-        float scale = inverse_rms(m, s.cols);
-        for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS) {
-            float value = result(m, s, i) * scale;
-            if (s.first + i < 2 * a.H)
-                value = activate(value, a.act);
-            ((A *)a.qkv)[s.first + i] = from_f32<A>(value);
-        }
-        all.arrive();
-        struct mixer mix(a, layer);
-        mix.fetch();
-        all.wait();
-        mix.template run<A>(m, pos);
-        all.arrive();
-
-        s = share_of<W>(a, l * N_PHASES + OUT);
-        if (l == 0)
-            for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS)
-                m.own[i] = a.embed_scale * to_f32(token[s.first + i]);
-        all.wait();
-        stage<W>(m, s.cols, [&](int32_t c, float4 &square, float4 &v) {
-            const float4 u = load_fresh4((const A *)a.qkv + 3 * a.H + c);
-            square = load_fresh4((const A *)a.o + c);
-            v = make_float4(square.x * u.x, square.y * u.y, square.z * u.z, square.w * u.w);
-        });
-        multiply<W>(m, s, f, slot);
-        scale = inverse_rms(m, s.cols);
-        for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS)
-            a.x[s.first + i] = m.own[i] += result(m, s, i) * scale;
-        all.arrive();
-
-        s = share_of<W>(a, l * N_PHASES + GLU);
-        all.wait();
-        stage<W>(m, s.cols, [&](int32_t c, float4 &square, float4 &v) { square = v = load_fresh4(a.x + c); });
-        multiply<W>(m, s, f, slot);
-        scale = inverse_rms(m, s.cols);
-        for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS)
-            ((A *)a.h)[s.first + i] =
-                from_f32<A>((result(m, s, 2 * i) * scale) * (result(m, s, 2 * i + 1) * scale));
-        all.arrive();
-
-        s = share_of<W>(a, l * N_PHASES + L3);
-        all.wait();
-        stage<W>(m, s.cols,
-                 [&](int32_t c, float4 &square, float4 &v) { square = v = load_fresh4((const A *)a.h + c); });
-        multiply<W>(m, s, f, slot);
-        for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS)
-            a.x[s.first + i] = m.own[i] += result(m, s, i);
-        all.arrive();
-        all.wait();
+    if (tag < UINT32_MAX - 2 * N_TAGS * MAX_LAYERS) {
+        if (blockIdx.x == 0 && threadIdx.x == 0)
+            words->epoch = tag; /* all blocks have read the old one: this block has values from all */
+        return;
     }
-    const struct share<W> s = share_of<W>(a, a.n_layers * N_PHASES);
-    stage<W>(m, s.cols, [&](int32_t c, float4 &square, float4 &v) { square = v = load_fresh4(a.x + c); });
-    multiply<W>(m, s, f, slot);
-    const float scale = inverse_rms(m, s.cols);
-    for (int32_t i = threadIdx.x; i < s.n_outs; i += THREADS)
-        a.logits[s.first + i] = result(m, s, i) * scale;
-    all.leave();
+    if (threadIdx.x || atomicAdd(&words->left, 1) < gridDim.x - 1)
+        return;
+    for (uint32_t i = 0; i < sizeof *words / 16; i++)
+        reinterpret_cast<uint4 *>(words)[i] = make_uint4(0, 0, 0, 0);
+}
+
+template <typename W>
+static __device__ __forceinline__ void consume(const struct step_args &a, const struct room &m, uint4 *ring)
+{
+    struct words &words = *a.words;
+    uint32_t tag = __ldcg(&words.epoch);
+    const double pos = (double)(a.pos + (a.steps ? __ldcg(a.steps) : 0));
+    const struct embedding<W> token(a);
+    struct worker<W> w(a, m, ring);
+    float own = 0; /* of the residual stream: the row that this thread publishes in out and l3 */
+    if ((int32_t)threadIdx.x < m.shares[OUT].n_dots)
+        own = token(m.shares[OUT].first + threadIdx.x);
+
+    for (int32_t l = 0; l < a.n_layers; l++, tag += N_TAGS) {
+        const struct step_layer &layer = a.layers[l];
+        struct mixer mix(a, layer);
+        mix.fetch(pos);
+
+        struct share s = m.shares[QKVU];
+        if (l == 0)
+            w.gather_row(token, s.cols);
+        else
+            w.gather(words.x, s.cols, tag); /* l3 of the layer before */
+        w.product(s, [&](int32_t i, float sum, float scale) {
+            if (i < s.n_dots) {
+                sum *= scale;
+                if (s.first + i < 2 * a.H)
+                    sum = activate(sum, a.act);
+                tell(words.qkvu + s.first + i, __float_as_uint(sum), tag + TAG_QKVU);
+            }
+        });
+        mix.run(m, pos, tag, w);
+
+        s = m.shares[OUT];
+        const auto tell_x = [&](int32_t i, uint32_t with) {
+            const float next = __shfl_down_sync(0xffffffffu, own, 1);
+            if (i < s.n_dots && i % 2 == 0)
+                tell_two<rounded<W>::value>(words.x, s.first + i, own, next, with);
+        };
+        if (s.n_dots) {
+            w.gather_gated(words.gated, s.cols, tag + TAG_MIX);
+            w.product(s, [&](int32_t i, float sum, float scale) {
+                own += sum * scale;
+                tell_x(i, tag + TAG_OUT);
+            });
+        }
+
+        s = m.shares[GLU];
+        w.gather(words.x, s.cols, tag + TAG_OUT);
+        w.product(s, [&](int32_t i, float sum, float scale) {
+            sum *= scale;
+            const float h = sum * __shfl_down_sync(0xffffffffu, sum, 1);
+            const float next = __shfl_down_sync(0xffffffffu, h, 2);
+            if (i < s.n_dots && i % 4 == 0)
+                tell_two<paired<W>::value>(words.h, s.first + i / 2, h, next, tag + TAG_GLU);
+        });
+
+        s = m.shares[L3];
+        if (s.n_dots) {
+            w.gather_act(words.h, s.cols, tag + TAG_GLU);
+            w.product(s, [&](int32_t i, float sum, float) {
+                own += sum;
+                tell_x(i, tag + TAG_L3);
+            });
+        }
+    }
+    const struct share s = m.shares[HEAD];
+    w.gather_last(words.x, s.cols, tag);
+    w.product_last(s, [&](int32_t i, float sum, float scale) {
+        if (i < s.n_dots)
+            a.logits[s.first + i] = sum * scale;
+    });
+    leave(a.words, tag);
+}
+
+template <typename W>
+static __global__ void __launch_bounds__(THREADS + (ring<W>::STREAMS ? STREAMER : 0), 1)
+    step_kernel(const __grid_constant__ struct step_args a)
+{
+    extern __shared__ __align__(128) uint4 shared[];
+    struct room m;
+    m.in = reinterpret_cast<float *>(shared + ring<W>::BYTES / 16);
+    m.parts = m.in + a.max_input;
+    m.mix = m.parts + 2 * GROUPS * WARPS * GROUP;
+    m.red = m.mix + WARPS * COLS;
+    m.shares = reinterpret_cast<struct share *>(m.red + 2 * WARPS);
+    if (threadIdx.x <= HEAD)
+        m.shares[threadIdx.x] = share_of(a, threadIdx.x);
+    if constexpr (!ring<W>::STREAMS) {
+        __syncthreads();
+        consume<W>(a, m, shared);
+    } else {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+        const struct tile_ring r(shared);
+        if (threadIdx.x == 0)
+            r.open();
+        __syncthreads();
+        if (threadIdx.x >= THREADS)
+            stream<W>(a, m.shares, r);
+        else
+            consume<W>(a, m, shared);
+#endif
+    }
 }
 
 /* ---- host ------------------------------------------------------------------------------------------------
  */
-
-static int32_t most_sums(int32_t dots, int32_t n_blocks, int32_t pair)
-{
-    return (dots / pair + n_blocks - 1) / n_blocks * pair * split_of(dots);
-}
 
 static int32_t max32(int32_t a, int32_t b)
 {
     return a > b ? a : b;
 }
 
-/* The released shapes and their kin: one gate in qkvu, SimpleRMSNorm, no biases, sizes in whole pieces. */
-static bool suits(const struct cuda_backend *be, const struct ltn_network *net, size_t *shared,
-                  struct step_args *a)
+/* Floats of shared memory for a product's input. */
+template <typename W> static int32_t input_floats(int32_t cols, W)
 {
-    if (ltn_is_quantised(net->embed.dtype))
-        return false;
-    const int32_t n = 16 / (int32_t)ltn_dtype_size(net->embed.dtype);
+    return (cols + PAD - 1) / PAD * PAD;
+}
+template <typename Q> static int32_t input_floats(int32_t cols, struct quant<Q>)
+{
+    return all_units<Q>(cols) * unit_of<Q>::INPUT / (int32_t)sizeof(float);
+}
+
+/* The released shapes and their kin: one gate in qkvu, SimpleRMSNorm, no biases, sizes in whole pieces, and a
+ * row of qkvu and a pair of h at least for every block. */
+static bool suits(const struct cuda_backend *be, const struct ltn_network *net)
+{
+    const enum ltn_dtype dtype = net->layers[0].qkv.w.dtype;
+    const bool quantised = ltn_is_quantised(dtype);
+    const enum ltn_dtype outer = quantised ? LTN_Q8 : dtype;
+    const int32_t n = dtype == LTN_Q4 ? q4::COLS : quantised ? q8::COLS : 16 / (int32_t)ltn_dtype_size(dtype);
     const struct ltn_attention *first = &net->layers[0].attention;
-    if (!be->step_barrier || net->gate_dim || net->n_layers > MAX_LAYERS || net->final_norm.weight ||
+    if (!be->step_words || net->gate_dim || net->n_layers > MAX_LAYERS || net->final_norm.weight ||
         net->act == LTN_ACT_EXP || first->head_dim % COLS || net->embed_dim % n || net->hidden_dim % n ||
-        net->glu_dim % n || net->head.dtype != net->embed.dtype || !aligned16(net->head.data))
+        net->glu_dim % n || net->embed.dtype != outer || net->head.dtype != outer ||
+        !aligned16(net->head.data) || !aligned16(net->head.scales) ||
+        (quantised ? be->base.act_dtype != LTN_BF16 : !be->step_streams))
+        return false;
+    if (net->embed_dim > MAX_DIM || net->hidden_dim > MAX_DIM || net->glu_dim > MAX_GLU ||
+        4 * net->hidden_dim < be->n_sms || net->glu_dim / 2 < be->n_sms || net->embed_dim > PASS * be->n_sms)
         return false;
     for (int32_t l = 0; l < net->n_layers; l++) {
         const struct ltn_layer *y = &net->layers[l];
         const struct ltn_linear *all[] = {&y->qkv, &y->out, &y->l1, &y->l2, &y->l3};
         for (const struct ltn_linear *linear : all)
-            if (linear->bias || linear->w.dtype != net->embed.dtype || !aligned16(linear->w.data))
+            if (linear->bias || linear->w.dtype != dtype || !aligned16(linear->w.data) ||
+                !aligned16(linear->w.scales))
                 return false;
         if (y->token_norm.weight || y->attn_norm.weight || y->channel_norm.weight ||
             y->attention.state_offset % 4)
             return false;
     }
-    a->max_input = max32(net->embed_dim, max32(net->hidden_dim, net->glu_dim));
-    a->max_sums =
-        max32(max32(most_sums(4 * net->hidden_dim, be->n_sms, 1), most_sums(2 * net->glu_dim, be->n_sms, 2)),
-              max32(most_sums(net->vocab_size, be->n_sms, 1), most_sums(net->embed_dim, be->n_sms, 1)));
-    a->max_sums = (a->max_sums + 3) & ~3;
-    *shared = (size_t)DEPTH * THREADS * 16 +
-              ((size_t)a->max_input + a->max_sums + WARPS * COLS + WARPS + net->embed_dim / be->n_sms + 1) *
-                  sizeof(float);
-    return *shared <= be->max_shared;
+    return true;
 }
 
-template <typename W, typename A>
-static enum ltn_status run(struct cuda_backend *be, const struct step_args &a, size_t shared,
-                           struct ltn_error *err)
+/* What is on its way delays what blocks tell each other, so the less a block has to fetch between two of
+ * them, the lower the limit. Measured at the released shapes: 53, 211 and 770 KB of a product of 16 bits a
+ * block. */
+static void set_limits(struct step_args *a, const struct ltn_network *net, int32_t n_sms)
 {
+    const enum ltn_dtype dtype = net->layers[0].qkv.w.dtype;
+    a->coming = 2, a->coming_idle = 1;
+    if (ltn_is_quantised(dtype))
+        return;
+    const int64_t D = net->embed_dim, H = net->hidden_dim, G = net->glu_dim;
+    const int64_t each = (5 * D * H + 3 * D * G) / N_PHASES * (int64_t)ltn_dtype_size(dtype) / n_sms;
+    a->coming = each < 128 << 10 ? 2 : each < 512 << 10 ? 3 : 4;
+    a->coming_idle = 2;
+}
+
+template <typename W>
+static enum ltn_status run(struct cuda_backend *be, struct step_args *a, struct ltn_error *err)
+{
+    a->max_input = input_floats(max32(a->D, max32(a->H, a->G)), W());
+    if (a->embed_scales)
+        a->max_input = max32(a->max_input, input_floats(a->D, quant<q8>()));
+    const size_t shared =
+        ring<W>::BYTES + sizeof(struct share) * (HEAD + 1) +
+        ((size_t)a->max_input + 2 * GROUPS * WARPS * GROUP + WARPS * COLS + 2 * WARPS) * sizeof(float);
+    if (shared > be->max_shared)
+        return LTN_ERR_UNSUPPORTED;
     cudaLaunchAttribute together = {};
     together.id = cudaLaunchAttributeCooperative;
     together.val.cooperative = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(be->n_sms);
-    config.blockDim = dim3(THREADS);
+    config.blockDim = dim3(THREADS + (ring<W>::STREAMS ? STREAMER : 0));
     config.dynamicSmemBytes = shared;
     config.stream = be->stream;
     config.attrs = &together;
     config.numAttrs = 1;
-    CUDA_TRY(be, err, (cudaLaunchKernelEx(&config, step_kernel<W, A>, a)));
+    CUDA_TRY(be, err, (cudaLaunchKernelEx(&config, step_kernel<W>, *a)));
     return LTN_OK;
 }
 
 enum ltn_status cuda_step(struct ltn_backend *base, const struct ltn_network *net, const struct ltn_seq *seq,
-                          const int32_t *id, float *logits, float *x, void *qkv, void *o, void *h,
-                          struct ltn_error *err)
+                          const int32_t *id, float *logits, struct ltn_error *err)
 {
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
     struct step_args a;
-    size_t shared;
 
-    if (!suits(be, net, &shared, &a))
+    if (!suits(be, net))
         return LTN_ERR_UNSUPPORTED;
     a.V = net->vocab_size, a.D = net->embed_dim, a.H = net->hidden_dim, a.G = net->glu_dim;
     a.n_heads = net->layers[0].attention.n_heads;
@@ -527,42 +393,59 @@ enum ltn_status cuda_step(struct ltn_backend *base, const struct ltn_network *ne
     a.act = net->act;
     a.embed_scale = net->embed_scale;
     a.embed = net->embed.data, a.head = net->head.data;
+    a.embed_scales = net->embed.scales, a.head_scales = net->head.scales;
+    set_limits(&a, net, be->n_sms);
     a.id = id;
     a.steps = be->steps;
     a.pos = seq->pos;
     a.state = seq->state;
-    a.logits = logits, a.x = x, a.qkv = qkv, a.o = o, a.h = h;
-    a.barrier = be->step_barrier;
+    a.logits = logits;
+    a.words = static_cast<struct words *>(be->step_words);
     for (int32_t l = 0; l < net->n_layers; l++) {
         const struct ltn_layer *y = &net->layers[l];
-        a.layers[l] = {
-            y->qkv.w.data, y->out.w.data,       y->l1.w.data,       y->l2.w.data,
-            y->l3.w.data,  y->attention.slopes, y->attention.theta, (int64_t)y->attention.state_offset};
+        a.layers[l] = {y->qkv.w.data,
+                       y->out.w.data,
+                       y->l1.w.data,
+                       y->l2.w.data,
+                       y->l3.w.data,
+                       {y->qkv.w.scales, y->out.w.scales, y->l1.w.scales, y->l2.w.scales, y->l3.w.scales},
+                       y->attention.slopes,
+                       y->attention.theta,
+                       (int64_t)y->attention.state_offset};
     }
-#define RUN(W, A) run<W, A>(be, a, shared, err)
-    return FOR_TYPES(be, err, net->embed.dtype, RUN);
+    const enum ltn_dtype dtype = net->layers[0].qkv.w.dtype;
+#define RUN(W, A) run<W>(be, &a, err)
+    return dtype == LTN_Q8    ? RUN(quant<q8>, )
+           : dtype == LTN_FP8 ? RUN(quant<fp8>, )
+           : dtype == LTN_Q4  ? RUN(quant<q4>, )
+                              : FOR_TYPES(be, err, dtype, RUN);
 #undef RUN
 }
 
-template <typename W, typename A>
-static enum ltn_status allow_shared(struct cuda_backend *be, struct ltn_error *err)
+template <typename W> static enum ltn_status allow_shared(struct cuda_backend *be, struct ltn_error *err)
 {
     CUDA_TRY(be, err,
-             cudaFuncSetAttribute(step_kernel<W, A>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+             cudaFuncSetAttribute(step_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   (int)be->max_shared));
     return LTN_OK;
 }
 
 enum ltn_status step_open(struct cuda_backend *be, struct ltn_error *err)
 {
-    int together = 0;
+    int together = 0, major = 0, minor = 0;
     CUDA_TRY(be, err, cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, be->device));
+    CUDA_TRY(be, err, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, be->device));
+    CUDA_TRY(be, err, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, be->device));
+    be->step_streams = major == 9 && minor == 0;
     if (!together)
         return LTN_OK;
-    LTN_TRY((allow_shared<float, float>(be, err)));
-    LTN_TRY((allow_shared<__nv_bfloat16, __nv_bfloat16>(be, err)));
-    LTN_TRY((allow_shared<__half, __nv_bfloat16>(be, err)));
-    CUDA_TRY(be, err, cudaMalloc(&be->step_barrier, 2 * sizeof(uint32_t)));
-    CUDA_TRY(be, err, cudaMemsetAsync(be->step_barrier, 0, 2 * sizeof(uint32_t), be->stream));
+    LTN_TRY(allow_shared<float>(be, err));
+    LTN_TRY(allow_shared<__nv_bfloat16>(be, err));
+    LTN_TRY(allow_shared<__half>(be, err));
+    LTN_TRY(allow_shared<quant<q8>>(be, err));
+    LTN_TRY(allow_shared<quant<fp8>>(be, err));
+    LTN_TRY(allow_shared<quant<q4>>(be, err));
+    CUDA_TRY(be, err, cudaMalloc(&be->step_words, sizeof(struct words)));
+    CUDA_TRY(be, err, cudaMemsetAsync(be->step_words, 0, sizeof(struct words), be->stream));
     return LTN_OK;
 }

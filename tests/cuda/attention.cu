@@ -3,7 +3,8 @@
  *   attention test     shapes, tails, packed sequences, start states, LRPE, split points; exit 1 on a failure
  *   attention small    a few tiny cases, for compute-sanitizer
  *   attention tune     milliseconds by heads, rows and walkers
- *   attention time E,HEADS,ROWS,WALKERS[,LRPE]...     milliseconds of these shapes (walkers 0: as chosen)
+ *   attention time E,HEADS,ROWS,WALKERS[,LRPE[,GATED[,PORTABLE]]]...     milliseconds of these shapes
+ *                                                                       (walkers 0: as chosen)
  *
  * Outputs and everything outside the inputs hold NaN beforehand, so that what is not written, or is read out
  * of bounds, shows. */
@@ -38,6 +39,7 @@ struct test_case {
     int64_t pos;
     int32_t ld = 0;     /* between rows of q, k, v; 0: that of q, k, v and a gate side by side */
     int32_t pieces = 1; /* calls, one after another, cut at random rows */
+    bool gated = false;
 };
 
 /* Counter-based noise, so that inputs need no host copy: two rounds of a 64-bit mixer, then Box-Muller. */
@@ -113,6 +115,24 @@ __global__ void reference(double *o, double *state, const __nv_bfloat16 *q, cons
         *own = s;
 }
 
+/* squares [heads e / 64, rows] of o's 64 columns each; then o is multiplied by the gate. */
+__global__ void gate_reference(double *o, double *squares, const __nv_bfloat16 *gate, int64_t ld,
+                               int64_t rows, int width)
+{
+    const int64_t row = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+    if (row >= rows)
+        return;
+    for (int group = 0; group < width / 64; ++group) {
+        double sum = 0;
+        for (int c = group * 64; c < group * 64 + 64; ++c) {
+            double *at = o + row * width + c;
+            sum += *at * *at;
+            *at *= double(__bfloat162float(gate[row * ld + c]));
+        }
+        squares[group * rows + row] = sum;
+    }
+}
+
 /* sums[0] += |x - y|^2, sums[1] += |y|^2; a NaN in x stays */
 template <class T> __global__ void compare(const T *x, const double *y, int64_t n, double *sums)
 {
@@ -159,7 +179,7 @@ double relative(const double *sums)
 }
 
 struct result {
-    double o, state;
+    double o, state, squares;
     bool repeat, clean; /* same bits twice; nothing written beyond the output, flags left at zero */
 };
 
@@ -177,12 +197,18 @@ result run_case(const test_case &c, uint64_t seed)
     auto *start = device_alloc<float>(n_seqs * 2 * layer), *state = device_alloc<float>(n_seqs * 2 * layer);
     auto *slopes = device_alloc<float>(c.heads), *theta = device_alloc<float>(width);
     auto *o_ref = device_alloc<double>(rows * width), *s_ref = device_alloc<double>(n_seqs * layer);
-    auto *sums = device_alloc<double>(4);
+    auto *sums = device_alloc<double>(6);
+    auto *squares = device_alloc<float>(rows * width / 64 + 64);
+    auto *squares_ref = device_alloc<double>(rows * width / 64 + 64);
+    const size_t turned_bytes = c.lrpe ? ltn_lightning_turned(rows, c.heads, c.e) : 0;
+    auto *turned = device_alloc<char>(turned_bytes + 16);
+    CHECK(cudaMemset(turned, 0xFF, turned_bytes));
+    CHECK(cudaMemset(squares, 0xFF, sizeof(float) * (rows * width / 64)));
     size_t work_bytes = ltn_lightning_workspace(c.heads, c.e, c.lrpe);
     auto *work = device_alloc<char>(work_bytes);
     CHECK(cudaMemset(work, 0, work_bytes));
 
-    fill_bf16<<<1024, 256>>>(qkvu, rows, all_rows, 3 * width, ld, seed);
+    fill_bf16<<<1024, 256>>>(qkvu, rows, all_rows, (c.gated ? 4 : 3) * width, ld, seed);
     fill_f32<<<256, 256>>>(start, n_seqs * 2 * layer, seed + 1, 5.0f);
     std::vector<float> host = make_slopes(c.heads, c.last_layer), angles(width);
     for (int i = 0; i < width; ++i)
@@ -228,7 +254,12 @@ result run_case(const test_case &c, uint64_t seed)
                                            work,
                                            work_bytes,
                                            c.walkers,
-                                           c.portable};
+                                           c.portable,
+                                           nullptr,
+                                           turned_bytes ? turned : nullptr,
+                                           c.gated ? q + 3 * width : nullptr,
+                                           ld,
+                                           squares};
                 if (!ltn_lightning_supports(&call)) {
                     fprintf(stderr, "e=%d lrpe=%d: not supported\n", c.e, c.lrpe);
                     exit(1);
@@ -249,7 +280,7 @@ result run_case(const test_case &c, uint64_t seed)
     CHECK(cudaMemcpy(flags.data(), work, flags.size(), cudaMemcpyDeviceToHost));
     r.clean = r.clean && std::all_of(flags.begin(), flags.end(), [](char x) { return x == 0; });
 
-    CHECK(cudaMemset(sums, 0, 4 * sizeof(double)));
+    CHECK(cudaMemset(sums, 0, 6 * sizeof(double)));
     for (int i = 0; i < n_seqs; ++i) {
         widen<<<256, 256>>>(s_ref + i * layer, start + i * 2 * layer + offset, layer);
         const __nv_bfloat16 *q = qkvu + int64_t(seqs[i].first) * ld;
@@ -258,13 +289,19 @@ result run_case(const test_case &c, uint64_t seed)
                                                  c.heads, c.e, d, slopes, a.theta);
         compare<<<256, 256>>>(state + i * 2 * layer + offset, s_ref + i * layer, layer, sums + 2);
     }
+    if (c.gated) {
+        gate_reference<<<(rows + 127) / 128, 128>>>(o_ref, squares_ref, qkvu + 3 * width, ld, rows, width);
+        compare<<<256, 256>>>(squares, squares_ref, rows * width / 64, sums + 4);
+    }
     compare<<<1024, 256>>>(o, o_ref, rows * width, sums);
-    double host_sums[4];
+    double host_sums[6];
     CHECK(cudaMemcpy(host_sums, sums, sizeof(host_sums), cudaMemcpyDeviceToHost));
     r.o = relative(host_sums);
     r.state = relative(host_sums + 2);
-    for (void *p : {(void *)qkvu, (void *)o, (void *)start, (void *)state, (void *)slopes, (void *)theta,
-                    (void *)o_ref, (void *)s_ref, (void *)sums, (void *)work})
+    r.squares = c.gated ? relative(host_sums + 4) : 0;
+    for (void *p :
+         {(void *)qkvu, (void *)o, (void *)start, (void *)state, (void *)slopes, (void *)theta, (void *)o_ref,
+          (void *)s_ref, (void *)sums, (void *)work, (void *)squares, (void *)squares_ref, (void *)turned})
         CHECK(cudaFree(p));
     return r;
 }
@@ -275,16 +312,17 @@ int run_cases(const std::vector<test_case> &cases)
     uint64_t seed = 7;
     for (const test_case &c : cases) {
         result r = run_case(c, seed += 2);
-        bool good = r.o <= 2.5e-3 && r.state <= 5e-4 && r.repeat && r.clean;
+        bool good = r.o <= 2.5e-3 && r.state <= 5e-4 && r.squares <= 5e-3 && r.repeat && r.clean;
         failures += !good;
         std::string rows;
         for (size_t i = 0; i < c.rows.size(); ++i)
             rows += (i ? "," : "") + std::to_string(c.rows[i]);
-        printf("%s e=%-3d h=%-2d lrpe=%d layer=%s %s W=%-2d pieces=%d n=%-22s o %.3e state %.3e%s%s\n",
-               good ? "ok  " : "FAIL", c.e, c.heads, c.lrpe, c.last_layer ? "last " : "first",
-               c.portable ? "portable" : "default ", c.walkers, c.pieces, rows.c_str(), r.o, r.state,
-               r.repeat ? "" : " [bits differ between runs]",
-               r.clean ? "" : " [wrote out of bounds, or left flags]");
+        printf(
+            "%s e=%-3d h=%-2d lrpe=%d gate=%d layer=%s %s W=%-2d pieces=%d n=%-22s o %.3e state %.3e%s%s\n",
+            good ? "ok  " : "FAIL", c.e, c.heads, c.lrpe, c.gated, c.last_layer ? "last " : "first",
+            c.portable ? "portable" : "default ", c.walkers, c.pieces, rows.c_str(), r.o, r.state,
+            r.repeat ? "" : " [bits differ between runs]",
+            r.clean ? "" : " [wrote out of bounds, or left flags]");
         fflush(stdout);
     }
     printf("%d of %zu cases failed\n", failures, cases.size());
@@ -311,9 +349,32 @@ std::vector<test_case> test_cases()
             for (int n : {2048, 65536})
                 cases.push_back({e, 8, false, last, false, 0, {n}, 0});
     }
+    /* and with a gate, LRPE, or both */
+    for (int kind = 0; kind < 4; ++kind) {
+        const int e = kind == 3 ? 64 : 128;
+        const bool lrpe = kind == 1 || kind == 2, gated = kind != 1;
+        auto add = [&](int heads, bool last, int walkers, std::vector<int32_t> rows, int64_t pos) {
+            cases.push_back({e, heads, lrpe, last, false, walkers, rows, pos, 0, 1, gated});
+        };
+        for (int n : {1, 5, 63, 64, 65, 130, 257, 1000})
+            add(3, n % 2 == 0, 0, {n}, 3);
+        for (int w : {1, 2, 3, 5, 8, 16, -2, -3, -4})
+            add(4, w % 2 == 0, w, {64 * 37 + 11}, int64_t(1) << 24);
+        add(5, true, -4, {700, 1, 64, 1111}, 3);
+        add(70, false, -2, {300}, 3);
+        add(2, false, 0, {1, 70, 640, 129, 2, 64}, 3);
+        add(5, true, 4, {700, 1, 64, 1111}, 3);
+        add(40, false, 3, {1500}, 3);
+        for (int n = 1; n <= 64; n += 3)
+            add(1 + n % 3, n % 2 == 0, (n & 8 ? -1 : 1) * (1 + n % 4), {576 + n}, 100);
+        for (bool last : {false, true})
+            for (int n : {2048, 65536})
+                add(8, last, 0, {n}, 0);
+    }
     std::vector<int32_t> many(70, 3);
     many[5] = 200;
     cases.push_back({128, 2, false, false, false, 0, many, 3});
+    cases.push_back({128, 2, true, false, false, 0, many, 3, 0, 1, true});
     /* the portable kernel: every width, with and without LRPE */
     for (int e : {64, 80, 96, 128, 160, 192, 256})
         for (bool lrpe : {false, true}) {
@@ -335,7 +396,7 @@ std::vector<test_case> test_cases()
         cases.push_back({80, 1, true, n % 2 == 0, true, 1 + n % 4, {576 + n}, 1000});
     for (int i = 0; i < 12; ++i) {
         cases.push_back({i % 2 ? 64 : 128, 3, false, i % 3 == 0, i % 4 == 3, 0, {2000, 1500}, 7, 0, 2 + i});
-        cases.push_back({128, 2, true, i % 3 == 0, true, 0, {1100}, 7, 0, 2 + i});
+        cases.push_back({128, 2, true, i % 3 == 0, i % 2 == 0, 0, {1100}, 7, 0, 2 + i});
     }
     cases.push_back({128, 2, false, true, false, 0, {36000}, 0, 65536});
     cases.push_back({128, 1, true, true, true, 0, {36000}, 0, 65536});
@@ -344,17 +405,23 @@ std::vector<test_case> test_cases()
 
 std::vector<test_case> small_cases()
 {
-    return {{128, 2, false, true, false, 2, {400}, 0},     {64, 2, false, true, false, 2, {300}, 0},
-            {128, 2, false, true, false, 1, {70, 130}, 0}, {128, 2, false, true, false, -3, {500}, 0},
-            {128, 2, true, true, true, 2, {300}, 0},       {80, 2, false, true, true, 2, {300, 65}, 0}};
+    return {{128, 2, false, true, false, 2, {400}, 0},
+            {64, 2, false, true, false, 2, {300}, 0},
+            {128, 2, false, true, false, 1, {70, 130}, 0},
+            {128, 2, false, true, false, -3, {500}, 0},
+            {128, 2, true, true, true, 2, {300}, 0},
+            {80, 2, false, true, true, 2, {300, 65}, 0},
+            {128, 1, false, true, false, 2, {330}, 0, 0, 1, true},
+            {128, 1, true, true, false, 2, {330, 70}, 0, 0, 1, true},
+            {128, 1, true, true, false, -2, {300}, 0}};
 }
 
 /* Median milliseconds of one call, replayed in a graph over inputs that together exceed the L2 cache. */
-double time_call(int e, int heads, int n, int walkers, bool portable, bool lrpe = false)
+double time_call(int e, int heads, int n, int walkers, bool portable, bool lrpe = false, bool gated = false)
 {
-    const int width = heads * e, ld = 3 * width;
+    const int width = heads * e, ld = (gated ? 4 : 3) * width;
     const int64_t layer = int64_t(heads) * e * e * (lrpe ? 2 : 1);
-    const size_t set = size_t(n) * 4 * width * 2;
+    const size_t set = size_t(n) * (ld + width) * 2;
     const int sets = std::max<int>(1, int((300u << 20) / set) + 1),
               calls = std::max(sets, set < (256u << 20) ? 8 : 1);
     auto *qkv = device_alloc<__nv_bfloat16>(int64_t(sets) * n * ld),
@@ -363,6 +430,9 @@ double time_call(int e, int heads, int n, int walkers, bool portable, bool lrpe 
          *theta = device_alloc<float>(width);
     size_t work_bytes = ltn_lightning_workspace(heads, e, lrpe);
     auto *work = device_alloc<char>(work_bytes);
+    const size_t turned_bytes = lrpe ? ltn_lightning_turned(n, heads, e) : 0;
+    auto *turned = device_alloc<char>(turned_bytes + 16);
+    auto *squares = device_alloc<float>(int64_t(n) * width / 64 + 64);
     CHECK(cudaMemset(work, 0, work_bytes));
     CHECK(cudaMemset(state, 0, sizeof(float) * layer));
     fill_bf16<<<2048, 256>>>(qkv, int64_t(sets) * n, int64_t(sets) * n, ld, ld, 3);
@@ -393,7 +463,14 @@ double time_call(int e, int heads, int n, int walkers, bool portable, bool lrpe 
                                    work,
                                    work_bytes,
                                    walkers,
-                                   portable};
+                                   portable,
+                                   nullptr,
+                                   turned_bytes ? turned : nullptr,
+                                   gated ? q + 3 * width : nullptr,
+                                   ld,
+                                   squares};
+        if (!ltn_lightning_supports(&call))
+            return NAN;
         CHECK(ltn_lightning_prefill(stream, &call));
     }
     CHECK(cudaStreamEndCapture(stream, &graph));
@@ -412,7 +489,8 @@ double time_call(int e, int heads, int n, int walkers, bool portable, bool lrpe 
     CHECK(cudaGraphExecDestroy(exec));
     CHECK(cudaGraphDestroy(graph));
     CHECK(cudaStreamDestroy(stream));
-    for (void *p : {(void *)qkv, (void *)o, (void *)state, (void *)slopes, (void *)theta, (void *)work})
+    for (void *p : {(void *)qkv, (void *)o, (void *)state, (void *)slopes, (void *)theta, (void *)work,
+                    (void *)turned, (void *)squares})
         CHECK(cudaFree(p));
     std::nth_element(ms.begin(), ms.begin() + ms.size() / 2, ms.end());
     return ms[ms.size() / 2];
@@ -482,8 +560,19 @@ extern "C" int attention_call(void *stream, void *o, const void *q, const void *
 {
     ltn_attention a = {heads, e, slopes, nullptr, 0};
     ltn_seq seq = {state, 0, 0, n};
-    ltn_lightning_call call = {
-        o, q, k, v, ld, &a, &seq, 1, work, ltn_lightning_workspace(heads, e, false), walkers, portable != 0};
+    ltn_lightning_call call = {};
+    call.o = o;
+    call.q = q;
+    call.k = k;
+    call.v = v;
+    call.ld = ld;
+    call.a = &a;
+    call.seqs = &seq;
+    call.n_seqs = 1;
+    call.workspace = work;
+    call.workspace_bytes = ltn_lightning_workspace(heads, e, false);
+    call.walkers = walkers;
+    call.portable = portable != 0;
     return ltn_lightning_supports(&call) ? ltn_lightning_prefill(static_cast<cudaStream_t>(stream), &call)
                                          : -1;
 }
@@ -501,17 +590,19 @@ int main(int argc, char **argv)
         return 0;
     }
     for (int i = 2; mode_is_time && i < argc; ++i) {
-        int e, heads, n, walkers, lrpe = 0;
-        if (sscanf(argv[i], "%d,%d,%d,%d,%d", &e, &heads, &n, &walkers, &lrpe) < 4) {
-            fprintf(stderr, "attention: expected E,HEADS,ROWS,WALKERS[,LRPE], found %s\n", argv[i]);
+        int e, heads, n, walkers, lrpe = 0, gated = 0, portable = 0;
+        if (sscanf(argv[i], "%d,%d,%d,%d,%d,%d,%d", &e, &heads, &n, &walkers, &lrpe, &gated, &portable) < 4) {
+            fprintf(stderr, "attention: expected E,HEADS,ROWS,WALKERS[,LRPE[,GATED[,PORTABLE]]], found %s\n",
+                    argv[i]);
             return 2;
         }
-        printf("e=%d h=%d n=%d W=%d lrpe=%d: %.5f ms\n", e, heads, n, walkers, lrpe,
-               time_call(e, heads, n, walkers, lrpe != 0, lrpe != 0));
+        printf("e=%d h=%d n=%d W=%d lrpe=%d gated=%d portable=%d: %.5f ms\n", e, heads, n, walkers, lrpe,
+               gated, portable, time_call(e, heads, n, walkers, portable != 0, lrpe != 0, gated != 0));
         fflush(stdout);
     }
     if (mode_is_time)
         return 0;
-    fprintf(stderr, "usage: attention test|small|tune|time E,HEADS,ROWS,WALKERS[,LRPE]...\n");
+    fprintf(stderr,
+            "usage: attention test|small|tune|time E,HEADS,ROWS,WALKERS[,LRPE[,GATED[,PORTABLE]]]...\n");
     return 2;
 }

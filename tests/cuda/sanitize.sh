@@ -4,7 +4,8 @@
 failed=0
 for tool in memcheck initcheck synccheck racecheck; do
     for test in "test_ops 'sample, BF16'" "test_ops 'sum, BF16'" "test_ops 'transfers, BF16'" \
-        "test_ops 'embed, BF16'" "test_ops 'norms, BF16'" "test_decode 'split invariance, BF16'"; do
+        "test_ops 'embed, BF16'" "test_ops 'norms, BF16'" "test_decode 'split invariance, BF16'" \
+        "test_conv 2 77" "attention small"; do
         if eval "timeout 120 compute-sanitizer --tool $tool --error-exitcode 99 $1/$test" >/tmp/sanitize.$$ 2>&1; then
             echo "ok $tool $test"
         else

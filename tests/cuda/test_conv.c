@@ -3,7 +3,8 @@
  * with few images, judged on the device. Outputs and workspaces begin as NaN, and what lies behind an output
  * must stay as it is.
  *
- * test_conv [SHAPES [SEED]] */
+ * test_conv [SHAPES [SEED]]: the layers from 100 shapes on; from 500 on, or with 0 alone, an image of 10 GB
+ * too */
 #include "kernels/conv/conv.h"
 #include "kernels/dtype.h"
 #include "tests/conv_shapes.h"
@@ -98,6 +99,21 @@ static void compare(const struct ltn_conv_shape *s, enum ltn_conv_algo algo, con
         }
 }
 
+/* The product alone, on the workspace as it was left, gives the same bits. */
+static void run_again(const struct ltn_conv_shape *s, struct ltn_conv2d *op, void *y, size_t y_bytes,
+                      const void *x, void *workspace)
+{
+    uint8_t *first = room(y_bytes), *second = room(y_bytes);
+    need(conv->ops->download(conv, first, y, y_bytes, &err));
+    need(conv->ops->fill(conv, y, 0xff, y_bytes, &err));
+    need(ltn_conv2d_run(op, y, x, workspace, LTN_CONV_KERNEL, &err));
+    need(conv->ops->download(conv, second, y, y_bytes, &err));
+    if (memcmp(first, second, y_bytes) != 0)
+        complain(s, ltn_conv2d_info(op)->algo, "other bits when run again", 1);
+    free(first);
+    free(second);
+}
+
 /* One algorithm: y is device memory of the shape and GUARD bytes. */
 static bool run(const struct ltn_conv_shape *s, enum ltn_conv_algo algo, void *y, size_t y_bytes,
                 const void *x, const float *filter, const float *bias)
@@ -118,6 +134,8 @@ static bool run(const struct ltn_conv_shape *s, enum ltn_conv_algo algo, void *y
     need(ltn_conv2d_run(op, y, x, workspace, LTN_CONV_ALL, &err));
     if (bytes == 0) /* without a workspace there is no transform */
         need(ltn_conv2d_run(op, y, x, workspace, LTN_CONV_TRANSFORM, &err));
+    if (algo == LTN_CONV_IM2WIN || algo == LTN_CONV_FUSED)
+        run_again(s, op, y, y_bytes, x, workspace);
     ltn_conv2d_free(op);
     conv->ops->free(conv, workspace);
     return true;
@@ -199,6 +217,50 @@ static void test_layer(int layer)
     free(filter);
 }
 
+/* An image whose window tensor is beyond what explicit im2win reaches with 32 bits. */
+static void test_wide(void)
+{
+    const struct ltn_conv_shape s = {.n = 1,
+                                     .ci = 1,
+                                     .hi = 40000,
+                                     .wi = 40000,
+                                     .co = 1,
+                                     .hf = 3,
+                                     .wf = 1,
+                                     .sh = 2,
+                                     .sw = 1,
+                                     .dh = 1,
+                                     .dw = 1,
+                                     .groups = 1};
+    const float filter[3] = {0.5f, -1.25f, 2};
+    const size_t x_bytes = (size_t)ltn_conv_x_elements(&s) * 4, y_bytes = (size_t)ltn_conv_y_elements(&s) * 4;
+    void *x = NULL, *y = NULL, *workspace = NULL;
+    struct ltn_conv2d *op = NULL;
+    double error = NAN;
+
+    need(ltn_conv2d_create(&op, conv, &s, LTN_CONV_IM2WIN, filter, NULL, &err));
+    enum ltn_status status = conv->ops->alloc(conv, &x, x_bytes, &err);
+    if (status == LTN_OK)
+        status = conv->ops->alloc(conv, &y, y_bytes, &err);
+    if (status == LTN_OK)
+        status = conv->ops->alloc(conv, &workspace, ltn_conv2d_info(op)->workspace_bytes, &err);
+    if (status == LTN_ERR_MEMORY) {
+        printf("# an image of 2.4e9 elements: not run: %s\n", err.text);
+    } else {
+        need(status);
+        need(conv->ops->normal(conv, x, LTN_CONV_F32, ltn_conv_x_elements(&s), 7, &err));
+        need(conv->ops->fill(conv, y, 0xff, y_bytes, &err));
+        need(ltn_conv2d_run(op, y, x, workspace, LTN_CONV_ALL, &err));
+        need(conv->ops->rel_l2(conv, &error, &s, y, x, filter, NULL, 0, s.n, &err));
+        judge(&s, LTN_CONV_IM2WIN, error);
+        printf("# an image of 2.4e9 elements: relative error %.2g\n", error);
+    }
+    ltn_conv2d_free(op);
+    conv->ops->free(conv, x);
+    conv->ops->free(conv, y);
+    conv->ops->free(conv, workspace);
+}
+
 int main(int argc, char **argv)
 {
     const int shapes = argc > 1 ? atoi(argv[1]) : 600;
@@ -210,14 +272,17 @@ int main(int argc, char **argv)
         test_shape(conv_random_shape(seed + (uint64_t)i, i % 10 == 9 ? 4e7 : 4e6), 1000 * seed + (uint64_t)i);
     for (int layer = 1; layer <= 12 && shapes >= 100; layer++)
         test_layer(layer);
+    if (shapes >= 500 || shapes == 0)
+        test_wide();
     for (int a = 0; a < LTN_CONV_ALGOS; a++)
         printf("# %-20s ran %d, not for %d; worst relative error f32 %.2g, tf32 %.2g, bf16 %.2g\n",
                ltn_conv_algo_name((enum ltn_conv_algo)a), ran[a], refused[a], worst[a][LTN_CONV_F32],
                worst[a][LTN_CONV_TF32], worst[a][LTN_CONV_BF16]);
     const bool hopper = strstr(conv->name, "H100") || strstr(conv->name, "H200");
-    const bool all = ran[LTN_CONV_AUTO] && ran[LTN_CONV_IM2WIN] && ran[LTN_CONV_IM2COL] &&
-                     ran[LTN_CONV_IM2COL_IMAGE] && ran[LTN_CONV_DIRECT] && ran[LTN_CONV_DIRECT_NAIVE] &&
-                     (ran[LTN_CONV_FUSED] || !hopper);
+    const bool each = ran[LTN_CONV_AUTO] && ran[LTN_CONV_IM2WIN] && ran[LTN_CONV_IM2COL] &&
+                      ran[LTN_CONV_IM2COL_IMAGE] && ran[LTN_CONV_DIRECT] && ran[LTN_CONV_DIRECT_NAIVE] &&
+                      (ran[LTN_CONV_FUSED] || !hopper);
+    const bool all = each || shapes == 0;
     ltn_conv_close(conv);
     printf("%s 1 - %d random shapes%s\n1..1\n", failed || !all ? "not ok" : "ok", shapes,
            shapes >= 100 ? " and the twelve layers" : "");

@@ -818,8 +818,9 @@ static void test_fused_present(void **state)
 {
     (void)state;
     const struct ltn_ops *o = be->ops;
-    assert_true(o->norm_linear && o->norm_glu && o->gated_linear_add && o->norm_logits && o->step &&
-                o->sample && o->sum && o->record && o->recorded && o->replay && o->recording_free);
+    assert_true(o->norm_linear && o->norm_glu && o->gated_linear_add && o->lightning_linear_add &&
+                o->norm_logits && o->step && o->sample && o->sum && o->record && o->recorded && o->replay &&
+                o->recording_free);
 }
 
 static const struct {

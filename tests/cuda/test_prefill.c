@@ -14,7 +14,7 @@
 
 #include <cmocka.h>
 
-enum { VOCAB = 500, CHUNK = 4096, LONGEST = 9001 };
+enum { VOCAB = 500, CHUNK = 8192, LONGEST = 9001 };
 
 static const struct ltn_config shape = {.vocab_size = VOCAB,
                                         .embed_dim = 512,
@@ -190,9 +190,124 @@ static void test_fp8(void **state)
     rig_close(&r);
 }
 
+/* The attention with its gate and the sum into the stream, as one operation and as two: states to the bit,
+ * and the stream within rounding. */
+enum { MOST_SEQS = 4 };
+struct mixer_case {
+    int32_t n_heads, outs;
+    bool lrpe;
+    int32_t counts[MOST_SEQS + 1]; /* rows of each sequence, ended by 0 */
+};
+
+/* [n] on the device: normal numbers, as bf16 or f32 */
+static void *upload_normal(struct ltn_backend *be, size_t n, bool f32, double scale, struct test_rng *rng)
+{
+    struct ltn_error err = {0};
+    const size_t bytes = n * (f32 ? sizeof(float) : sizeof(uint16_t));
+    uint8_t *host = malloc(bytes);
+    void *device;
+    assert_non_null(host);
+    for (size_t i = 0; i < n; i++) {
+        const float v = (float)(scale * test_normal(rng));
+        uint32_t bits;
+        memcpy(&bits, &v, sizeof bits);
+        const uint16_t upper = (uint16_t)(bits >> 16);
+        memcpy(host + (f32 ? 4 * i : 2 * i), f32 ? (const void *)&bits : &upper, f32 ? 4 : 2);
+    }
+    CHECK(be->ops->alloc(be, &device, bytes, &err));
+    CHECK(be->ops->upload(be, device, host, bytes, &err));
+    free(host);
+    return device;
+}
+
+static void check_mixer(struct ltn_backend *be, const struct mixer_case *c, struct test_rng *rng)
+{
+    enum { E = 128 };
+    struct ltn_error err = {0};
+    const struct ltn_ops *ops = be->ops;
+    const struct ltn_norm norm = {0};
+    const size_t H = (size_t)c->n_heads * E, layer = H * E * (c->lrpe ? 2 : 1);
+    int32_t rows = 0, n_seqs = 0;
+    for (; c->counts[n_seqs]; n_seqs++)
+        rows += c->counts[n_seqs];
+    const size_t n = (size_t)rows * (size_t)c->outs;
+    float slopes[64], theta[64 * E];
+    for (int32_t i = 0; i < c->n_heads; i++)
+        slopes[i] = (float)exp2(-8.0 * (i + 1) / c->n_heads);
+    for (size_t i = 0; i < H; i++)
+        theta[i] = (float)pow(10000, -2.0 * (double)i / (double)H);
+
+    uint16_t *qkvu = upload_normal(be, (size_t)rows * 4 * H, false, 1, rng);
+    void *w = upload_normal(be, (size_t)c->outs * H, false, 0.05, rng);
+    float *x = upload_normal(be, n, true, 0, rng), *slopes_at = upload_normal(be, H, true, 0, rng);
+    float *theta_at = upload_normal(be, H, true, 0, rng), *state[2];
+    void *o = upload_normal(be, (size_t)rows * H, false, NAN, rng);
+    void *scratch = upload_normal(be, (size_t)rows * H, false, NAN, rng);
+    float *found[2], *states[2];
+    CHECK(ops->upload(be, slopes_at, slopes, (size_t)c->n_heads * sizeof *slopes, &err));
+    CHECK(ops->upload(be, theta_at, theta, H * sizeof *theta, &err));
+    struct test_rng start = *rng;
+    for (int i = 0; i < 2; i++) {
+        struct test_rng same = start;
+        state[i] = upload_normal(be, layer * MOST_SEQS, true, 3, &same);
+    }
+    const struct ltn_attention a = {c->n_heads, E, slopes_at, c->lrpe ? theta_at : NULL, 0};
+    const struct ltn_linear l = {.w = {w, LTN_BF16, c->outs, (int32_t)H, NULL}};
+    const int32_t ld = 4 * (int32_t)H;
+    for (int i = 0; i < 2; i++) {
+        struct ltn_seq seqs[MOST_SEQS];
+        for (int32_t j = 0, first = 0; j < n_seqs; first += c->counts[j++])
+            seqs[j] = (struct ltn_seq){state[i] + (size_t)j * layer, 1000 * j, first, c->counts[j]};
+        CHECK(ops->zero(be, x, n * sizeof *x, &err));
+        if (i == 0) {
+            CHECK(ops->lightning_linear_add(be, x, qkvu, qkvu + H, qkvu + 2 * H, ld, &a, seqs, n_seqs,
+                                            qkvu + 3 * H, ld, &norm, &l, rows, o, scratch, &err));
+        } else {
+            CHECK(ops->lightning(be, o, qkvu, qkvu + H, qkvu + 2 * H, ld, &a, seqs, n_seqs, &err));
+            CHECK(ops->gated_linear_add(be, x, o, qkvu + 3 * H, ld, &norm, &l, rows, scratch, &err));
+        }
+        found[i] = malloc(n * sizeof(float));
+        states[i] = malloc(layer * MOST_SEQS * sizeof(float));
+        assert_true(found[i] && states[i]);
+        CHECK(ops->download(be, found[i], x, n * sizeof(float), &err));
+        CHECK(ops->download(be, states[i], state[i], layer * MOST_SEQS * sizeof(float), &err));
+    }
+    const double error = apart(found[0], found[1], n);
+    print_message("# %d heads%s, %d rows in %d sequences: %.2g apart\n", c->n_heads, c->lrpe ? ", LRPE" : "",
+                  rows, n_seqs, error);
+    if (!(error <= 5e-3))
+        fail_msg("%d rows of %d heads%s: the operation and its parts are %g apart", rows, c->n_heads,
+                 c->lrpe ? ", LRPE" : "", error);
+    assert_memory_equal(states[0], states[1], layer * MOST_SEQS * sizeof(float));
+    for (int i = 0; i < 2; i++) {
+        free(found[i]);
+        free(states[i]);
+        ops->free(be, state[i]);
+    }
+    for (void **p = (void *[]){qkvu, w, x, slopes_at, theta_at, o, scratch, NULL}; *p; p++)
+        ops->free(be, *p);
+}
+
+static void test_mixer(void **state)
+{
+    (void)state;
+    static const struct mixer_case cases[] = {
+        {8, 1024, false, {3000}}, {8, 1024, true, {3000}},
+        {2, 2056, false, {1537}}, {3, 4096, true, {700, 1, 63, 257}},
+        {4, 3000, false, {1025}}, {4, 512, true, {1, 100, 64}},
+        {4, 512, false, {1, 1}},
+    };
+    struct ltn_backend *be = open_cuda(LTN_BF16);
+    struct test_rng rng = {5};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        check_mixer(be, &cases[i], &rng);
+    be->ops->close(be);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_mixer),
         cmocka_unit_test(test_splits),
         cmocka_unit_test(test_against_cpu),
         cmocka_unit_test(test_fp8),

@@ -106,26 +106,51 @@ static void drop_matrix(struct ltn_matrix *host, struct ltn_matrix *device)
     cuda->ops->free(cuda, (void *)device->scales);
 }
 
+enum { FEW = 1000 }; /* numbers */
 static double worst[LTN_N_DTYPES];
 
-static void judge(const struct numbers *v, enum ltn_dtype dtype, const char *what, int outs, int cols,
-                  int rows)
+/* How large the terms of a result's sums are: t [rows, outs], the root of the sum of (w x)^2. Errors are in
+ * proportion to it, and of few results all may happen to be small beside their terms; of many its norm is
+ * that of the results, so it is not worked out (0). */
+static void terms_of(float *t, const struct ltn_matrix *w, const float *x, int rows)
 {
-    /* bf16 results and weights, and what q4 rounds of its input, twice for a product of two; of few numbers
-     * the error may be larger by chance */
-    const double allowed = (dtype == LTN_Q4 ? 0.012 : 0.006) * (v->n < 100 ? 3 : 1), e = error_of(v);
+    const size_t outs = (size_t)w->rows, cols = (size_t)w->cols;
+    memset(t, 0, (size_t)rows * outs * sizeof *t);
+    for (size_t i = 0; (size_t)rows * outs < FEW && i < (size_t)rows * outs; i++) {
+        double sum = 0;
+        for (size_t c = 0; c < cols; c++) {
+            double term = ltn_weight(w->data, w->scales, w->dtype, cols, i % outs, c);
+            term *= x[i / outs * cols + c];
+            sum += term * term;
+        }
+        t[i] = (float)sqrt(sum);
+    }
+}
+
+/* terms: [v->n], or NULL */
+static void judge(const struct numbers *v, const float *terms, enum ltn_dtype dtype, const char *what,
+                  int outs, int cols, int rows)
+{
+    /* bf16 results, inputs and, of many rows, weights, twice for a product of two: 2^-9 each, at most */
+    const double allowed = 0.006;
+    double own = 1e-30, size = 0;
+    for (size_t i = 0; i < v->n; i++) {
+        own += (double)v->host[i] * v->host[i];
+        size += terms ? (double)terms[i] * terms[i] : 0;
+    }
+    const double e = error_of(v) / fmax(1, sqrt(size / own));
     worst[dtype] = fmax(worst[dtype], e);
     if (!(e <= allowed))
         fail_msg("%s of %s [%d, %d], %d rows: relative error %.3g, allowed %.3g", what, ltn_dtype_name(dtype),
                  outs, cols, rows, e, allowed);
 }
 
-static void one_case(enum ltn_dtype dtype, int outs, int cols, int rows, bool layer_norm, bool has_bias)
+static void one_case(const struct ltn_matrix w[2], const struct ltn_matrix d[2], int rows, bool layer_norm,
+                     bool has_bias)
 {
+    const enum ltn_dtype dtype = w->dtype;
+    const int outs = w->rows, cols = w->cols;
     const size_t in = (size_t)rows * cols, out = (size_t)rows * outs, ld = (size_t)cols + 8;
-    struct ltn_matrix w[2], d[2];
-    for (int i = 0; i < 2; i++)
-        w[i] = matrix(&d[i], outs, cols, dtype);
     struct numbers a = numbers(in, true), f = numbers(in, false), gate = numbers((size_t)rows * ld, true);
     struct numbers y = numbers(out, true), x = numbers(out, false);
     struct numbers s1 = numbers(in, true), s2 = numbers(out, true);
@@ -139,35 +164,42 @@ static void one_case(enum ltn_dtype dtype, int outs, int cols, int rows, bool la
     const struct ltn_norm k = {layer_norm ? nw.device : NULL, layer_norm ? nb.device : NULL};
     const struct ltn_ops *r = ref->ops, *c = cuda->ops;
     float *normed = malloc(in * sizeof *normed), *second = malloc(out * sizeof *second);
-    assert_true(normed && second);
+    float *terms = malloc(out * sizeof *terms), *terms2 = malloc(out * sizeof *terms2);
+    assert_true(normed && second && terms && terms2);
 
+    terms_of(terms, &w[0], a.host, rows);
     CHECK(r->linear(ref, y.host, a.host, &l[0], rows, &err));
     CHECK(c->linear(cuda, y.device, a.device, &m[0], rows, &err));
-    judge(&y, dtype, "linear", outs, cols, rows);
+    judge(&y, terms, dtype, "linear", outs, cols, rows);
     CHECK(r->linear_add(ref, x.host, a.host, &l[0], rows, &err));
     CHECK(c->linear_add(cuda, x.device, a.device, &m[0], rows, &err));
-    judge(&x, dtype, "linear_add", outs, cols, rows);
+    judge(&x, terms, dtype, "linear_add", outs, cols, rows);
     CHECK(r->logits(ref, x.host, a.host, &w[0], rows, &err));
     CHECK(c->logits(cuda, x.device, a.device, &d[0], rows, &err));
-    judge(&x, dtype, "logits", outs, cols, rows);
+    judge(&x, terms, dtype, "logits", outs, cols, rows);
 
     CHECK(r->norm(ref, normed, f.host, &n, rows, cols, &err));
+    terms_of(terms, &w[0], normed, rows);
+    terms_of(terms2, &w[1], normed, rows);
     CHECK(r->linear(ref, y.host, normed, &l[0], rows, &err));
     CHECK(r->linear(ref, second, normed, &l[1], rows, &err));
     CHECK(r->logits(ref, x.host, normed, &w[0], rows, &err));
     CHECK(c->norm_logits(cuda, x.device, f.device, &k, &d[0], rows, s1.device, &err));
-    judge(&x, dtype, "norm_logits", outs, cols, rows);
-    for (size_t i = 0; i < out; i++)
+    judge(&x, terms, dtype, "norm_logits", outs, cols, rows);
+    for (size_t i = 0; i < out; i++) {
+        terms2[i] = hypotf(terms2[i] * y.host[i], terms[i] * second[i]);
         second[i] *= y.host[i];
+    }
     CHECK(r->activation(ref, y.host, outs, rows, outs / 2, 1, LTN_ACT_SILU, &err));
     CHECK(c->norm_linear(cuda, y.device, f.device, &k, &m[0], LTN_ACT_SILU, outs / 2, 1, rows, s1.device,
                          &err));
-    judge(&y, dtype, "norm_linear", outs, cols, rows);
+    judge(&y, terms, dtype, "norm_linear", outs, cols, rows);
     memcpy(y.host, second, out * sizeof *second);
     CHECK(c->norm_glu(cuda, y.device, f.device, &k, &m[0], &m[1], rows, s1.device, s2.device, &err));
-    judge(&y, dtype, "norm_glu", outs, cols, rows);
+    judge(&y, terms2, dtype, "norm_glu", outs, cols, rows);
 
     CHECK(r->gated_norm(ref, normed, a.host, gate.host, (int32_t)ld, &n, rows, cols, &err));
+    terms_of(terms, &w[0], normed, rows);
     CHECK(r->logits(ref, x.host, normed, &w[0], rows, &err));
     for (size_t i = 0; i < out; i++)
         x.host[i] += (has_bias ? bias.host[i % (size_t)outs] : 0) + 1;
@@ -177,15 +209,15 @@ static void one_case(enum ltn_dtype dtype, int outs, int cols, int rows, bool la
     CHECK(c->upload(cuda, x.device, second, out * sizeof(float), &err));
     CHECK(c->gated_linear_add(cuda, x.device, a.device, gate.device, (int32_t)ld, &k, &m[0], rows, s1.device,
                               &err));
-    judge(&x, dtype, "gated_linear_add", outs, cols, rows);
+    judge(&x, terms, dtype, "gated_linear_add", outs, cols, rows);
 
     struct numbers *all[] = {&a, &f, &gate, &y, &x, &s1, &s2, &bias, &nw, &nb};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         drop(all[i]);
-    for (int i = 0; i < 2; i++)
-        drop_matrix(&w[i], &d[i]);
     free(normed);
     free(second);
+    free(terms);
+    free(terms2);
 }
 
 static void test_products(void **state)
@@ -194,9 +226,15 @@ static void test_products(void **state)
     static const int shapes[][2] = {{2, 32},    {64, 64},     {130, 96},    {384, 1024}, {961, 416},
                                     {5, 11008}, {4096, 2048}, {2048, 5632}, {77, 100},   {40, 31}};
     static const int rows[] = {1, 2, 4, 5, 33};
-    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        struct ltn_matrix w[2], d[2];
+        for (int k = 0; k < 2; k++)
+            w[k] = matrix(&d[k], shapes[i][0], shapes[i][1], dtype);
         for (size_t k = 0; k < sizeof rows / sizeof *rows; k++)
-            one_case(dtype, shapes[i][0], shapes[i][1], rows[k], (i + k) % 4 == 3, (i + k) % 2);
+            one_case(w, d, rows[k], (i + k) % 4 == 3, (i + k) % 2);
+        for (int k = 0; k < 2; k++)
+            drop_matrix(&w[k], &d[k]);
+    }
     print_message("%s: worst relative error %.3g\n", ltn_dtype_name(dtype), worst[dtype]);
 }
 

@@ -1,0 +1,642 @@
+/* What step.cu is made of: its sizes, the words between blocks, a block's share of the weights, and products.
+ */
+#ifndef LTN_CUDA_STEP_CUH
+#define LTN_CUDA_STEP_CUH
+
+#include "kernels/cuda/dot.cuh"
+#include "kernels/cuda/hopper.cuh"
+
+enum {
+    WARPS = 16,
+    THREADS = 32 * WARPS,
+    STREAMER = 32, /* threads of the warp that streams weights */
+    TILES = 10,
+    TILE_ROWS = 8,
+    ROW_BYTES = 2048, /* of a row in a tile */
+    TILE_BYTES = TILE_ROWS * ROW_BYTES,
+    LANES = 8,  /* that share a row */
+    GROUP = 32, /* rows whose sums a warp holds at once: eight a lane */
+    GROUPS = 4, /* whose sums are in shared memory at once */
+    PASS = GROUP * GROUPS,
+    MAX_LAYERS = 64,
+    MAX_DIM = 8192, /* D and H */
+    MAX_GLU = 16384,
+    COLS = 8, /* columns of a head's state that half a block works on */
+    HALF = THREADS / 2,
+    ROWS = HALF / 2,         /* rows of the state at once: two threads hold COLS columns */
+    HELD = 2,                /* pieces of the state that a thread fetches ahead */
+    PAD = WARPS * LANES * 8, /* columns that all warps have at once, at most */
+};
+
+enum phase { QKVU, OUT, GLU, L3, HEAD, N_PHASES = HEAD }; /* products of a layer; HEAD follows the last */
+enum { TAG_QKVU = 1, TAG_MIX, TAG_OUT, TAG_GLU, TAG_L3, N_TAGS = TAG_L3 };
+
+struct step_layer {
+    const void *qkvu, *out, *l1, *l2, *l3;
+    const void *scales[5]; /* theirs, of quantised weights */
+    const float *slopes, *theta;
+    int64_t state_offset;
+};
+
+/* Between blocks; be->step_words. Activations are f32, or two bf16 in a word (`paired`); so is x (`rounded`).
+ */
+struct words {
+    uint32_t epoch; /* the last tag that was used */
+    uint32_t left;  /* blocks that have left a launch after which tags begin again; else 0 */
+    uint32_t unused[30];
+    uint64_t x[MAX_DIM];         /* the residual stream where it enters products */
+    uint64_t qkvu[4 * MAX_DIM];  /* f32 */
+    uint64_t gated[2 * MAX_DIM]; /* o and u, side by side */
+    uint64_t h[MAX_GLU];         /* activations */
+};
+
+struct step_args {
+    int32_t V, D, H, G, n_heads, head_dim, n_layers;
+    enum ltn_act act;
+    float embed_scale;
+    const void *embed, *head, *embed_scales, *head_scales;
+    const int32_t *id;
+    const int64_t *steps; /* NULL, or added to pos */
+    int64_t pos;
+    float *state;
+    float *logits;
+    struct words *words;
+    int32_t max_input; /* floats */
+    /* Tiles, or of quantised weights units of a warp, on their way at most; and while blocks wait. */
+    int32_t coming, coming_idle;
+    struct step_layer layers[MAX_LAYERS];
+};
+
+/* All threads of the block that take part in products. */
+static __device__ __forceinline__ void meet()
+{
+    asm volatile("bar.sync 1, %0;" ::"n"((int)THREADS) : "memory");
+}
+
+/* ---- words --------------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ uint64_t look(const uint64_t *p)
+{
+    uint64_t v;
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+    return v;
+}
+
+static __device__ __forceinline__ ulonglong2 look2(const uint64_t *p)
+{
+    ulonglong2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p) : "memory");
+    return v;
+}
+
+static __device__ __forceinline__ void tell(uint64_t *p, uint32_t value, uint32_t tag)
+{
+    const uint64_t v = (uint64_t)tag << 32 | value;
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
+static __device__ __forceinline__ bool stale(uint64_t word, uint32_t tag)
+{
+    return (uint32_t)(word >> 32) != tag;
+}
+
+static __device__ __forceinline__ float value_of(uint64_t word)
+{
+    return __uint_as_float((uint32_t)word);
+}
+
+/* Two bf16 in a word. */
+static __device__ __forceinline__ float2 values_of(uint64_t word)
+{
+    return make_float2(__uint_as_float((uint32_t)word << 16), __uint_as_float((uint32_t)word & 0xffff0000u));
+}
+
+static __device__ __forceinline__ uint32_t two_bf16(float a, float b)
+{
+    const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+    return *reinterpret_cast<const uint32_t *>(&v);
+}
+
+/* Columns c and c + 1, c even. */
+template <bool PAIRED>
+static __device__ __forceinline__ void tell_two(uint64_t *words, int32_t c, float a, float b, uint32_t tag)
+{
+    if (PAIRED) {
+        tell(words + c / 2, two_bf16(a, b), tag);
+    } else {
+        tell(words + c, __float_as_uint(a), tag);
+        tell(words + c + 1, __float_as_uint(b), tag);
+    }
+}
+
+static __device__ __forceinline__ uint64_t await(const uint64_t *p, uint64_t word, uint32_t tag)
+{
+    while (stale(word, tag))
+        word = look(p);
+    return word;
+}
+
+/* What a thread does not wait for. */
+static __device__ __forceinline__ uint64_t there(uint64_t, uint32_t tag)
+{
+    return (uint64_t)tag << 32;
+}
+static __device__ __forceinline__ ulonglong2 there(ulonglong2, uint32_t tag)
+{
+    return make_ulonglong2((uint64_t)tag << 32, (uint64_t)tag << 32);
+}
+static __device__ __forceinline__ void look_at(uint64_t &v, const uint64_t *p)
+{
+    v = look(p);
+}
+static __device__ __forceinline__ void look_at(ulonglong2 &v, const uint64_t *p)
+{
+    v = look2(p);
+}
+static __device__ __forceinline__ bool stale(ulonglong2 v, uint32_t tag)
+{
+    return stale(v.x, tag) || stale(v.y, tag);
+}
+
+/* N words or pairs of words from place(i), where wanted(i), all under way together; by whole warps, which
+ * call who.idle() beside waiting. */
+template <typename V, int N, typename P, typename I, typename W>
+static __device__ __forceinline__ void await_all(V (&v)[N], P place, I wanted, uint32_t tag, W &who)
+{
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        v[i] = there(v[i], tag);
+        if (wanted(i))
+            look_at(v[i], place(i));
+    }
+    for (;;) {
+        bool again = false;
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            if (stale(v[i], tag)) {
+                look_at(v[i], place(i));
+                again = true;
+            }
+        if (!__any_sync(0xffffffffu, again))
+            break;
+        who.idle();
+    }
+}
+
+/* ---- weights ------------------------------------------------------------------------------------------- */
+
+/* A block's rows of one kind of product; of GLU the rows of two matrices alternate. */
+struct share {
+    int32_t first, n_dots, cols;
+};
+
+/* Whether activations are bf16, two in a word. */
+template <typename W> struct paired {
+    static constexpr bool value = sizeof(W) == 2;
+};
+
+/* Whether the residual stream is bf16 where it enters products; what is added to it stays f32 in its block.
+ */
+template <typename W> struct rounded {
+    static constexpr bool value = paired<W>::value;
+};
+
+/* The embedding of the token, column by column. */
+template <typename W> struct embedding {
+    const W *row;
+    float scale;
+
+    __device__ embedding(const struct step_args &a)
+    {
+        row = (const W *)a.embed + (int64_t)__ldcg(a.id) * a.D;
+        scale = a.embed_scale;
+    }
+    __device__ float operator()(int32_t c) const
+    {
+        return scale * to_f32(row[c]);
+    }
+};
+
+/* Shared memory for weights on their way: tiles, barriers, a flag; whether a warp does nothing but stream
+ * them. */
+template <typename W> struct ring {
+    static constexpr int BYTES = TILES * (TILE_BYTES + 2 * (int)sizeof(uint64_t)) + 16, STREAMS = true;
+};
+
+/* Columns of a piece, and of a warp in a tile. */
+template <typename W> struct geometry {
+    static constexpr int PIECE = 16 / sizeof(W), UNIT = LANES * PIECE;
+    static_assert(WARPS * LANES * 16 == ROW_BYTES, "a piece for every lane");
+};
+
+/* How many units of a row this warp has: number j is unit j WARPS + warp. */
+template <typename W> static __device__ __forceinline__ int32_t units_of(int32_t cols)
+{
+    const int32_t n = (cols + geometry<W>::UNIT - 1) / geometry<W>::UNIT;
+    return (n + WARPS - 1 - (int32_t)threadIdx.x / 32) / WARPS;
+}
+
+static __device__ struct share share_of(const struct step_args &a, int phase)
+{
+    const bool even = phase != QKVU && phase != HEAD; /* activations travel in pairs */
+    const uint32_t outs = phase == QKVU ? 4 * a.H : phase == GLU ? a.G / 2 : phase == HEAD ? a.V : a.D / 2;
+    const uint32_t from = (uint64_t)outs * blockIdx.x / gridDim.x;
+    const uint32_t to = (uint64_t)outs * (blockIdx.x + 1) / gridDim.x;
+    struct share s;
+    s.first = even ? 2 * from : from;
+    s.n_dots = (phase == GLU ? 4 : even ? 2 : 1) * (to - from);
+    s.cols = phase == OUT ? a.H : phase == L3 ? a.G : a.D;
+    return s;
+}
+
+static __device__ __forceinline__ uint4 load_shared(uint32_t shared)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(shared)
+                 : "memory");
+    return v;
+}
+
+/* ---- products ------------------------------------------------------------------------------------------ */
+
+/* Shared memory beside the ring. */
+struct room {
+    float *in;            /* [max_input] as the worker has it */
+    float *parts;         /* [2][GROUPS][WARPS][GROUP] the warps' sums */
+    float *red;           /* [2][WARPS] sums of squares */
+    float *mix;           /* [2][WARPS / 2][COLS] */
+    struct share *shares; /* [HEAD + 1] */
+};
+
+static __device__ __forceinline__ float tree16(const float *v, int stride)
+{
+    static_assert(WARPS == 16, "four levels");
+    float s[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++, v += 4 * stride)
+        s[i] = (v[0] + v[stride]) + (v[2 * stride] + v[3 * stride]);
+    return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
+template <typename W> struct worker;
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+struct tile_ring {
+    uint32_t tiles;         /* shared memory: [TILES][TILE_ROWS][ROW_BYTES] */
+    uint64_t *full, *empty; /* [TILES] barriers */
+    volatile int *waiting;  /* whether this block waits for others */
+
+    __device__ __forceinline__ tile_ring(uint4 *shared)
+    {
+        tiles = shared_address(shared);
+        full = reinterpret_cast<uint64_t *>(shared + TILES * TILE_BYTES / 16), empty = full + TILES;
+        waiting = reinterpret_cast<int *>(empty + TILES);
+    }
+
+    __device__ void open() const
+    {
+        for (int i = 0; i < TILES; i++) {
+            barrier_init(&full[i], 1);
+            barrier_init(&empty[i], WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        proxy_fence();
+        *waiting = false;
+    }
+};
+
+/* Where a ring stands for whoever walks it. */
+struct position {
+    uint32_t tile, parity;
+
+    __device__ __forceinline__ void next()
+    {
+        if (++tile == TILES)
+            tile = 0, parity ^= 1;
+    }
+};
+
+/* The warp that streams the block's weights, in the order of their use: by products, eights of rows, and runs
+ * of columns. A lane takes a row of each tile. What is on its way delays what blocks tell each other, so
+ * there is a limit to it, and another while they wait. */
+template <typename W>
+static __device__ __forceinline__ void stream(const struct step_args &a, const struct share *shares,
+                                              const struct tile_ring &r)
+{
+    const int32_t lane = threadIdx.x % 32, last = N_PHASES * a.n_layers;
+    struct position to = {0, 0};
+    int32_t n = 0; /* tiles so far */
+    if (lane >= TILE_ROWS)
+        return;
+    for (int32_t at = 0; at <= last; at++) {
+        const int phase = at == last ? HEAD : at % N_PHASES;
+        const struct share s = shares[phase];
+        const struct step_layer &l = a.layers[at / N_PHASES % MAX_LAYERS];
+        const bool two = phase == GLU;
+        const void *w = phase == HEAD   ? a.head
+                        : phase == QKVU ? l.qkvu
+                        : phase == OUT  ? l.out
+                        : phase == L3   ? l.l3
+                        : lane & 1      ? l.l2
+                                        : l.l1;
+        const int32_t row_bytes = s.cols * (int32_t)sizeof(W);
+        const uint8_t *row = (const uint8_t *)w + (int64_t)(s.first + (two ? lane / 2 : lane)) * row_bytes;
+        for (int32_t dot = 0; dot < s.n_dots; dot += TILE_ROWS) {
+            const int32_t rows = min((int32_t)TILE_ROWS, s.n_dots - dot);
+            for (int32_t from = 0; from < row_bytes; from += ROW_BYTES) {
+                const int32_t bytes = min((int32_t)ROW_BYTES, row_bytes - from);
+                barrier_wait(&r.empty[to.tile], to.parity ^ 1);
+                for (;;) {
+                    const int32_t k = n - (*r.waiting ? a.coming_idle : a.coming);
+                    if (k < 0 || barrier_passed(&r.full[k % TILES], k / TILES & 1))
+                        break;
+                }
+                if (lane == 0)
+                    barrier_arrive_expect(&r.full[to.tile], rows * bytes);
+                __syncwarp((1u << TILE_ROWS) - 1);
+                if (lane < rows)
+                    bulk_load(r.tiles + to.tile * TILE_BYTES + lane * ROW_BYTES, row + from, bytes,
+                              &r.full[to.tile]);
+                to.next();
+                n++;
+            }
+            row += (int64_t)(two ? TILE_ROWS / 2 : TILE_ROWS) * row_bytes;
+        }
+    }
+}
+
+static __device__ __forceinline__ void mma(float4 &c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                           uint32_t b0, uint32_t b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                 "{%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/* What a warp does for products. It alone reads and writes its units of the input. */
+template <typename W> struct worker {
+    using G = geometry<W>;
+    static constexpr bool PAIRED = paired<W>::value;
+    static constexpr bool TENSOR = __is_same(W, __nv_bfloat16);
+    const struct room &m;
+    struct tile_ring r;
+    struct position at;
+    int32_t lane, warp, buffer;
+    float squares; /* of this lane's columns of the input */
+
+    __device__ __forceinline__ worker(const struct step_args &, const struct room &room, uint4 *shared)
+        : m(room), r(shared)
+    {
+        lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        at = {0, 0};
+        buffer = 0;
+    }
+
+    __device__ __forceinline__ void idle()
+    {
+    }
+
+    /* Columns c and c + 1 of this lane. */
+    __device__ __forceinline__ int32_t column(int32_t unit) const
+    {
+        return (unit * WARPS + warp) * G::UNIT + 2 * lane;
+    }
+
+    __device__ __forceinline__ void put(int32_t unit, float a, float b)
+    {
+        const int32_t o = 2 * lane, first = (unit * WARPS + warp) * G::UNIT;
+        if (TENSOR)
+            reinterpret_cast<uint32_t *>(m.in)[first / 2 + lane] = two_bf16(a, b);
+        else if (o < G::UNIT)
+            *reinterpret_cast<float2 *>(m.in + first + (PAIRED ? (o & 4) * 8 + o / 8 * 4 + o % 4 : o)) =
+                make_float2(a, b);
+    }
+
+    __device__ __forceinline__ void ready()
+    {
+        __syncwarp();
+        if (threadIdx.x == 0)
+            *r.waiting = false;
+    }
+
+    /* The input from words of activations; of columns without a word: 0. */
+    __device__ __forceinline__ void gather(const uint64_t *words, int32_t cols, uint32_t tag)
+    {
+        constexpr int N = 4, STRIDE = WARPS * G::UNIT;
+        const int32_t n_units = units_of<W>(cols);
+        squares = 0;
+        for (int32_t unit = 0; unit < n_units; unit += N) {
+            const int32_t c = column(unit);
+            const int32_t n = 2 * lane < G::UNIT && c < cols ? (cols - c + STRIDE - 1) / STRIDE : 0;
+            ulonglong2 v[N];
+            uint64_t pair[N];
+            const auto wanted = [&](int i) { return i < n; };
+            if constexpr (PAIRED)
+                await_all(
+                    pair, [&](int i) { return words + (c + i * STRIDE) / 2; }, wanted, tag, *this);
+            else
+                await_all(
+                    v, [&](int i) { return words + c + i * STRIDE; }, wanted, tag, *this);
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                if (unit + i < n_units) {
+                    float2 f;
+                    if constexpr (PAIRED)
+                        f = values_of(pair[i]);
+                    else
+                        f = make_float2(value_of(v[i].x), value_of(v[i].y));
+                    squares = fmaf(f.y, f.y, fmaf(f.x, f.x, squares));
+                    put(unit + i, f.x, f.y);
+                }
+        }
+        ready();
+    }
+
+    __device__ __forceinline__ void gather_act(const uint64_t *words, int32_t cols, uint32_t tag)
+    {
+        gather(words, cols, tag);
+    }
+
+    /* u * o, and the squares of o. */
+    __device__ __forceinline__ void gather_gated(const uint64_t *words, int32_t cols, uint32_t tag)
+    {
+        constexpr int N = 4, STRIDE = WARPS * G::UNIT;
+        const int32_t n_units = units_of<W>(cols);
+        squares = 0;
+        for (int32_t unit = 0; unit < n_units; unit += N) {
+            const int32_t c = column(unit);
+            const int32_t n = 2 * lane < G::UNIT && c < cols ? (cols - c + STRIDE - 1) / STRIDE : 0;
+            ulonglong2 v[N], v2[N];
+            const auto wanted = [&](int i) { return i < n; };
+            if constexpr (PAIRED) {
+                await_all(
+                    v, [&](int i) { return words + c + i * STRIDE; }, wanted, tag, *this);
+            } else {
+                await_all(
+                    v, [&](int i) { return words + 2 * (c + i * STRIDE); }, wanted, tag, *this);
+                await_all(
+                    v2, [&](int i) { return words + 2 * (c + i * STRIDE) + 2; }, wanted, tag, *this);
+            }
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                if (unit + i < n_units) {
+                    float2 a, b;
+                    if constexpr (PAIRED) {
+                        a = values_of(v[i].x), b = values_of(v[i].y);
+                    } else {
+                        a = make_float2(value_of(v[i].x), value_of(v[i].y));
+                        b = make_float2(value_of(v2[i].x), value_of(v2[i].y));
+                    }
+                    squares = fmaf(b.x, b.x, fmaf(a.x, a.x, squares));
+                    put(unit + i, a.x * a.y, b.x * b.y);
+                }
+        }
+        ready();
+    }
+
+    /* From a row of the embedding. */
+    __device__ __forceinline__ void gather_row(const struct embedding<W> &row, int32_t cols)
+    {
+        const int32_t n_units = units_of<W>(cols);
+        squares = 0;
+        for (int32_t unit = 0; unit < n_units; unit++) {
+            const int32_t c = column(unit);
+            float a = 0, b = 0;
+            if (2 * lane < G::UNIT && c < cols)
+                a = row(c), b = row(c + 1);
+            squares = fmaf(b, b, fmaf(a, a, squares));
+            put(unit, a, b);
+        }
+        ready();
+    }
+
+    __device__ __forceinline__ void release()
+    {
+        __syncwarp();
+        if (lane == 0)
+            barrier_arrive(&r.empty[at.tile]);
+        at.next();
+    }
+
+    /* This warp's sums of the rows of a group, by eights. */
+    __device__ __forceinline__ void group_sums(float *to, int32_t eights, int32_t cols)
+    {
+        if constexpr (TENSOR)
+            group_by_tiles(to, eights, cols);
+        else
+            group_by_pieces(to, eights, cols);
+    }
+
+    /* A tile of the tensor cores is eight rows by two runs of 32 columns: its rows 8 .. 15 are the second run
+     * of rows 0 .. 7, and so are two columns of input, of which a row needs one. Lane 4 g + t has piece t of
+     * both runs of row g; of odd rows the second run comes first, as rows lie in the same banks. */
+    __device__ __forceinline__ void group_by_tiles(float *to, int32_t eights, int32_t cols)
+    {
+        const int32_t g = lane / 4, t = lane % 4, unit = warp * G::UNIT;
+        const uint32_t odd = g & 1;
+        const uint4 none = make_uint4(0, 0, 0, 0);
+        const uint16_t *in = reinterpret_cast<const uint16_t *>(m.in) + unit + lane * 8;
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            if (e < eights) {
+                float4 c = make_float4(0, 0, 0, 0);
+                for (int32_t from = 0; from < cols; from += WARPS * G::UNIT) {
+                    const uint32_t piece =
+                        r.tiles + at.tile * TILE_BYTES + g * ROW_BYTES + warp * 128 + t * 16;
+                    uint4 x = none;
+                    if (lane < 8 && from + unit + lane * 8 < cols)
+                        x = *reinterpret_cast<const uint4 *>(in + from);
+                    barrier_wait(&r.full[at.tile], at.parity);
+                    uint4 p = load_shared(piece + odd * 64), q = load_shared(piece + (odd ^ 1) * 64);
+                    if (from + WARPS * G::UNIT > cols) { /* what lies beyond is of another tile */
+                        const int32_t left = cols - from - unit - t * 8;
+                        p = (int32_t)odd * 32 < left ? p : none;
+                        q = (int32_t)(odd ^ 1) * 32 < left ? q : none;
+                    }
+                    mma(c, p.x, q.x, p.y, q.y, x.x, x.y);
+                    mma(c, p.z, q.z, p.w, q.w, x.z, x.w);
+                    release();
+                }
+                if (t == 0)
+                    to[8 * e + g] = odd ? c.y + c.z : c.x + c.w;
+            }
+    }
+
+    /* Lane 8 q + i has piece i of rows q and q + 4; at the end, row 4 i + q. */
+    __device__ __forceinline__ void group_by_pieces(float *to, int32_t eights, int32_t cols)
+    {
+        float acc[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+        const int32_t own = warp * G::UNIT + lane % LANES * G::PIECE;
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            if (e < eights) {
+                const float *in = m.in + warp * G::UNIT + lane % LANES * 4;
+                for (int32_t from = 0; from < cols; from += WARPS * G::UNIT) {
+                    const uint32_t piece = r.tiles + at.tile * TILE_BYTES + lane / LANES * ROW_BYTES +
+                                           (warp * LANES + lane % LANES) * 16;
+                    barrier_wait(&r.full[at.tile], at.parity);
+                    if (from + own < cols) {
+                        const uint4 w0 = load_shared(piece), w1 = load_shared(piece + 4 * ROW_BYTES);
+                        const float4 lo = *reinterpret_cast<const float4 *>(in + from);
+                        const float4 hi =
+                            PAIRED ? *reinterpret_cast<const float4 *>(in + from + G::UNIT / 2) : lo;
+                        acc[2 * e] = dot<W>::add(w0, lo, hi, acc[2 * e]);
+                        acc[2 * e + 1] = dot<W>::add(w1, lo, hi, acc[2 * e + 1]);
+                    }
+                    release();
+                }
+            }
+        float sum[4], two[2];
+        const bool b4 = lane & 4, b2 = lane & 2, b1 = lane & 1;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            sum[i] = (b4 ? acc[i + 4] : acc[i]) + __shfl_xor_sync(0xffffffffu, b4 ? acc[i] : acc[i + 4], 4);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            two[i] = (b2 ? sum[i + 2] : sum[i]) + __shfl_xor_sync(0xffffffffu, b2 ? sum[i] : sum[i + 2], 2);
+        to[lane % LANES * 4 + lane / LANES] =
+            (b1 ? two[1] : two[0]) + __shfl_xor_sync(0xffffffffu, b1 ? two[0] : two[1], 1);
+    }
+
+    /* All rows of the block times the input. publish(row, sum, 1 / rms) is called by whole warps, a lane a
+     * row; the last ones may lie beyond the block's. */
+    template <typename F> __device__ __forceinline__ void product(const struct share &s, F publish)
+    {
+        const float square = warp_sum(squares);
+        for (int32_t from = 0; from < s.n_dots; from += PASS) {
+            float *parts = m.parts + buffer * GROUPS * WARPS * GROUP, *red = m.red + buffer * WARPS;
+            const int32_t n = min(s.n_dots - from, (int32_t)PASS);
+            for (int32_t g = 0; g * GROUP < n; g++)
+                group_sums(parts + (g * WARPS + warp) * GROUP, (min(n - g * GROUP, (int32_t)GROUP) + 7) / 8,
+                           s.cols);
+            if (lane == 0)
+                red[warp] = square;
+            meet();
+            if (warp * GROUP < n) {
+                const float sum = tree16(parts + warp * WARPS * GROUP + lane, GROUP);
+                publish(from + warp * GROUP + lane, sum, rsqrtf(tree16(red, 1) / s.cols + 1e-6f));
+            }
+            buffer ^= 1;
+        }
+        if (threadIdx.x == 0)
+            *r.waiting = true;
+    }
+
+    /* The head's. */
+    __device__ __forceinline__ void gather_last(const uint64_t *words, int32_t cols, uint32_t tag)
+    {
+        gather(words, cols, tag);
+    }
+    template <typename F> __device__ __forceinline__ void product_last(const struct share &s, F publish)
+    {
+        product(s, publish);
+    }
+};
+
+#endif /* __CUDA_ARCH_FEAT_SM90_ALL */
+
+#endif
