@@ -90,12 +90,15 @@ sanitize-cuda: setup ## run short GPU tests under compute-sanitizer: memory, ini
 	@$(MAKE) --no-print-directory -j$(JOBS) all $(CUDA_BIN) $(B)/tests/cuda/attention
 	LTN_BIN=$(BIN) sh tests/cuda/sanitize.sh $(B)/tests/cuda
 
-bench-gpu: setup ## measure decoding, reading, attention and convolution on the GPU, beside their peers, into tools/results
+bench-gpu: setup ## measure decoding, reading, attention and convolution, on a GPU beside their peers, into tools/results
 	@$(MAKE) --no-print-directory -j$(JOBS) all $(B)/tests/cuda/libattention.so
 	@mkdir -p tools/results
 	$(BIN)/ltn-bench decode --device cuda --shape all --batch 1,8,64,256 --position 0,10000,1000000 --format json >tools/results/decode.new
 	mv tools/results/decode.new tools/results/decode.json
 	python3 tools/decode_table.py
+	for d in q8 fp8 q4; do $(BIN)/ltn-bench decode --device cuda --shape all --dtype $$d --format json >$(B)/gpu-$$d.json || exit 1; done
+	for d in bf16 q8 fp8 q4; do $(BIN)/ltn-bench decode --device cpu --shape 385m --dtype $$d -r 9 --format json >$(B)/cpu-$$d.json || exit 1; done
+	python3 tools/quant_table.py $(patsubst %,--bench %.json,tools/results/decode $(addprefix $(B)/gpu-,q8 fp8 q4) $(addprefix $(B)/cpu-,bf16 q8 fp8 q4))
 	python3 tools/bench_attention_peers.py --ltn $(B)/tests/cuda/libattention.so -o tools/results/attention.json
 	python3 tools/bench_prefill.py --bench $(BIN)/ltn-bench -o tools/results/prefill.json
 	$(BIN)/ltn-bench conv --device cuda --format json >tools/results/conv.new

@@ -3,9 +3,9 @@
 
     tools/bench_torch.py MODEL.ltn [-t THREADS] [-l 512,2048] [-n 64] [-r 5]
 
-v1/v2 models with SimpleRMSNorm and without biases. Prefill is the intra/inter block form with blocks of 256, decode the
-recurrence, both with the decay as the engine applies it; the logits of both are compared with each other first. Prints
-one JSON object with the row keys of `ltn-bench --format json`. Needs torch, numpy and safetensors.
+v1/v2 models with SimpleRMSNorm and without biases, in any type but q4; all weights are made f32 first. Prefill is the
+intra/inter block form with blocks of 256, decode the recurrence, both with the decay as the engine applies it; the
+logits of both are compared with each other first. Prints one JSON object with the row keys of `ltn-bench --format json`. Needs torch, numpy and safetensors.
 """
 import argparse
 import json
@@ -24,7 +24,12 @@ class Model:
     def __init__(self, path):
         with safe_open(path, "pt") as f:
             self.config = c = json.loads(f.metadata()["config"])
+            if f.metadata().get("dtype") == "q4":
+                raise SystemExit(f"{path}: expected any type but q4")
             w = {k: f.get_tensor(k).float() for k in f.keys() if k != "tokenizer"}
+        for k in [k for k in w if k.endswith(".scales")]:  # of quantised matrices: one for 32 columns, or for a row
+            of, scales = k.removesuffix(".scales"), w.pop(k)
+            w[of] *= scales.repeat_interleave(32, 1)[:, :w[of].shape[1]] if scales.shape[1] > 1 else scales
         if c["gate_dim"] or c["bias"] or c["norm_type"] != "simplermsnorm" or c["linear_act_fun"] != "swish":
             raise SystemExit("only v1/v2 models with SimpleRMSNorm, swish and no biases")
         self.D, self.h, self.L = c["decoder_embed_dim"], c["decoder_attention_heads"], c["decoder_layers"]

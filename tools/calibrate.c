@@ -192,6 +192,8 @@ static enum ltn_status open_model(struct ltn_calibration *c, int n_threads, stru
     c->listener.ops.linear = listening_linear;
     c->listener.ops.linear_add = listening_linear_add;
     c->listener.ops.logits = listening_logits;
+    c->listener.ops.norm_linear = NULL; /* composed, so that every product is heard */
+    c->listener.ops.norm_glu = NULL;
     c->listener.calibration = c;
     c->be->ops = &c->listener.ops;
     LTN_TRY(ltn_model_load(&c->model, ck, c->be, NULL, NULL, err));

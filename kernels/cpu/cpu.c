@@ -189,43 +189,57 @@ struct matmul_job {
     const float *bias;
     int rows, row_step, row_tasks, out_step;
     bool add;
+    enum ltn_act act; /* of the first act_cols outputs */
+    int act_cols;
+    const struct ltn_linear *factor; /* or NULL: y is multiplied by what this gives, in y2 */
+    float *y2;
 };
+
+/* A block of y = [y +] x W^T [+ bias]. */
+static void block(const struct matmul_job *job, float *y, const struct ltn_matrix *w, const float *bias,
+                  size_t row, size_t out, int rows, int n_outs, bool add)
+{
+    const size_t outs = (size_t)w->rows, cols = (size_t)w->cols;
+    const char *scales = w->scales;
+    job->cpu->micro->dots[w->dtype](y + row * outs + out, outs, job->x + row * cols, cols,
+                                    (const char *)w->data + out * ltn_row_bytes(w->dtype, cols),
+                                    scales ? scales + out * ltn_row_scale_bytes(w->dtype, cols) : NULL, rows,
+                                    n_outs, w->cols, add, bias ? bias + out : NULL);
+}
 
 static void matmul_task(void *ctx, int64_t task, int worker)
 {
     (void)worker;
     const struct matmul_job *job = ctx;
-    const struct ltn_matrix *w = job->w;
-    size_t outs = (size_t)w->rows, cols = (size_t)w->cols;
-    const char *scales = w->scales;
-    size_t row = (size_t)(task % job->row_tasks) * (size_t)job->row_step;
-    size_t out = (size_t)(task / job->row_tasks) * (size_t)job->out_step;
-    job->cpu->micro->dots[w->dtype](job->y + row * outs + out, outs, job->x + row * cols, cols,
-                                    (const char *)w->data + out * ltn_row_bytes(w->dtype, cols),
-                                    scales ? scales + out * ltn_row_scale_bytes(w->dtype, cols) : NULL,
-                                    min_int(job->rows - (int)row, job->row_step),
-                                    min_int(w->rows - (int)out, job->out_step), w->cols, job->add,
-                                    job->bias ? job->bias + out : NULL);
+    const struct micro *micro = job->cpu->micro;
+    const size_t outs = (size_t)job->w->rows;
+    const size_t row = (size_t)(task % job->row_tasks) * (size_t)job->row_step;
+    const size_t out = (size_t)(task / job->row_tasks) * (size_t)job->out_step;
+    const int rows = min_int(job->rows - (int)row, job->row_step);
+    const int n_outs = min_int(job->w->rows - (int)out, job->out_step);
+    const int n_act = min_int(job->act_cols - (int)out, n_outs);
+
+    block(job, job->y, job->w, job->bias, row, out, rows, n_outs, job->add);
+    if (job->factor)
+        block(job, job->y2, &job->factor->w, job->factor->bias, row, out, rows, n_outs, false);
+    for (int r = 0; r < rows; r++) {
+        const size_t at = (row + (size_t)r) * outs + out;
+        if (n_act > 0)
+            micro->activate(job->y + at, job->act, 0, (size_t)n_act);
+        if (job->factor)
+            micro->multiply(job->y + at, job->y2 + at, (size_t)n_outs);
+    }
 }
 
-/* y = [y +] x W^T [+ bias] */
-static enum ltn_status matmul(struct ltn_backend *be, float *y, const float *x, const struct ltn_matrix *w,
-                              const float *bias, int32_t rows, bool add)
+static enum ltn_status matmul(struct ltn_backend *be, struct matmul_job job)
 {
-    struct matmul_job job = {.cpu = (const struct cpu_backend *)be,
-                             .y = y,
-                             .x = x,
-                             .w = w,
-                             .bias = bias,
-                             .rows = rows,
-                             .row_step = TASK_ROWS,
-                             .out_step = TASK_OUTS,
-                             .add = add};
-    if (rows == 1)
-        job.out_step = outs_for_one_row(w->rows, job.cpu->n_threads);
-    job.row_tasks = (rows + TASK_ROWS - 1) / TASK_ROWS;
-    pool_run(job.cpu->pool, (int64_t)job.row_tasks * ((w->rows + job.out_step - 1) / job.out_step),
-             matmul_task, &job);
+    const int outs = job.w->rows;
+    job.cpu = (const struct cpu_backend *)be;
+    job.row_step = TASK_ROWS;
+    job.row_tasks = (job.rows + TASK_ROWS - 1) / TASK_ROWS;
+    job.out_step = job.rows == 1 ? outs_for_one_row(outs, job.cpu->n_threads) : TASK_OUTS;
+    pool_run(job.cpu->pool, (int64_t)job.row_tasks * ((outs + job.out_step - 1) / job.out_step), matmul_task,
+             &job);
     return LTN_OK;
 }
 
@@ -233,21 +247,51 @@ static enum ltn_status cpu_linear(struct ltn_backend *be, void *y, const void *x
                                   int32_t rows, struct ltn_error *err)
 {
     (void)err;
-    return matmul(be, y, x, &l->w, l->bias, rows, false);
+    return matmul(be, (struct matmul_job){.y = y, .x = x, .w = &l->w, .bias = l->bias, .rows = rows});
 }
 
 static enum ltn_status cpu_linear_add(struct ltn_backend *be, float *x, const void *y,
                                       const struct ltn_linear *l, int32_t rows, struct ltn_error *err)
 {
     (void)err;
-    return matmul(be, x, y, &l->w, l->bias, rows, true);
+    return matmul(
+        be, (struct matmul_job){.y = x, .x = y, .w = &l->w, .bias = l->bias, .rows = rows, .add = true});
 }
 
 static enum ltn_status cpu_logits(struct ltn_backend *be, float *out, const void *y,
                                   const struct ltn_matrix *w, int32_t rows, struct ltn_error *err)
 {
     (void)err;
-    return matmul(be, out, y, w, NULL, rows, false);
+    return matmul(be, (struct matmul_job){.y = out, .x = y, .w = w, .rows = rows});
+}
+
+static enum ltn_status cpu_norm_linear(struct ltn_backend *be, void *y, const float *x,
+                                       const struct ltn_norm *norm, const struct ltn_linear *l,
+                                       enum ltn_act act, int32_t act_cols, int32_t group, int32_t rows,
+                                       void *scratch, struct ltn_error *err)
+{
+    const bool apart = act == LTN_ACT_EXP && act_cols > 0; /* it needs a group's maximum first */
+    LTN_TRY(cpu_norm(be, scratch, x, norm, rows, l->w.cols, err));
+    LTN_TRY(matmul(be, (struct matmul_job){.y = y,
+                                           .x = scratch,
+                                           .w = &l->w,
+                                           .bias = l->bias,
+                                           .rows = rows,
+                                           .act = act,
+                                           .act_cols = apart ? 0 : act_cols}));
+    return apart ? cpu_activation(be, y, l->w.rows, rows, act_cols, group, act, err) : LTN_OK;
+}
+
+static enum ltn_status cpu_norm_glu(struct ltn_backend *be, void *y, const float *x,
+                                    const struct ltn_norm *norm, const struct ltn_linear *l1,
+                                    const struct ltn_linear *l2, int32_t rows, void *scratch, void *scratch2,
+                                    struct ltn_error *err)
+{
+    LTN_TRY(cpu_norm(be, scratch, x, norm, rows, l1->w.cols, err));
+    return matmul(
+        be,
+        (struct matmul_job){
+            .y = y, .x = scratch, .w = &l1->w, .bias = l1->bias, .rows = rows, .factor = l2, .y2 = scratch2});
 }
 
 /* ---- opening and closing ----------------------------------------------------------------------------- */
@@ -266,7 +310,8 @@ static const struct ltn_ops cpu_ops = {
     .gated_norm = cpu_gated_norm, .linear = cpu_linear,
     .linear_add = cpu_linear_add, .logits = cpu_logits,
     .activation = cpu_activation, .multiply = cpu_multiply,
-    .lightning = cpu_lightning,
+    .lightning = cpu_lightning,   .norm_linear = cpu_norm_linear,
+    .norm_glu = cpu_norm_glu,
 };
 
 enum ltn_cpu_isa ltn_cpu_best_isa(void)

@@ -6,6 +6,7 @@
 #define VL 8
 #define DOT_ROWS 3
 #define OUTER_ROWS 6
+#define BYTES_FOR_Q8 0
 #define WORDS_FOR_ROWS 1
 typedef __m256 vf;
 typedef int32_t vi __attribute__((vector_size(32)));
@@ -65,6 +66,14 @@ static inline vi dot_bytes(vb low, vb high, const vb p[4], vi sum)
         _mm256_add_epi16(_mm256_maddubs_epi16(l, (__m256i)p[2]), _mm256_maddubs_epi16(h, (__m256i)p[3]));
     return (vi)_mm256_madd_epi16(a, _mm256_set1_epi16(256)) + (vi)_mm256_madd_epi16(b, _mm256_set1_epi16(1)) +
            sum;
+}
+
+static inline void halves(const uint8_t *codes, vb *low, vb *high)
+{
+    const __m256i a = _mm256_loadu_si256((const __m256i *)codes),
+                  b = _mm256_loadu_si256((const __m256i *)codes + 1);
+    *low = (vb)_mm256_permute2x128_si256(a, b, 0x20);
+    *high = (vb)_mm256_permute2x128_si256(a, b, 0x31);
 }
 
 static inline vf spread(const float *scales)

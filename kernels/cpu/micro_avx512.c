@@ -7,6 +7,11 @@
 #define DOT_ROWS 6
 #define OUTER_ROWS 12
 #define WORDS_FOR_ROWS 0
+#ifdef __AVX512VNNI__
+#define BYTES_FOR_Q8 1
+#else
+#define BYTES_FOR_Q8 0
+#endif
 typedef __m512 vf;
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef int16_t vw __attribute__((vector_size(64)));
@@ -77,6 +82,13 @@ static inline vi dot_bytes(vb low, vb high, const vb p[4], vi sum)
            sum;
 }
 #endif
+
+static inline void halves(const uint8_t *codes, vb *low, vb *high)
+{
+    const __m512i a = _mm512_loadu_si512(codes), b = _mm512_loadu_si512(codes + 64);
+    *low = (vb)_mm512_shuffle_i64x2(a, b, 0x88);  /* quarters 0 and 2 of a, then of b */
+    *high = (vb)_mm512_shuffle_i64x2(a, b, 0xdd); /* 1 and 3 */
+}
 
 static inline vf spread(const float *scales)
 {

@@ -192,14 +192,18 @@ enum {
     WHOLE_MOST = 127 * 256 + 127, /* the largest x with h below 128 */
     CHUNK_GROUPS = VL / 4,
     CHUNK = CHUNK_GROUPS * LTN_GROUP,
-    CHUNK_BYTES = CHUNK / 2,
     PARTS = LTN_GROUP / (2 * VL),
     TILE_GROUPS = MICRO_DOT_COLS / LTN_GROUP,
 };
 
-INLINE bool in_words(int rows)
+INLINE bool in_words(enum ltn_dtype dtype, int rows)
 {
-    return rows > 1 && WORDS_FOR_ROWS;
+    return dtype == LTN_Q4 && rows > 1 && WORDS_FOR_ROWS;
+}
+
+INLINE bool in_chunks(enum ltn_dtype dtype)
+{
+    return dtype == LTN_Q4 || BYTES_FOR_Q8;
 }
 
 /* Of q8: x. Of q4: of each chunk the planes, for low and for high nibbles, of h, then of l (in words: x of
@@ -240,7 +244,7 @@ INLINE void round_row(int16_t *to, const float *x, float factor, int cols)
     }
 }
 
-INLINE void cut_row(vb planes[][4], vi *shift, const int16_t *x, int chunks, bool in_words)
+INLINE void cut_row(vb planes[][4], vi *shift, const int16_t *x, int chunks, int offset, bool words_do)
 {
     typedef int16_t words __attribute__((vector_size(LTN_GROUP)));
     typedef int32_t pairs __attribute__((vector_size(LTN_GROUP)));
@@ -252,7 +256,7 @@ INLINE void cut_row(vb planes[][4], vi *shift, const int16_t *x, int chunks, boo
             for (int half = 0; half < 2; half++, x += LTN_GROUP / 2) {
                 words v;
                 memcpy(&v, x, sizeof v);
-                if (in_words) {
+                if (words_do) {
                     parts[half][g] = (bytes) __builtin_convertvector((pairs)v, evens);
                     parts[half + 2][g] = (bytes) __builtin_convertvector((pairs)v >> 16, evens);
                 } else {
@@ -262,16 +266,16 @@ INLINE void cut_row(vb planes[][4], vi *shift, const int16_t *x, int chunks, boo
             }
         memcpy(planes[k], parts, sizeof parts);
     }
-    if (in_words)
+    if (words_do)
         return;
     for (int k = 0; k < chunks; k++) /* later, since what has just been written in halves loads slowly */
-        shift[k] = -dot_bytes((vb){0} + 8, (vb){0} + 8, planes[k], (vi){0});
+        shift[k] = -offset * dot_bytes((vb){0} + 1, (vb){0} + 1, planes[k], (vi){0});
 }
 
 INLINE void round_rows(struct rounded *to, enum ltn_dtype dtype, const float *x, size_t ldx, int rows,
                        int cols)
 {
-    const int unit = dtype == LTN_Q4 ? CHUNK : LTN_GROUP, padded = (cols + unit - 1) / unit * unit;
+    const int unit = in_chunks(dtype) ? CHUNK : LTN_GROUP, padded = (cols + unit - 1) / unit * unit;
     for (int r = 0; r < rows; r++) {
         const float most = largest(x + r * ldx, cols);
         const bool usable = most > 0x1p-100f && most < INFINITY; /* as good as zero; or not a number */
@@ -282,8 +286,9 @@ INLINE void round_rows(struct rounded *to, enum ltn_dtype dtype, const float *x,
             round_row(to->x[r], x + r * ldx, WHOLE_MOST / most, cols);
         else
             memset(to->x[r], 0, (size_t)cols * sizeof *to->x[r]);
-        if (dtype == LTN_Q4)
-            cut_row(to->planes[r], to->shift[r], to->x[r], padded / CHUNK, in_words(rows));
+        if (in_chunks(dtype))
+            cut_row(to->planes[r], to->shift[r], to->x[r], padded / CHUNK, dtype == LTN_Q4 ? 8 : 128,
+                    in_words(dtype, rows));
     }
 }
 
@@ -317,30 +322,43 @@ INLINE void group_dots(vf sum[][4], const struct rounded *x, const uint8_t *code
     }
 }
 
-/* One chunk of q4 likewise. */
-INLINE void chunk_dots(vf sum[][4], const struct rounded *x, const uint8_t *codes, const float *scales,
-                       int rows, int o, int k)
+/* One chunk likewise, of q4 or, in bytes, of q8. */
+INLINE void chunk_dots(vf sum[][4], const struct rounded *x, const uint8_t *codes, enum ltn_dtype dtype,
+                       const float *scales, int rows, int o, int k)
 {
-    vb both;
+    vb both, low, high;
     memcpy(&both, codes, sizeof both);
     const vw two = (vw)both, words[4] = {two << 12 >> 12, two << 8 >> 12, two << 4 >> 12, two >> 12};
-    const vb low = (both ^ 0x88) & 15, high = (vb)((vw)(both ^ 0x88) >> 4) & 15;
+    if (dtype == LTN_Q8) {
+        halves(codes, &low, &high);
+        low ^= 0x80;
+        high ^= 0x80;
+    } else {
+        low = (both ^ 0x88) & 15;
+        high = (vb)((vw)(both ^ 0x88) >> 4) & 15;
+    }
     const vf scale = spread(scales + k * CHUNK_GROUPS);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
         const vb *p = x->planes[r][k];
-        vi total = in_words(rows) ? madd(words[0], (vw)p[0]) + madd(words[1], (vw)p[1]) +
-                                        madd(words[2], (vw)p[2]) + madd(words[3], (vw)p[3])
-                                  : dot_bytes(low, high, p, x->shift[r][k]);
+        vi total = in_words(dtype, rows) ? madd(words[0], (vw)p[0]) + madd(words[1], (vw)p[1]) +
+                                               madd(words[2], (vw)p[2]) + madd(words[3], (vw)p[3])
+                                         : dot_bytes(low, high, p, x->shift[r][k]);
         sum[r][o] = fma_v(__builtin_convertvector(total, vf), scale, sum[r][o]);
     }
+}
+
+INLINE void fetch_ahead(const uint8_t *p, int bytes)
+{
+    for (int i = 0; i < bytes; i += 64)
+        __builtin_prefetch(p + i);
 }
 
 INLINE void whole_dots(vf sum[][4], const struct rounded *x, const uint8_t *codes, enum ltn_dtype dtype,
                        const float *scales, int rows, int o, int k)
 {
-    if (dtype == LTN_Q4)
-        chunk_dots(sum, x, codes, scales, rows, o, k);
+    if (in_chunks(dtype))
+        chunk_dots(sum, x, codes, dtype, scales, rows, o, k);
     else
         group_dots(sum, x, codes, scales[k], rows, o, k);
 }
@@ -361,8 +379,7 @@ INLINE void whole_tile(float *y, size_t ldy, const struct rounded *x, const void
         if (fetch)
             __builtin_prefetch(s + 8 * n_groups);
     }
-    const int step = dtype == LTN_Q4 ? CHUNK : LTN_GROUP,
-              step_bytes = dtype == LTN_Q4 ? CHUNK_BYTES : LTN_GROUP;
+    const int step = in_chunks(dtype) ? CHUNK : LTN_GROUP, step_bytes = dtype == LTN_Q4 ? step / 2 : step;
     const int whole = cols / step, rest = (int)ltn_row_bytes(dtype, (size_t)cols) - whole * step_bytes;
     vf sum[DOT_ROWS][4];
     clear_tile(sum, rows);
@@ -370,7 +387,7 @@ INLINE void whole_tile(float *y, size_t ldy, const struct rounded *x, const void
 #pragma GCC unroll 4
         for (int o = 0; o < 4; o++)
             for (int k = 0; k < whole; k++) {
-                __builtin_prefetch(w[o] + k * step_bytes + 8 * row_bytes);
+                fetch_ahead(w[o] + k * step_bytes + 8 * row_bytes, step_bytes);
                 whole_dots(sum, x, w[o] + k * step_bytes, dtype, group_scales[o], rows, o, k);
             }
     } else {
@@ -378,13 +395,13 @@ INLINE void whole_tile(float *y, size_t ldy, const struct rounded *x, const void
 #pragma GCC unroll 4
             for (int o = 0; o < 4; o++) {
                 if (fetch)
-                    __builtin_prefetch(w[o] + k * step_bytes + 8 * row_bytes);
+                    fetch_ahead(w[o] + k * step_bytes + 8 * row_bytes, step_bytes);
                 whole_dots(sum, x, w[o] + k * step_bytes, dtype, group_scales[o], rows, o, k);
             }
         }
     }
-    for (int o = 0; o < 4 && rest > 0; o++) {        /* the last group or chunk, where it is not full */
-        uint8_t part[CHUNK_BYTES + LTN_GROUP] = {0}; /* room for either */
+    for (int o = 0; o < 4 && rest > 0; o++) { /* the last group or chunk, where it is not full */
+        uint8_t part[CHUNK] = {0};
         memcpy(part, w[o] + whole * step_bytes, (size_t)rest);
         whole_dots(sum, x, part, dtype, group_scales[o], rows, o, whole);
     }

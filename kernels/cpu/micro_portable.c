@@ -4,6 +4,7 @@
 #define VL 4
 #define DOT_ROWS 2
 #define OUTER_ROWS 4
+#define BYTES_FOR_Q8 1
 #define WORDS_FOR_ROWS 0
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
@@ -66,6 +67,12 @@ static inline vi dot_bytes(vb low, vb high, const vb p[4], vi sum)
     for (int i = 0; i < 4 * VL; i++)
         lanes[i / 4] += 256 * (low[i] * x[0][i] + high[i] * x[1][i]) + low[i] * x[2][i] + high[i] * x[3][i];
     return (vi){lanes[0], lanes[1], lanes[2], lanes[3]} + sum;
+}
+
+static inline void halves(const uint8_t *codes, vb *low, vb *high)
+{
+    memcpy(low, codes, sizeof *low);
+    memcpy(high, codes + sizeof *low, sizeof *high);
 }
 
 static inline vf spread(const float *scales)

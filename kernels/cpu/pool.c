@@ -19,6 +19,8 @@ struct worker {
     /* Of this thread's share of the tasks: the number of a job above TASK_BITS, how many of them have been
      * taken below. Whoever takes from a share whose number is of an earlier job begins it. */
     _Alignas(64) atomic_uint_fast64_t taken;
+    /* The number of the last job that this thread took tasks of, and how many, once they have ended. */
+    _Alignas(64) atomic_uint_fast64_t ended;
     struct pool *pool;
     pthread_t thread;
     int index;
@@ -31,7 +33,6 @@ struct worker {
  * runs. */
 struct pool {
     _Alignas(64) atomic_uint_fast64_t ticket;
-    _Alignas(64) atomic_int_fast64_t done; /* tasks of this job that have ended */
     _Alignas(64) pool_task *fn;
     void *ctx;
     int64_t base; /* number of this job's first task */
@@ -62,18 +63,30 @@ static bool take(atomic_uint_fast64_t *taken, uint_fast64_t job, int64_t size, i
 static uint_fast64_t take_tasks(struct pool *pool, int worker)
 {
     const uint_fast64_t ticket = atomic_load(&pool->ticket), job = ticket >> TASK_BITS;
-    const int64_t n_tasks = (int64_t)(ticket & MAX_TASKS), n = pool->n_threads;
-    int64_t ran = 0, k;
-    for (int64_t i = 0; i < n; i++) {
-        const int64_t owner = (worker + i) % n, first = n_tasks * owner / n, end = n_tasks * (owner + 1) / n;
+    const unsigned n_tasks = (unsigned)(ticket & MAX_TASKS),
+                   n = (unsigned)pool->n_threads; /* 16 bits by 12 */
+    uint_fast64_t ran = 0;
+    int64_t k;
+    for (unsigned i = 0; i < n; i++) {
+        const unsigned owner = ((unsigned)worker + i) % n;
+        const unsigned first = n_tasks * owner / n, end = n_tasks * (owner + 1) / n;
         while (take(&pool->workers[owner].taken, job, end - first, &k)) {
             pool->fn(pool->ctx, pool->base + first + k, worker);
             ran++;
         }
     }
     if (ran > 0)
-        atomic_fetch_add(&pool->done, ran);
+        atomic_store(&pool->workers[worker].ended, job << TASK_BITS | ran);
     return ticket;
+}
+
+static bool all_ended(struct pool *pool, uint_fast64_t job, int64_t n_tasks)
+{
+    for (int i = 0; i < pool->n_threads; i++) {
+        const uint_fast64_t ended = atomic_load(&pool->workers[i].ended);
+        n_tasks -= ended >> TASK_BITS == job ? (int64_t)(ended & MAX_TASKS) : 0;
+    }
+    return n_tasks == 0;
 }
 
 static inline void pause_briefly(void)
@@ -130,12 +143,11 @@ static void run_job(struct pool *pool, int64_t base, int64_t n_tasks, pool_task 
     pool->fn = fn;
     pool->ctx = ctx;
     pool->base = base;
-    atomic_store(&pool->done, 0);
     uint_fast64_t job = (atomic_load(&pool->ticket) >> TASK_BITS) + 1;
     atomic_store(&pool->ticket, job << TASK_BITS | (uint_fast64_t)n_tasks);
     wake_all(pool);
     take_tasks(pool, 0);
-    for (int spins = 0; atomic_load(&pool->done) < n_tasks; spins++) {
+    for (int spins = 0; !all_ended(pool, job, n_tasks); spins++) {
         if (spins < 4096)
             pause_briefly();
         else

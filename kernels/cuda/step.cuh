@@ -368,13 +368,12 @@ static __device__ __forceinline__ void stream(const struct step_args &a, const s
     }
 }
 
-static __device__ __forceinline__ void mma(float4 &c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                           uint32_t b0, uint32_t b1)
+static __device__ __forceinline__ void mma(float4 &c, uint4 a, uint32_t b0, uint32_t b1)
 {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
                  "{%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
 /* What a warp does for products. It alone reads and writes its units of the input. */
@@ -409,11 +408,15 @@ template <typename W> struct worker {
     __device__ __forceinline__ void put(int32_t unit, float a, float b)
     {
         const int32_t o = 2 * lane, first = (unit * WARPS + warp) * G::UNIT;
-        if (TENSOR)
-            reinterpret_cast<uint32_t *>(m.in)[first / 2 + lane] = two_bf16(a, b);
-        else if (o < G::UNIT)
+        if (TENSOR) { /* word i of piece t of a run, for group_by_tiles */
+            uint32_t *in = reinterpret_cast<uint32_t *>(m.in) + first;
+            const int32_t run = lane / 16, t = lane / 4 % 4, i = lane % 4;
+            const int32_t place = i % 2 * 16 + t * 4 + i / 2;
+            in[place + run * 2] = in[32 + place + (run ^ 1) * 2] = two_bf16(a, b);
+        } else if (o < G::UNIT) {
             *reinterpret_cast<float2 *>(m.in + first + (PAIRED ? (o & 4) * 8 + o / 8 * 4 + o % 4 : o)) =
                 make_float2(a, b);
+        }
     }
 
     __device__ __forceinline__ void ready()
@@ -514,56 +517,90 @@ template <typename W> struct worker {
         ready();
     }
 
-    __device__ __forceinline__ void release()
+    __device__ __forceinline__ void release(uint32_t tile)
     {
         __syncwarp();
         if (lane == 0)
-            barrier_arrive(&r.empty[at.tile]);
-        at.next();
+            barrier_arrive(&r.empty[tile]);
     }
 
-    /* This warp's sums of the rows of a group, by eights. */
-    __device__ __forceinline__ void group_sums(float *to, int32_t eights, int32_t cols)
+    /* This warp's sums of the rows of a group, by eights. The first group of a product adds up squares. */
+    __device__ __forceinline__ void group_sums(float *to, int32_t eights, int32_t cols, bool begins)
     {
-        if constexpr (TENSOR)
-            group_by_tiles(to, eights, cols);
-        else
+        if constexpr (TENSOR) {
+            group_by_tiles(to, eights, cols, begins);
+        } else {
+            if (begins)
+                squares = warp_sum(squares);
             group_by_pieces(to, eights, cols);
+        }
     }
 
-    /* A tile of the tensor cores is eight rows by two runs of 32 columns: its rows 8 .. 15 are the second run
-     * of rows 0 .. 7, and so are two columns of input, of which a row needs one. Lane 4 g + t has piece t of
-     * both runs of row g; of odd rows the second run comes first, as rows lie in the same banks. */
-    __device__ __forceinline__ void group_by_tiles(float *to, int32_t eights, int32_t cols)
+    /* A warp's part of a tile is eight rows by two runs of 32 columns. Lane 4 g + t has piece t of both runs
+     * of row g, the second run first where g is odd, as rows lie in the same banks. A run is an operand of
+     * the tensor cores as it lies: words 0 and 2 of a piece as row g, words 1 and 3 as row g + 8. What they
+     * meet are columns 0 and 1 of the input if g is even, else 2 and 3: the same with its runs exchanged. */
+    struct part {
+        uint4 p, q, x;
+        uint32_t tile;
+    };
+
+    __device__ __forceinline__ void group_by_tiles(float *to, int32_t eights, int32_t cols, bool begins)
     {
-        const int32_t g = lane / 4, t = lane % 4, unit = warp * G::UNIT;
-        const uint32_t odd = g & 1;
+        constexpr int32_t STRIDE = WARPS * G::UNIT;
+        const int32_t g = lane / 4, t = lane % 4, odd = g & 1, unit = warp * G::UNIT;
+        const int32_t units = (cols + STRIDE - 1) / STRIDE;
         const uint4 none = make_uint4(0, 0, 0, 0);
-        const uint16_t *in = reinterpret_cast<const uint16_t *>(m.in) + unit + lane * 8;
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-            if (e < eights) {
-                float4 c = make_float4(0, 0, 0, 0);
-                for (int32_t from = 0; from < cols; from += WARPS * G::UNIT) {
-                    const uint32_t piece =
-                        r.tiles + at.tile * TILE_BYTES + g * ROW_BYTES + warp * 128 + t * 16;
-                    uint4 x = none;
-                    if (lane < 8 && from + unit + lane * 8 < cols)
-                        x = *reinterpret_cast<const uint4 *>(in + from);
-                    barrier_wait(&r.full[at.tile], at.parity);
-                    uint4 p = load_shared(piece + odd * 64), q = load_shared(piece + (odd ^ 1) * 64);
-                    if (from + WARPS * G::UNIT > cols) { /* what lies beyond is of another tile */
-                        const int32_t left = cols - from - unit - t * 8;
-                        p = (int32_t)odd * 32 < left ? p : none;
-                        q = (int32_t)(odd ^ 1) * 32 < left ? q : none;
-                    }
-                    mma(c, p.x, q.x, p.y, q.y, x.x, x.y);
-                    mma(c, p.z, q.z, p.w, q.w, x.z, x.w);
-                    release();
-                }
-                if (t == 0)
-                    to[8 * e + g] = odd ? c.y + c.z : c.x + c.w;
+        const uint32_t *in = reinterpret_cast<const uint32_t *>(m.in) + unit + lane % 16 * 4;
+        const uint32_t first = r.tiles + g * ROW_BYTES + warp * 128 + t * 16;
+        int32_t left = eights * units, units_left = units, from = 0;
+        float4 c = make_float4(0, 0, 0, 0);
+        const auto read = [&](struct part &v) {
+            const uint32_t piece = first + at.tile * TILE_BYTES;
+            v.x = *reinterpret_cast<const uint4 *>(in + from);
+            barrier_wait(&r.full[at.tile], at.parity);
+            v.p = load_shared(piece + odd * 64), v.q = load_shared(piece + (odd ^ 1) * 64);
+            if (from + STRIDE > cols) { /* what lies beyond is of another tile */
+                const int32_t within = cols - from - unit;
+                v.x = within > 0 ? v.x : none;
+                v.p = odd * 32 + t * 8 < within ? v.p : none;
+                v.q = (odd ^ 1) * 32 + t * 8 < within ? v.q : none;
             }
+            v.tile = at.tile;
+            at.next();
+            from += STRIDE;
+            from = from < cols ? from : 0;
+        };
+        const auto multiply = [&](const struct part &v) {
+            mma(c, v.p, v.x.x, v.x.y);
+            mma(c, v.q, v.x.z, v.x.w);
+            release(v.tile);
+            if (--units_left == 0) {
+                if (t == odd)
+                    *to = c.x + c.w;
+                to += TILE_ROWS, units_left = units;
+                c = make_float4(0, 0, 0, 0);
+            }
+        };
+        struct part one, other; /* the next is read before one is multiplied */
+        to += g;
+        read(one);
+        if (begins)
+            squares = warp_sum(squares);
+        for (;;) {
+            if (--left == 0) {
+                multiply(one);
+                break;
+            }
+            read(other);
+            multiply(one);
+            if (--left == 0) {
+                multiply(other);
+                break;
+            }
+            read(one);
+            multiply(other);
+        }
     }
 
     /* Lane 8 q + i has piece i of rows q and q + 4; at the end, row 4 i + q. */
@@ -587,7 +624,8 @@ template <typename W> struct worker {
                         acc[2 * e] = dot<W>::add(w0, lo, hi, acc[2 * e]);
                         acc[2 * e + 1] = dot<W>::add(w1, lo, hi, acc[2 * e + 1]);
                     }
-                    release();
+                    release(at.tile);
+                    at.next();
                 }
             }
         float sum[4], two[2];
@@ -606,15 +644,18 @@ template <typename W> struct worker {
      * row; the last ones may lie beyond the block's. */
     template <typename F> __device__ __forceinline__ void product(const struct share &s, F publish)
     {
-        const float square = warp_sum(squares);
         for (int32_t from = 0; from < s.n_dots; from += PASS) {
             float *parts = m.parts + buffer * GROUPS * WARPS * GROUP, *red = m.red + buffer * WARPS;
             const int32_t n = min(s.n_dots - from, (int32_t)PASS);
             for (int32_t g = 0; g * GROUP < n; g++)
                 group_sums(parts + (g * WARPS + warp) * GROUP, (min(n - g * GROUP, (int32_t)GROUP) + 7) / 8,
-                           s.cols);
+                           s.cols, from == 0 && g == 0);
+#ifdef EARLY
+            if (threadIdx.x == 0 && from + PASS >= s.n_dots)
+                *r.waiting = true;
+#endif
             if (lane == 0)
-                red[warp] = square;
+                red[warp] = squares;
             meet();
             if (warp * GROUP < n) {
                 const float sum = tree16(parts + warp * WARPS * GROUP + lane, GROUP);

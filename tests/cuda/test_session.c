@@ -66,8 +66,9 @@ static struct ltn_matrix widened(struct ltn_backend *be, const struct ltn_matrix
     const size_t n = (size_t)m->rows * (size_t)m->cols;
     float *wide = malloc(n * sizeof *wide);
     assert_non_null(wide);
+    const size_t cols = (size_t)m->cols;
     for (size_t i = 0; i < n; i++)
-        wide[i] = ltn_load(m->data, m->dtype, i);
+        wide[i] = ltn_weight(m->data, m->scales, m->dtype, cols, i / cols, i % cols);
     const struct ltn_matrix out = {new_copy(be, wide, n * sizeof *wide), LTN_F32, m->rows, m->cols, NULL};
     free(wide);
     return out;
