@@ -513,6 +513,8 @@ static __global__ void __launch_bounds__(T::THREADS, BLOCKS)
         now = loaded;
         for (int it = now.from; it < now.to; it++) {
             const bool is_last = it + 1 == now.to;
+            if (is_last && it == now.from)
+                __syncthreads(); /* all have read the piece before */
             if (is_last && threadIdx.x == 0)
                 next = next_piece(work, p);
             asm volatile("cp.async.wait_group 0;" ::: "memory");

@@ -1,10 +1,10 @@
 /* Every algorithm of libltn_conv.so against the reference in f64: random shapes (strides, pads, dilations,
  * groups, sides that differ, tails), every type and layout that an algorithm takes; then the twelve layers
- * with few images, judged on the device. Outputs and workspaces begin as NaN, and what lies behind an output
- * must stay as it is.
+ * with few images, and im2win with as many as are measured, judged on the device. Outputs and workspaces
+ * begin as NaN, and what lies behind an output must stay as it is.
  *
- * test_conv [SHAPES [SEED]]: the layers from 100 shapes on; from 500 on, or with 0 alone, an image of 10 GB
- * too */
+ * test_conv [SHAPES [SEED]]: the layers from 100 shapes on; from 500 on, or with 0 alone, 128 images of them
+ * and one of 10 GB too */
 #include "kernels/conv/conv.h"
 #include "kernels/dtype.h"
 #include "tests/conv_shapes.h"
@@ -187,9 +187,10 @@ static void test_shape(struct ltn_conv_shape s, uint64_t seed)
     free(exact);
 }
 
-static void test_layer(int layer)
+/* all: every algorithm, not im2win alone */
+static void test_layer(int layer, int32_t images, bool all)
 {
-    struct ltn_conv_shape s = ltn_conv_layer(layer, 3);
+    struct ltn_conv_shape s = ltn_conv_layer(layer, images);
     const int64_t nf = ltn_conv_filter_elements(&s);
     float *filter = room((size_t)nf * 4);
 
@@ -206,7 +207,8 @@ static void test_layer(int layer)
         need(conv->ops->normal(conv, x, s.type, ltn_conv_x_elements(&s), (uint64_t)(100 + t), &err));
         for (int algo = 0; algo < LTN_CONV_ALGOS; algo++) {
             double error = NAN;
-            if (algo == LTN_CONV_CUDNN || !run(&s, (enum ltn_conv_algo)algo, y, y_bytes, x, filter, NULL))
+            if (algo == LTN_CONV_CUDNN || (!all && algo != LTN_CONV_IM2WIN && algo != LTN_CONV_FUSED) ||
+                !run(&s, (enum ltn_conv_algo)algo, y, y_bytes, x, filter, NULL))
                 continue;
             need(conv->ops->rel_l2(conv, &error, &s, y, x, filter, NULL, 0, s.n, &err));
             judge(&s, (enum ltn_conv_algo)algo, error);
@@ -271,7 +273,9 @@ int main(int argc, char **argv)
     for (int i = 0; i < shapes; i++)
         test_shape(conv_random_shape(seed + (uint64_t)i, i % 10 == 9 ? 4e7 : 4e6), 1000 * seed + (uint64_t)i);
     for (int layer = 1; layer <= 12 && shapes >= 100; layer++)
-        test_layer(layer);
+        test_layer(layer, 3, true);
+    for (int layer = 1; layer <= 12 && (shapes >= 500 || shapes == 0); layer++)
+        test_layer(layer, 128, false);
     if (shapes >= 500 || shapes == 0)
         test_wide();
     for (int a = 0; a < LTN_CONV_ALGOS; a++)
