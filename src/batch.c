@@ -259,6 +259,7 @@ static void join(struct ltn_batch *b, struct ltn_session *s)
     b->members[b->n_seqs++] = s;
     b->rows += s->n_pending;
     s->n_pending = 0;
+    s->logits_where = LTN_NOWHERE; /* nobody asks for the last ones any more */
     s->failed = true;
 }
 

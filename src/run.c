@@ -179,7 +179,7 @@ static void print_stats(const struct run *run, int64_t n_prompt, const struct lt
 {
     const struct ltn_engine_info *info = ltn_engine_info(run->engine);
     struct ltn_bandwidth bandwidth;
-    char decode[160] = "", share[80] = "";
+    char decode[160] = "", share[80] = "", upload[40] = "";
 
     if (made->n_tokens > 1) { /* between the first token and the last lie n - 1 steps */
         double tok_s = (double)(made->n_tokens - 1) / (run->last_token - run->first_token);
@@ -189,9 +189,12 @@ static void print_stats(const struct run *run, int64_t n_prompt, const struct lt
                      100 * gbps / bandwidth.read_gbps, bandwidth.read_gbps);
         snprintf(decode, sizeof decode, "; decode %.1f tok/s, %.2f GB/s", tok_s, gbps);
     }
-    ltn_cli_note("%s: started in %.3f s, %.1f MB of weights in %.3f s; prefill %lld tokens, %.1f tok/s%s%s",
+    if (!run->engine->be->host_memory) /* there they are mapped, and nothing has moved */
+        snprintf(upload, sizeof upload, ", %.1f GB/s",
+                 1e-9 * (double)info->weights_bytes / info->load_seconds);
+    ltn_cli_note("%s: started in %.3f s, %.1f MB of weights in %.3f s%s; prefill %lld tokens, %.1f tok/s%s%s",
                  info->backend, info->start_seconds, 1e-6 * (double)info->weights_bytes, info->load_seconds,
-                 (long long)n_prompt, (double)n_prompt / run->prefill_seconds, decode, share);
+                 upload, (long long)n_prompt, (double)n_prompt / run->prefill_seconds, decode, share);
 }
 
 /* Without a seed of the user's, one from the clock, named so that the text can be had again. */

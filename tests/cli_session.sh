@@ -84,7 +84,7 @@ begin=$(date +%s%N)
 span=$((($(date +%s%N) - begin) / 1000000 + 20)) # ms that a run takes, about
 bad=
 reported=0
-for i in $(seq 40); do
+for i in $(seq 100); do
     "$run" -m "$m" --load "$s" --save "$s" -n 5 --ignore-eos >/dev/null 2>"$tmp/report" &
     pid=$!
     sleep "$(awk -v s="$i" -v span="$span" 'BEGIN { srand(s * 7919); print rand() * 2 * span / 1000 }')"
@@ -96,7 +96,7 @@ for i in $(seq 40); do
     there=$(sed -n 's/^position *\([0-9]*\) .*/\1/p' "$tmp/out")
     [ "${there:-0}" -ge "$reported" ] || bad="$bad $i"
 done
-pass "killed 40 times: the last save that was reported is there" is "$bad" ""
+pass "killed 100 times: the last save that was reported is there" is "$bad" ""
 pass "and there were such ($reported tokens)" test "$reported" -gt 5
 
 # ---- refused ----

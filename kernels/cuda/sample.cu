@@ -20,7 +20,7 @@ enum {
     WIDEST = 3,       /* sums that a cluster forms at once */
     RUN = 8,          /* tokens in a row that a thread looks at for the draw */
 };
-static_assert(LTN_FARTHEST >> COARSE < BINS && THREADS == BINS, "a thread for each bin");
+static_assert(LTN_FARTHEST >> COARSE < BINS && THREADS == BINS, "a thread for each part of a block's bins");
 
 enum order { BY_LOGIT, BY_NEARNESS };
 
@@ -37,10 +37,10 @@ struct shared {
     uint64_t warps[WIDEST][WARPS], total, last;
     uint64_t exchange[2][WIDEST]; /* in turns: by the time one is written again, every block has read it */
     uint32_t turn;
-    struct {
+    struct found {
         uint32_t bin, count;
         uint64_t before;
-    } found;
+    } found; /* in every block the same */
 };
 
 /* A row as its cluster sees it; the same in every thread, but for the run of its block. */
@@ -63,50 +63,62 @@ enum { PARTS_HERE = 1 };
 
 /* ---- sums over a block and over a cluster -------------------------------------------------------------- */
 
+/* What any thread of the cluster wrote before it, all see after it. A release waits for all memory of the
+ * device, so one warp of a block does it for the others, once they have met. */
 static __device__ __forceinline__ void sync_cluster()
 {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
-#else
     __syncthreads();
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x < 32)
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    else
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
 /* Where another block of the cluster has what is at p here. */
-template <typename T> static __device__ __forceinline__ const T *of_part(const T *p, uint32_t part)
+template <typename T> static __device__ __forceinline__ T *of_part(T *p, uint32_t part)
 {
 #if __CUDA_ARCH__ >= 900
     uint64_t at;
     asm("mapa.u64 %0, %1, %2;" : "=l"(at) : "l"(p), "r"(part));
-    return reinterpret_cast<const T *>(at);
+    return reinterpret_cast<T *>(at);
 #else
     return p;
 #endif
 }
 
+/* How words are joined: over a warp, by instructions for 32 bits, and two of them. */
 struct add {
     static const uint64_t none = 0;
-    static __device__ uint64_t join(uint64_t a, uint64_t b)
+    static __device__ __forceinline__ uint64_t join(uint64_t a, uint64_t b)
     {
         return a + b;
+    }
+    static __device__ __forceinline__ uint64_t of_warp(uint64_t v)
+    {
+        enum { BITS = 22 }; /* 32 times as much is no more than 27 */
+        const uint32_t mask = (1u << BITS) - 1;
+        return __reduce_add_sync(0xffffffffu, (uint32_t)v & mask) +
+               ((uint64_t)__reduce_add_sync(0xffffffffu, (uint32_t)(v >> BITS) & mask) << BITS) +
+               ((uint64_t)__reduce_add_sync(0xffffffffu, (uint32_t)(v >> 2 * BITS)) << 2 * BITS);
     }
 };
 
 struct least {
     static const uint64_t none = UINT64_MAX;
-    static __device__ uint64_t join(uint64_t a, uint64_t b)
+    static __device__ __forceinline__ uint64_t join(uint64_t a, uint64_t b)
     {
         return a < b ? a : b;
     }
+    static __device__ __forceinline__ uint64_t of_warp(uint64_t v)
+    {
+        const uint32_t high = __reduce_min_sync(0xffffffffu, (uint32_t)(v >> 32));
+        const uint32_t low = (uint32_t)(v >> 32) == high ? (uint32_t)v : UINT32_MAX;
+        return (uint64_t)high << 32 | __reduce_min_sync(0xffffffffu, low);
+    }
 };
-
-template <typename J> static __device__ __forceinline__ uint64_t warp_join(uint64_t v)
-{
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2)
-        v = J::join(v, __shfl_xor_sync(0xffffffffu, v, offset));
-    return v;
-}
 
 /* Each of v over all threads of the cluster. before: of the blocks before this one, if wanted. */
 template <typename J, int N>
@@ -116,22 +128,26 @@ static __device__ __forceinline__ void cluster_join(const struct row *r, struct 
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, turn = s->turn;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        v[i] = warp_join<J>(v[i]);
+        v[i] = J::of_warp(v[i]);
         if (lane == 0)
             s->warps[i][warp] = v[i];
     }
     __syncthreads();
-    if (warp < N) {
-        const uint64_t all = warp_join<J>(s->warps[warp][lane]);
+    if (warp == 0) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const uint64_t all = J::of_warp(s->warps[i][lane]);
+            if (lane == 0)
+                s->exchange[turn][i] = all;
+        }
         if (lane == 0)
-            s->exchange[turn][warp] = all;
-        if (threadIdx.x == 0)
             s->turn = turn ^ 1;
     }
     sync_cluster();
 #pragma unroll
     for (int i = 0; i < N; i++)
         v[i] = J::none;
+#pragma unroll
     for (uint32_t p = 0; p < PARTS_HERE; p++) {
         if (before && p == r->part)
             *before = v[0];
@@ -265,11 +281,12 @@ static __device__ void histogram(const struct row *r, struct shared *s, const st
     sync_cluster();
 }
 
-/* Ranks what is left, every block all of it; the place at which the amount is reached. */
+/* Ranks what is left, each block its share; the place at which the amount is reached. */
 static __device__ uint64_t rank(const struct row *r, struct shared *s, const struct path *p, uint64_t amount,
                                 bool weights)
 {
-    uint32_t n = 0;
+    uint64_t last[1] = {UINT64_MAX};
+    uint32_t n_part[PARTS_HERE], n = 0;
     if (threadIdx.x == 0)
         s->n_own = 0;
     __syncthreads();
@@ -278,24 +295,36 @@ static __device__ uint64_t rank(const struct row *r, struct shared *s, const str
         if (on_path(r, p, i))
             s->own[atomicAdd(&s->n_own, 1)] = {place_of(r, p->order, i), weights ? weight_of(r, i) : 1};
     sync_cluster();
-    for (uint32_t part = 0; part < PARTS_HERE; part++) {
-        const uint32_t n_part = *of_part(&s->n_own, part);
-        for (uint32_t i = threadIdx.x; i < n_part; i += THREADS)
-            s->all[n + i] = *of_part(&s->own[i], part);
-        n += n_part;
+#pragma unroll
+    for (uint32_t part = 0; part < PARTS_HERE; part++)
+        n_part[part] = *of_part(&s->n_own, part);
+#pragma unroll
+    for (uint32_t part = 0; part < PARTS_HERE; part++)
+        n += n_part[part];
+    for (uint32_t i = threadIdx.x; i < n; i += THREADS) {
+        uint32_t from = 0, part = 0, at = i; /* number `at` of the part's */
+#pragma unroll
+        for (uint32_t next = 1; next < PARTS_HERE; next++) {
+            from += n_part[next - 1];
+            if (i >= from) {
+                part = next;
+                at = i - from;
+            }
+        }
+        s->all[i] = *of_part(&s->own[at], part);
     }
     __syncthreads();
-    for (uint32_t i = threadIdx.x / 32; i < n; i += WARPS) {
+    for (uint32_t i = r->part + PARTS_HERE * (threadIdx.x / 32); i < n; i += PARTS_HERE * WARPS) {
         const struct candidate c = s->all[i];
         uint64_t sum = 0;
         for (uint32_t j = threadIdx.x % 32; j < n; j += 32)
             sum += s->all[j].place <= c.place ? s->all[j].amount : 0;
-        sum = warp_join<add>(sum);
+        sum = add::of_warp(sum);
         if (sum >= amount && sum - c.amount < amount)
-            s->last = c.place; /* of one candidate alone */
+            last[0] = c.place;
     }
-    __syncthreads();
-    return s->last;
+    cluster_join<least>(r, s, last);
+    return last[0];
 }
 
 /* Keeps the fewest first tokens of the order that reach the amount: so many tokens, or this share of the
@@ -303,31 +332,32 @@ static __device__ uint64_t rank(const struct row *r, struct shared *s, const str
 static __device__ void keep_first(struct row *r, struct shared *s, enum order order, bool weights,
                                   uint64_t amount, double share)
 {
+    /* a block adds up its share of the bins, a thread one block's part of one of them */
+    const uint32_t bin = (r->part * THREADS + threadIdx.x) / PARTS_HERE, part = threadIdx.x % PARTS_HERE;
     struct path path = {order, 0, 0, 0};
     for (;;) {
-        uint32_t count = 0;
-        uint64_t weight = 0;
         histogram(r, s, &path, weights);
-        for (uint32_t p = 0; p < PARTS_HERE; p++) {
-            count += *of_part(&s->count[threadIdx.x], p);
-            if (weights)
-                weight += *of_part(&s->weight[threadIdx.x], p);
+        uint32_t count = *of_part(&s->count[bin], part);
+        uint64_t own = weights ? *of_part(&s->weight[bin], part) : count;
+#pragma unroll
+        for (int offset = PARTS_HERE / 2; offset > 0; offset /= 2) {
+            count += __shfl_xor_sync(0xffffffffu, count, offset);
+            own += __shfl_xor_sync(0xffffffffu, own, offset);
         }
-        const uint64_t own = weights ? weight : count, sum = block_scan(s, own), total = s->total;
+        own = part == 0 ? own : 0; /* once */
+        uint64_t total[1] = {own}, before;
+        cluster_join<add>(r, s, total, &before);
         if (path.level == 0) {
             if (weights)
-                amount = ltn_share_of(share, total);
-            if (amount > total) { /* there are fewer tokens than that */
-                sync_cluster();
+                amount = ltn_share_of(share, total[0]);
+            if (amount > total[0]) /* there are fewer tokens than that */
                 return;
-            }
         }
-        if (sum >= amount && sum - own < amount) {
-            s->found.bin = threadIdx.x;
-            s->found.count = count;
-            s->found.before = sum - own;
-        }
-        sync_cluster(); /* the histograms have been read */
+        const uint64_t sum = before + block_scan(s, own);
+        if (sum >= amount && sum - own < amount)
+            for (uint32_t p = 0; p < PARTS_HERE; p++)
+                *of_part(&s->found, p) = {bin, count, sum - own};
+        sync_cluster();
         amount -= s->found.before;
         go_into(&path, s->found.bin);
         if (s->found.count <= CANDIDATES || path.level > LAST_LEVEL)
@@ -461,18 +491,20 @@ static __device__ bool draw(const struct row *r, struct shared *s, int32_t *id)
 /* The cluster's first block and thread alone give the likeliest out. */
 static __device__ bool choose(struct row *r, struct shared *s, const struct ltn_choice *choice, int32_t *id)
 {
-    enum { BEST, BAD }; /* a place; an id */
-    uint64_t found[2] = {UINT64_MAX, UINT64_MAX};
-#pragma unroll 2
+    enum { BEST, BAD, N }; /* a place; an id */
+    uint32_t best = UINT32_MAX, best_id = UINT32_MAX, bad = UINT32_MAX;
+#pragma unroll 4
     for (int32_t i = r->first + threadIdx.x; i < r->end; i += THREADS) {
         const float logit = r->logits[i - r->first];
-        found[BEST] = least::join(found[BEST], ltn_place(ltn_logit_key(logit), i));
-        if (!(logit < INFINITY))
-            found[BAD] = least::join(found[BAD], (uint64_t)i);
+        const uint32_t key = ltn_logit_key(logit);
+        best_id = key < best ? (uint32_t)i : best_id;
+        best = min(best, key);
+        bad = logit < INFINITY ? bad : min(bad, (uint32_t)i);
     }
+    uint64_t found[N] = {ltn_place(best, (int32_t)best_id), bad};
     cluster_join<least>(r, s, found);
     const bool leads = r->part == 0 && threadIdx.x == 0;
-    if (found[BAD] != UINT64_MAX) {
+    if (found[BAD] != UINT32_MAX) {
         *id = ltn_bad_logit((int32_t)found[BAD]);
         return leads;
     }

@@ -375,7 +375,8 @@ static void test_large_state(void **state)
 /* ---- a million tokens ---------------------------------------------------------------------------------- */
 
 /* Written one after another; then the same tokens read in chunks. The sums are in another order, and still
- * the logits and states agree: nothing has drifted. */
+ * the logits and states agree: nothing has drifted. It is so warm that the tokens vary: what one repeated
+ * token adds to a slow sum of its own kind is always rounded to the same side (kernels/cuda/NOTES.md). */
 static void test_a_million_tokens(void **state)
 {
     enum { TOKENS = 1 << 20, BURST = 4096, CHUNK = 1024 };
@@ -397,7 +398,7 @@ static void test_a_million_tokens(void **state)
     struct ltn_workspace ws;
     struct ltn_stepper stepper;
     struct ltn_error err;
-    const struct ltn_choice choice = {.temperature = 2, .top_p = 1};
+    const struct ltn_choice choice = {.temperature = 30, .top_p = 1};
     static struct ltn_draws draws;
     static int32_t ids[TOKENS + 1];
     float logits[2][97];
