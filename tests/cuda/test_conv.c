@@ -134,7 +134,7 @@ static bool run(const struct ltn_conv_shape *s, enum ltn_conv_algo algo, void *y
     need(ltn_conv2d_run(op, y, x, workspace, LTN_CONV_ALL, &err));
     if (bytes == 0) /* without a workspace there is no transform */
         need(ltn_conv2d_run(op, y, x, workspace, LTN_CONV_TRANSFORM, &err));
-    if (algo == LTN_CONV_IM2WIN || algo == LTN_CONV_FUSED)
+    if ((algo == LTN_CONV_IM2WIN || algo == LTN_CONV_FUSED) && y_bytes < 64 << 20) /* larger: seconds */
         run_again(s, op, y, y_bytes, x, workspace);
     ltn_conv2d_free(op);
     conv->ops->free(conv, workspace);
