@@ -164,6 +164,10 @@ $(B)/%.cu.o: %.cu
 $(B)/tests/cuda/attention: $(ATTN_SRC:%=$(B)/%.o) $(B)/tests/cuda/attention.cu.o
 	$(call say,NVCC)$(NVCC) -cudart static -o $@ $^
 
+# Makes kernels/cuda/gemm_table.h.
+$(B)/tests/cuda/tune_gemm: $(B)/tests/cuda/tune_gemm.cu.o
+	$(call say,NVCC)$(NVCC) -cudart static -o $@ $^ -lcublasLt
+
 # What the peers' script times beside them.
 $(B)/tests/cuda/libattention.so: $(ATTN_SRC:%=$(B)/%.o) $(B)/tests/cuda/attention.cu.o
 	$(call say,NVCC)$(NVCC) -shared -cudart static -o $@ $^

@@ -1,13 +1,15 @@
 /* y = x W^T + b for many rows: cuBLASLt where sizes and addresses suit it, else a plain tiled kernel.
  *
  * cuBLASLt is opened when it is first needed, as that takes longer than everything else at start-up. Its
- * algorithm for a shape is its own first suggestion under a fixed workspace, never a timed choice, so that
- * the same machine gives the same bits. f32 runs in f32, not tf32.
+ * algorithm for a shape is that of gemm_table.h on the GPU the table was made on, else the library's own
+ * first suggestion under a fixed workspace; nothing is timed at run time, so the same machine gives the same
+ * bits. f32 runs in f32, not tf32.
  *
  * f16 weights: cuBLASLt wants one type on both sides, and rounding weights to bf16 would lose three of their
  * bits. The activations become f16 instead, scaled by a power of two that puts their largest magnitude near
  * the top of f16's range; the product's alpha takes the scale out again. */
 #include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/gemm_table.h"
 
 #include <cublasLt.h>
 #include <dlfcn.h>
@@ -146,6 +148,9 @@ static __global__ void convert_kernel(__half *y, struct scalars *s, const __nv_b
     F(cublasLtMatmulPreferenceDestroy)                                                                       \
     F(cublasLtMatmulPreferenceSetAttribute)                                                                  \
     F(cublasLtMatmulAlgoGetHeuristic)                                                                        \
+    F(cublasLtMatmulAlgoInit)                                                                                \
+    F(cublasLtMatmulAlgoConfigSetAttribute)                                                                  \
+    F(cublasLtMatmulAlgoCheck)                                                                               \
     F(cublasLtMatmul)
 
 /* A product that was asked for before. */
@@ -242,6 +247,44 @@ void gemm_close(struct cuda_backend *be)
     be->gemm = NULL;
 }
 
+/* The table's algorithm for a plan; false: it has none, or this library or GPU does not take it. */
+static bool chosen(const struct cuda_backend *be, struct plan *plan, cudaDataType_t type_y)
+{
+    const auto &key = plan->key;
+    const struct gemm_library *g = be->gemm;
+    if (!be->hopper || key.type != CUDA_R_16BF)
+        return false;
+    for (const struct gemm_choice &c : GEMM_H100) {
+        if (c.outs != key.outs || c.cols != key.cols || c.out != key.out || key.rows <= c.from ||
+            key.rows > c.to)
+            continue;
+        if (g->cublasLtMatmulAlgoInit(g->lt, CUBLAS_COMPUTE_32F, CUDA_R_32F, key.type, key.type, type_y,
+                                      type_y, c.id, &plan->algo) != CUBLAS_STATUS_SUCCESS)
+            return false;
+        const struct {
+            cublasLtMatmulAlgoConfigAttributes_t what;
+            const void *value;
+            size_t bytes;
+        } settings[] = {{CUBLASLT_ALGO_CONFIG_TILE_ID, &c.tile, sizeof c.tile},
+                        {CUBLASLT_ALGO_CONFIG_STAGES_ID, &c.stages, sizeof c.stages},
+                        {CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &c.split_k, sizeof c.split_k},
+                        {CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &c.reduction, sizeof c.reduction},
+                        {CUBLASLT_ALGO_CONFIG_CTA_SWIZZLING, &c.swizzle, sizeof c.swizzle},
+                        {CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, &c.custom, sizeof c.custom},
+                        {CUBLASLT_ALGO_CONFIG_INNER_SHAPE_ID, &c.inner, sizeof c.inner},
+                        {CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, &c.cluster, sizeof c.cluster}};
+        for (const auto &s : settings)
+            if (g->cublasLtMatmulAlgoConfigSetAttribute(&plan->algo, s.what, s.value, s.bytes) !=
+                CUBLAS_STATUS_SUCCESS)
+                return false;
+        cublasLtMatmulHeuristicResult_t result = {};
+        return g->cublasLtMatmulAlgoCheck(g->lt, plan->desc, plan->w, plan->x, plan->y, plan->y, &plan->algo,
+                                          &result) == CUBLAS_STATUS_SUCCESS &&
+               result.workspaceSize <= WORKSPACE_BYTES;
+    }
+    return false;
+}
+
 /* Fills a plan. cuBLASLt thinks in columns: our row-major y [rows, outs] is its [outs, rows]. */
 static enum ltn_status plan_make(struct cuda_backend *be, struct plan *plan, struct ltn_error *err)
 {
@@ -262,6 +305,9 @@ static enum ltn_status plan_make(struct cuda_backend *be, struct plan *plan, str
     LT_TRY(be, err, cublasLtMatrixLayoutCreate, &plan->x, key.type, key.cols, key.rows, key.cols);
     LT_TRY(be, err, cublasLtMatrixLayoutCreate, &plan->y, type_y, key.outs, key.rows, key.outs);
 
+    plan->usable = chosen(be, plan, type_y);
+    if (plan->usable)
+        return LTN_OK;
     cublasLtMatmulPreference_t preference;
     cublasLtMatmulHeuristicResult_t result = {};
     int n = 0;
