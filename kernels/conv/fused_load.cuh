@@ -272,15 +272,12 @@ __device__ __forceinline__ void load_elements(const fused_params &p, const T *x,
     }
 }
 
-/* Two positions, where a thread has that many. */
+/* Two positions where a unit is eight loads of two bytes; with four of four bytes they are slower. */
 template <typename T>
 __device__ void load_elements(const fused_params &p, const T *x, int first, int block, uint32_t slot,
                               uint64_t *full, int thread)
 {
-    if (2 * p.load > 3 * p.walk.positions)
-        load_elements<T, 2>(p, x, first, block, slot, thread);
-    else
-        load_elements<T, 1>(p, x, first, block, slot, thread);
+    load_elements<T, sizeof(T) == 2 ? 2 : 1>(p, x, first, block, slot, thread);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     barrier_arrive(full);
 }

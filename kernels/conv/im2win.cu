@@ -483,7 +483,8 @@ static __device__ __forceinline__ void store_tile(const float (&acc)[4 * T::GM][
     }
 }
 
-template <class T, int BLOCKS, typename I>
+/* AHEAD: a block loads for its next piece while it ends one. */
+template <class T, int BLOCKS, typename I, bool AHEAD>
 static __global__ void __launch_bounds__(T::THREADS, BLOCKS)
     product_kernel(const __grid_constant__ struct windows p)
 {
@@ -524,12 +525,12 @@ static __global__ void __launch_bounds__(T::THREADS, BLOCKS)
             stage = T::STAGE - stage;
             struct fragments<T> f;
             f.load(0, a, b);
-            if (is_last) {
+            if (AHEAD && is_last) {
                 loaded = next;
                 if (loaded.to > 0)
                     loader.begin(p, loaded);
             }
-            if (loaded.to > 0)
+            if (AHEAD ? loaded.to > 0 : !is_last)
                 loader.fetch(p, shared0 + stage * 4, is_last ? loaded.from : it + 1, loaded.to);
             multiply<T>(acc, f, a, b, min(p.k - it * BK, (int)BK));
         }
@@ -542,6 +543,13 @@ static __global__ void __launch_bounds__(T::THREADS, BLOCKS)
                 add_part<T>(acc, p.split, --t);
             store_tile<T, I>(acc, shared + (T::STAGE - stage), p, at);
         }
+        if (!AHEAD) {
+            loaded = next;
+            if (loaded.to > 0) {
+                loader.begin(p, loaded);
+                loader.fetch(p, shared0 + stage * 4, loaded.from, loaded.to);
+            }
+        }
     }
 }
 
@@ -550,13 +558,16 @@ static __global__ void __launch_bounds__(T::THREADS, BLOCKS)
 
 struct form {
     int bm, threads, blocks; /* on a processor */
-    void (*kernel)(const struct windows);
-    void (*wide_kernel)(const struct windows); /* for images of 2^32 elements of the window tensor and more */
+    /* [0][]: for images of 2^32 elements of the window tensor and more; [][1]: where blocks stay */
+    void (*kernels[2][2])(const struct windows);
 };
 template <class T, int BLOCKS> static constexpr struct form form_of()
 {
-    return {T::BM, T::THREADS, BLOCKS, product_kernel<T, BLOCKS, uint32_t>,
-            product_kernel<T, BLOCKS, int64_t>};
+    return {T::BM,
+            T::THREADS,
+            BLOCKS,
+            {{product_kernel<T, BLOCKS, int64_t, false>, product_kernel<T, BLOCKS, int64_t, true>},
+             {product_kernel<T, BLOCKS, uint32_t, false>, product_kernel<T, BLOCKS, uint32_t, true>}}};
 }
 static const struct form forms[] = {
     form_of<tile<2, 4, 4, 1>, 2>(),
@@ -751,9 +762,8 @@ static enum ltn_status im2win_run(struct conv_device *dev, struct conv_op *op, v
         p.split.parts = (float *)((uint8_t *)counters + counters_bytes(&plan));
         const int64_t images = (BN - 1) / ((int64_t)ho * wo) + 2; /* that the columns of a tile may touch */
         const bool narrow = images * p.image < UINT32_MAX && 32 * (int64_t)ho * wo < UINT32_MAX;
-        (narrow ? plan.form->kernel
-                : plan.form->wide_kernel)<<<(unsigned)(plan.blocks + plan.streams),
-                                            (unsigned)plan.form->threads, 0, dev->stream>>>(p);
+        plan.form->kernels[narrow][plan.blocks < plan.whole]<<<
+            (unsigned)(plan.blocks + plan.streams), (unsigned)plan.form->threads, 0, dev->stream>>>(p);
         CONV_TRY(dev, err, cudaGetLastError());
     }
     return LTN_OK;
