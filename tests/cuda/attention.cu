@@ -549,14 +549,16 @@ void tune()
 } // namespace
 
 /* The operation behind a C interface, for tools/bench_attention_peers.py (libattention.so). One sequence. */
-extern "C" size_t attention_workspace(int heads, int e)
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED size_t attention_workspace(int heads, int e)
 {
     return ltn_lightning_workspace(heads, e, false);
 }
 
-extern "C" int attention_call(void *stream, void *o, const void *q, const void *k, const void *v, int ld,
-                              int heads, int e, const float *slopes, float *state, int n, void *work,
-                              int walkers, int portable)
+EXPORTED int attention_call(void *stream, void *o, const void *q, const void *k, const void *v, int ld,
+                            int heads, int e, const float *slopes, float *state, int n, void *work,
+                            int walkers, int portable)
 {
     ltn_attention a = {heads, e, slopes, nullptr, 0};
     ltn_seq seq = {state, 0, 0, n};
