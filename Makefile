@@ -50,7 +50,7 @@ DEMO     := model/demo/demo.ltn
 # V=1 prints whole command lines.
 say = $(if $(V),,@echo "  $(1) $@";)
 
-.PHONY: help setup all programs demo test test-cuda sanitize-cuda bench-gpu check install uninstall clean format
+.PHONY: help setup all programs demo test test-cuda sanitize-cuda gpu bench-gpu check install uninstall clean format
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -89,6 +89,10 @@ test-cuda: setup ## run the tests that need a GPU
 sanitize-cuda: setup ## run short GPU tests under compute-sanitizer: memory, initialisation, barriers, races
 	@$(MAKE) --no-print-directory -j$(JOBS) all $(CUDA_BIN) $(B)/tests/cuda/attention
 	LTN_BIN=$(BIN) sh tests/cuda/sanitize.sh $(B)/tests/cuda
+
+gpu: ## everything that needs a GPU: test-cuda, then bench-gpu
+	@$(MAKE) --no-print-directory test-cuda
+	@$(MAKE) --no-print-directory bench-gpu
 
 bench-gpu: setup ## measure decoding, reading, attention and convolution, on a GPU beside their peers, into tools/results
 	@$(MAKE) --no-print-directory -j$(JOBS) all $(B)/tests/cuda/libattention.so
