@@ -404,6 +404,24 @@ static void test_wide_maps(void **state)
     wide_maps((enum kind)(intptr_t)*state, false);
 }
 
+/* Products of released shapes whose algorithm gemm_table.h names, the one that splits its sums among them;
+ * few rows of each range, as the reference is slow. */
+static void test_tabled_maps(void **state)
+{
+    static const struct {
+        enum kind kind;
+        int32_t outs, cols, rows;
+    } sizes[] = {{LINEAR_ADD, 1024, 1024, 65},  {LINEAR_ADD, 1024, 1024, 385},  {LINEAR_ADD, 1024, 2816, 193},
+                 {LINEAR_ADD, 2048, 5632, 129}, {LINEAR_ADD, 4096, 11008, 129}, {LINEAR, 2816, 1024, 257},
+                 {LOGITS, 64000, 1024, 65}};
+    (void)state;
+    for (size_t i = 0; weights == LTN_BF16 && i < sizeof sizes / sizeof *sizes; i++) {
+        struct map m = {
+            .kind = sizes[i].kind, .outs = sizes[i].outs, .cols = sizes[i].cols, .rows = sizes[i].rows};
+        check_map(m, false);
+    }
+}
+
 static void test_fp8_maps(void **state)
 {
     wide_maps((enum kind)(intptr_t)*state, true);
@@ -847,6 +865,7 @@ static const struct {
     {"wide norm_linear", test_wide_maps, NORM_LINEAR},
     {"wide norm_glu", test_wide_maps, NORM_GLU},
     {"wide gated_linear_add", test_wide_maps, GATED_ADD},
+    {"products of the table", test_tabled_maps, 0},
     {"residual", test_residual, 0},
     {"fp8 linear", test_fp8_maps, LINEAR},
     {"fp8 linear_add", test_fp8_maps, LINEAR_ADD},
