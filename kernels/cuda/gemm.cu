@@ -1,9 +1,9 @@
 /* y = x W^T + b for many rows: cuBLASLt where sizes and addresses suit it, else a plain tiled kernel.
  *
  * cuBLASLt is opened when it is first needed, as that takes longer than everything else at start-up. Its
- * algorithm for a shape is that of gemm_table.h on the GPU the table was made on, else the library's own
- * first suggestion under a fixed workspace; nothing is timed at run time, so the same machine gives the same
- * bits. f32 runs in f32, not tf32.
+ * algorithm for a shape is that of gemm_table.h where it has one (compute capability 9.0), else the library's
+ * own first suggestion under a fixed workspace; nothing is timed at run time, so the same machine gives the
+ * same bits. f32 runs in f32, not tf32.
  *
  * f16 weights: cuBLASLt wants one type on both sides, and rounding weights to bf16 would lose three of their
  * bits. The activations become f16 instead, scaled by a power of two that puts their largest magnitude near

@@ -4,6 +4,8 @@
 #ifndef LTN_GEMM_TABLE_H
 #define LTN_GEMM_TABLE_H
 
+#include "kernels/cuda/cuda.cuh"
+
 /* For y [rows, outs] of bf16 inputs, rows in (from, to]; behind these,
  * cublasLtMatmulAlgoConfigAttributes_t's. */
 struct gemm_choice {

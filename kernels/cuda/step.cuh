@@ -650,10 +650,6 @@ template <typename W> struct worker {
             for (int32_t g = 0; g * GROUP < n; g++)
                 group_sums(parts + (g * WARPS + warp) * GROUP, (min(n - g * GROUP, (int32_t)GROUP) + 7) / 8,
                            s.cols, from == 0 && g == 0);
-#ifdef EARLY
-            if (threadIdx.x == 0 && from + PASS >= s.n_dots)
-                *r.waiting = true;
-#endif
             if (lane == 0)
                 red[warp] = squares;
             meet();
