@@ -14,7 +14,8 @@
  * Memory contract
  *   - Every pointer named here is backend memory (alloc), except where it says host. On a backend with
  * host_memory set, backend memory is ordinary memory and weights may be used where they lie.
- *   - No operation allocates. Rows are contiguous unless a leading dimension `ld*` (in elements) is given.
+ *   - No operation allocates: what it needs of its own, reserve has made. Rows are contiguous unless a
+ * leading dimension `ld*` (in elements) is given.
  *   - `rows` may be anything from 1 up. Sizes are those of the model; any value >= 1 must work.
  *
  * Operations are issued in order on the backend's one queue; results are visible to the host after download
@@ -140,6 +141,14 @@ struct ltn_ops {
     enum ltn_status (*sum)(struct ltn_backend *be, uint64_t *out, const void *src, size_t bytes,
                            struct ltn_error *err);
 
+    /* Makes the room that operations need beside what they are given, for calls of up to `rows` rows in this
+     * network (whose layers have their fp8 by then), and `logits` rows to its head: the operations of such
+     * calls allocate nothing, and of others may fail. The room is the backend's own, one for all its users,
+     * and only grows. net: for the call only. LTN_ERR_MEMORY: as from alloc, and all is as before. NULL: no
+     * operation needs any. */
+    enum ltn_status (*reserve)(struct ltn_backend *be, const struct ltn_network *net, int32_t rows,
+                               int32_t logits, struct ltn_error *err);
+
     /* ---- the small operations that every backend has ------------------------------------------------------
      */
     /* x[r] = scale * table[ids[r]].  x: [rows, table->cols] f32; ids: [rows], each in [0, table->rows) */
@@ -243,10 +252,10 @@ struct ltn_ops {
                               int32_t cols, const struct ltn_choice *choice, struct ltn_draws *draws,
                               float *scratch, int64_t *steps, int32_t *log, int32_t log_rows,
                               struct ltn_error *err);
-    /* From record to recorded, operations of this thread are noted, not run (upload, download, alloc, free
-     * and sync must not be called); other threads wait. recorded ends it, also after an operation that
-     * failed. replay issues all that was noted, on the same memory, with *steps (backend memory) as it then
-     * stands added to every position. */
+    /* From record to recorded, operations of this thread are noted, not run (upload, download, alloc, free,
+     * reserve and sync must not be called); other threads wait. recorded ends it, also after an operation
+     * that failed. replay issues all that was noted, on the same memory, with *steps (backend memory) as it
+     * then stands added to every position. */
     enum ltn_status (*record)(struct ltn_backend *be, const int64_t *steps, struct ltn_error *err);
     enum ltn_status (*recorded)(struct ltn_backend *be, struct ltn_recording **out, struct ltn_error *err);
     enum ltn_status (*replay)(struct ltn_backend *be, struct ltn_recording *recording, struct ltn_error *err);
@@ -257,11 +266,13 @@ struct ltn_ops {
 struct ltn_backend {
     const struct ltn_ops *ops;
     enum ltn_dtype act_dtype;
-    uint32_t dtypes;      /* bit 1 << t: takes matrices of ltn_dtype t */
-    bool host_memory;     /* backend memory is host memory: weights are used in place */
-    int32_t chunk_rows;   /* rows per prefill call that suit this backend, at most, */
-    int64_t chunk_values; /* and elements of the residual stream in them; 0: any number */
-    char name[96];        /* for people, e.g. "CPU, 8 threads, AVX-512" */
+    uint32_t dtypes;       /* bit 1 << t: takes matrices of ltn_dtype t */
+    bool host_memory;      /* backend memory is host memory: weights are used in place */
+    int32_t chunk_rows;    /* rows per prefill call that suit this backend, at most, */
+    int64_t chunk_values;  /* and elements of the residual stream in them; 0: any number */
+    int64_t n_allocations; /* of device memory so far, room included; 0 where host_memory is set */
+    size_t room_bytes;     /* what reserve holds by now */
+    char name[96];         /* for people, e.g. "CPU, 8 threads, AVX-512" */
 };
 
 /* The plain reference: one thread, one loop per formula, f32 storage. The oracle of every other backend. */

@@ -134,15 +134,13 @@ static enum ltn_status wanted_logits(const struct pass *p, const struct ltn_mode
     return head(p, model, p->n_seqs);
 }
 
-/* One token of one stream, where the backend can take it through the whole model at once. */
-static enum ltn_status whole_step(const struct pass *p, const struct ltn_model *model, float scale)
+static struct ltn_network network_of(const struct ltn_model *model)
 {
-    const struct ltn_config *c = p->config;
-    struct ltn_workspace *ws = p->ws;
-    const struct ltn_network net = {c->vocab_size,     c->embed_dim, c->hidden_dim, c->glu_dim,   c->gate_dim,
-                                    c->n_layers,       c->act,       scale,         model->embed, model->head,
-                                    model->final_norm, model->layers};
-    return p->ops->step(p->be, &net, p->seqs, p->ids, ws->logits, p->err);
+    const struct ltn_config *c = &model->config;
+    const float scale = c->scale_embedding ? sqrtf((float)c->embed_dim) : 1.0f;
+    return (struct ltn_network){c->vocab_size,     c->embed_dim, c->hidden_dim, c->glu_dim,   c->gate_dim,
+                                c->n_layers,       c->act,       scale,         model->embed, model->head,
+                                model->final_norm, model->layers};
 }
 
 enum ltn_status ltn_forward_ids(const struct ltn_model *model, struct ltn_workspace *ws, const int32_t *ids,
@@ -151,14 +149,15 @@ enum ltn_status ltn_forward_ids(const struct ltn_model *model, struct ltn_worksp
 {
     const struct ltn_config *c = &model->config;
     const struct pass pass = {c, ws, model->be, model->be->ops, ids, seqs, n_seqs, rows, err}, *p = &pass;
-    float scale = c->scale_embedding ? sqrtf((float)c->embed_dim) : 1.0f;
+    const struct ltn_network net = network_of(model);
 
+    /* one token of one stream, where the backend can take it through the whole model at once */
     if (p->ops->step && rows == 1 && want != LTN_WANT_NONE && !tap) {
-        enum ltn_status status = whole_step(p, model, scale);
+        enum ltn_status status = p->ops->step(p->be, &net, seqs, ids, ws->logits, err);
         if (status != LTN_ERR_UNSUPPORTED)
             return status;
     }
-    LTN_TRY(p->ops->embed(p->be, ws->x, &model->embed, p->ids, rows, scale, err));
+    LTN_TRY(p->ops->embed(p->be, ws->x, &model->embed, p->ids, rows, net.embed_scale, err));
     for (int32_t l = 0; l < c->n_layers; l++) {
         if (tap)
             LTN_TRY(tap->fn(tap->ctx, l, ws->x, rows, err));
@@ -198,9 +197,12 @@ enum ltn_status ltn_workspace_create(struct ltn_workspace *ws, const struct ltn_
         {&ws->o, n * (size_t)H * act},
         {(void **)&ws->logits, (size_t)max_logits * (size_t)c->vocab_size * sizeof(float)},
     };
+    const struct ltn_network net = network_of(model);
     size_t total = 0;
 
     *ws = (struct ltn_workspace){.be = be, .max_rows = max_rows, .max_logits = max_logits};
+    if (be->ops->reserve)
+        LTN_TRY(be->ops->reserve(be, &net, max_rows, max_logits, err));
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         total += (parts[i].bytes + 63) / 64 * 64;
     LTN_TRY(be->ops->alloc(be, &ws->memory, total, err));

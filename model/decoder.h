@@ -33,6 +33,8 @@ struct ltn_workspace {
     const float *step_state;
 };
 
+/* After it, a pass allocates nothing: what the backend needs of its own is reserved here. The model has its
+ * fp8 by then, if it gets any. LTN_ERR_MEMORY names what was needed and what was free. */
 enum ltn_status ltn_workspace_create(struct ltn_workspace *ws, const struct ltn_model *model,
                                      int32_t max_rows, int32_t max_logits, struct ltn_error *err);
 void ltn_workspace_free(struct ltn_workspace *ws); /* a zeroed one is allowed */

@@ -74,7 +74,8 @@ static void layer_free(struct layer *l, struct ltn_backend *be)
     free(l->theta);
 }
 
-static enum ltn_status layer_make(struct layer *l, const struct bench *b, int32_t heads, bool last,
+/* n: rows of its calls, at most */
+static enum ltn_status layer_make(struct layer *l, const struct bench *b, int32_t heads, bool last, int64_t n,
                                   struct ltn_error *err)
 {
     const int32_t e = (int32_t)b->options->head_dim;
@@ -91,6 +92,12 @@ static enum ltn_status layer_make(struct layer *l, const struct bench *b, int32_
     LTN_TRY(be->ops->zero(be, l->state, l->state_bytes, err));
     LTN_TRY(be->ops->upload(be, l->constants, l->slopes, sizeof(float) * (size_t)heads, err));
     l->a = (struct ltn_attention){.n_heads = heads, .head_dim = e, .slopes = l->constants};
+    if (b->options->lrpe)
+        l->a.theta = l->constants + heads;
+    const struct ltn_layer layer = {.attention = l->a};
+    const struct ltn_network net = {.n_layers = 1, .layers = &layer};
+    if (be->ops->reserve)
+        LTN_TRY(be->ops->reserve(be, &net, (int32_t)n, 0, err));
     if (!b->options->lrpe)
         return LTN_OK;
     l->theta = malloc(sizeof(float) * (size_t)l->width);
@@ -98,7 +105,6 @@ static enum ltn_status layer_make(struct layer *l, const struct bench *b, int32_
         return ltn_fail(err, LTN_ERR_MEMORY, "no memory for %d angles", l->width);
     for (int32_t i = 0; i < l->width; i++)
         l->theta[i] = (float)pow(10000, -2.0 * i / l->width);
-    l->a.theta = l->constants + heads;
     return be->ops->upload(be, l->constants + heads, l->theta, sizeof(float) * (size_t)l->width, err);
 }
 
@@ -219,7 +225,7 @@ static enum ltn_status measure_speed(struct bench *b, int32_t heads, int64_t n, 
     if (!row->samples)
         return ltn_fail(err, LTN_ERR_MEMORY, "no memory for %lld samples",
                         (long long)b->options->repetitions);
-    enum ltn_status status = layer_make(&l, b, heads, row->last_layer, err);
+    enum ltn_status status = layer_make(&l, b, heads, row->last_layer, n, err);
     if (status == LTN_OK)
         status = sample(b, &l, &r, row, err);
     if (be->ops->recording_free)
@@ -345,7 +351,7 @@ static enum ltn_status measure_error(struct bench *b, int32_t heads, int64_t n, 
 
     *row = (struct row){.heads = heads, .n = n, .last_layer = last_layer};
     row->seconds.median = row->share = row->gbps = row->tflops = NAN;
-    enum ltn_status status = layer_make(&l, b, heads, last_layer, err);
+    enum ltn_status status = layer_make(&l, b, heads, last_layer, n, err);
     if (status == LTN_OK)
         status = run_check(b, &l, &c, row, err);
     b->be->ops->free(b->be, c.device_qkv);

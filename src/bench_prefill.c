@@ -12,9 +12,9 @@
  *
  * Results also carry {backend, threads}; gemm_tflops is that of the last row. A row is {impl, model, dtype,
  * prefill, n, chunk, tok_s, share, gemm_tok_s, gemm_tflops, extra_bytes, samples, gemm_samples}: tok_s and
- * gemm_tok_s the medians of the samples, in tokens/s; share = tok_s / gemm_tok_s; extra_bytes: workspace and
- * state, all that reading takes beside the weights. Of texts longer than --loop the samples are of slices,
- * and {loop_n, loop_tok_s, loop_samples} are of the short texts.
+ * gemm_tok_s the medians of the samples, in tokens/s; share = tok_s / gemm_tok_s; extra_bytes: workspace,
+ * the backend's room and state, all that reading takes beside the weights. Of texts longer than --loop the
+ * samples are of slices, and {loop_n, loop_tok_s, loop_samples} are of the short texts.
  */
 #include "src/bench.h"
 
@@ -200,8 +200,9 @@ static enum ltn_status print_table(const struct bench *b, struct ltn_error *err)
                            "%s, shape %s, %s, chunks of %d rows; beside the weights %.1f MB\n\n"
                            "%10s %12s %9s %14s %9s%s\n",
                            b->head.device, b->options->shape, b->options->dtype, b->chunk,
-                           1e-6 * (double)(b->ws.bytes + b->state_bytes), "length", "tok/s", "share",
-                           "products tok/s", "TFLOP/s", b->options->loop ? "   looped tok/s" : ""));
+                           1e-6 * (double)(b->ws.bytes + b->be->room_bytes + b->state_bytes), "length",
+                           "tok/s", "share", "products tok/s", "TFLOP/s",
+                           b->options->loop ? "   looped tok/s" : ""));
     for (size_t i = 0; i < b->n_rows; i++) {
         const struct row *r = &b->rows[i];
         LTN_TRY(ltn_cli_printf(

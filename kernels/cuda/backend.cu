@@ -26,13 +26,12 @@ enum ltn_status refuse_dtype(struct cuda_backend *be, struct ltn_error *err, enu
 /* ---- memory ----------------------------------------------------------------------------------------------
  */
 
-static enum ltn_status cuda_alloc(struct ltn_backend *base, void **out, size_t bytes, struct ltn_error *err)
+enum ltn_status device_alloc(struct cuda_backend *be, void **out, size_t bytes, struct ltn_error *err)
 {
-    struct cuda_backend *be = cuda_of(base);
-    struct turn turn(be);
     cudaError_t code = cudaMalloc(out, bytes ? bytes : 1);
     if (code != cudaErrorMemoryAllocation) {
         CUDA_TRY(be, err, code);
+        be->base.n_allocations++;
         return LTN_OK;
     }
     size_t free = 0, total = 0;
@@ -41,6 +40,13 @@ static enum ltn_status cuda_alloc(struct ltn_backend *base, void **out, size_t b
     return ltn_fail(err, LTN_ERR_MEMORY, "cuda:%d: %.1f MiB of device memory needed, %.1f of %.1f MiB free",
                     be->device, (double)bytes / (1 << 20), (double)free / (1 << 20),
                     (double)total / (1 << 20));
+}
+
+static enum ltn_status cuda_alloc(struct ltn_backend *base, void **out, size_t bytes, struct ltn_error *err)
+{
+    struct cuda_backend *be = cuda_of(base);
+    struct turn turn(be);
+    return device_alloc(be, out, bytes, err);
 }
 
 static void cuda_free(struct ltn_backend *base, void *p)
@@ -72,21 +78,6 @@ static enum ltn_status cuda_sync(struct ltn_backend *base, struct ltn_error *err
     struct cuda_backend *be = cuda_of(base);
     struct turn turn(be);
     CUDA_TRY(be, err, cudaStreamSynchronize(be->stream));
-    return LTN_OK;
-}
-
-enum ltn_status make_room(struct cuda_backend *be, void **room, size_t *bytes, size_t needed,
-                          struct ltn_error *err)
-{
-    if (needed <= *bytes)
-        return LTN_OK;
-    CUDA_TRY(be, err, cudaStreamSynchronize(be->stream));
-    CUDA_TRY(be, err, cudaFree(*room));
-    *room = NULL;
-    *bytes = 0;
-    CUDA_TRY(be, err, cudaMalloc(room, needed));
-    *bytes = needed;
-    CUDA_TRY(be, err, cudaMemsetAsync(*room, 0, needed, be->stream));
     return LTN_OK;
 }
 
@@ -128,19 +119,14 @@ static enum ltn_status cuda_sum(struct ltn_backend *base, uint64_t *out, const v
 /* ---- attention: by sequences -----------------------------------------------------------------------------
  */
 
-/* Whether so much room is there, or made now: nothing can be allocated while operations are recorded. */
-static enum ltn_status room_now(struct cuda_backend *be, void **room, size_t *bytes, size_t needed,
-                                bool *there, struct ltn_error *err)
+void lightning_room(const struct ltn_network *net, int32_t rows, size_t *needed)
 {
-    cudaStreamCaptureStatus recording = cudaStreamCaptureStatusNone;
-    *there = needed <= *bytes;
-    if (*there)
-        return LTN_OK;
-    CUDA_TRY(be, err, cudaStreamIsCapturing(be->stream, &recording));
-    if (recording != cudaStreamCaptureStatusNone)
-        return LTN_OK;
-    *there = true;
-    return make_room(be, room, bytes, needed, err);
+    for (int32_t i = 0; i < net->n_layers && rows > 1; i++) {
+        const struct ltn_attention *a = &net->layers[i].attention;
+        raise(&needed[ROOM_LIGHTNING], ltn_lightning_workspace(a->n_heads, a->head_dim, a->theta != NULL));
+        if (a->theta)
+            raise(&needed[ROOM_TURNED], ltn_lightning_turned(rows, a->n_heads, a->head_dim));
+    }
 }
 
 /* For sequences of more than one row. */
@@ -154,20 +140,15 @@ enum ltn_status lightning_tensor(struct cuda_backend *be, struct ltn_lightning_c
         many = many || call->seqs[i].count > 1;
     if (!many || be->base.act_dtype != LTN_BF16)
         return LTN_OK;
-    const size_t needed = ltn_lightning_workspace(a->n_heads, a->head_dim, a->theta != NULL);
-    bool there;
-    LTN_TRY(room_now(be, &be->lightning_workspace, &be->lightning_bytes, needed, &there, err));
-    if (!there)
-        return LTN_OK;
+    call->workspace_bytes = ltn_lightning_workspace(a->n_heads, a->head_dim, a->theta != NULL);
+    LTN_TRY(room_part(be, &call->workspace, ROOM_LIGHTNING, call->workspace_bytes, err));
     if (a->theta) {
         const struct ltn_seq *last = &call->seqs[call->n_seqs - 1];
         const size_t turned =
             ltn_lightning_turned((int64_t)last->first + last->count, a->n_heads, a->head_dim);
-        LTN_TRY(room_now(be, &be->turned, &be->turned_bytes, turned, &there, err));
-        call->turned = turned > 0 && there ? be->turned : NULL;
+        if (turned > 0)
+            LTN_TRY(room_part(be, &call->turned, ROOM_TURNED, turned, err));
     }
-    call->workspace = be->lightning_workspace;
-    call->workspace_bytes = be->lightning_bytes;
     *done = ltn_lightning_supports(call);
     if (*done)
         CUDA_TRY(be, err, ltn_lightning_prefill(be->stream, call));
@@ -217,11 +198,7 @@ static void cuda_close(struct ltn_backend *base)
     if (be->stream)
         cudaStreamSynchronize(be->stream);
     gemm_close(be);
-    cudaFree(be->widened);
-    cudaFree(be->lightning_workspace);
-    cudaFree(be->turned);
-    cudaFree(be->copy_workspace);
-    cudaFree(be->fp8_workspace);
+    room_drop(be, be->room);
     cudaFree(be->partials);
     cudaFree(be->step_words);
     for (int i = 0; i < STAGES; i++) {
@@ -244,6 +221,7 @@ static const struct ltn_ops cuda_ops = {
     .copy = cuda_copy,
     .sync = cuda_sync,
     .sum = cuda_sum,
+    .reserve = cuda_reserve,
     .embed = cuda_embed,
     .norm = cuda_norm,
     .gated_norm = cuda_gated_norm,
@@ -286,10 +264,6 @@ static enum ltn_status start(struct cuda_backend *be, struct ltn_error *err)
         CUDA_TRY(be, err, cudaMallocHost(&be->stage[i], STAGE_BYTES));
         CUDA_TRY(be, err, cudaEventCreateWithFlags(&be->staged[i], cudaEventDisableTiming));
     }
-    /* the attention of heads of up to 128; larger ones get more when they come */
-    if (be->base.act_dtype == LTN_BF16)
-        LTN_TRY(make_room(be, &be->lightning_workspace, &be->lightning_bytes,
-                          ltn_lightning_workspace(1, 128, true), err));
     LTN_TRY(batch_open(be, err));
     LTN_TRY(step_open(be, err));
     LTN_TRY(gemv_quant_open(be, err));

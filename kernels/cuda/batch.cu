@@ -338,7 +338,8 @@ enum ltn_status batch_open(struct cuda_backend *be, struct ltn_error *err)
     if (be->base.act_dtype == LTN_F32)
         return LTN_OK;
     const size_t counters = COUNTERS * sizeof(uint32_t);
-    CUDA_TRY(be, err, cudaMalloc(&be->partials, counters + (size_t)MAX_PARTS * TILE_FLOATS * sizeof(float)));
+    LTN_TRY(device_alloc(be, (void **)&be->partials,
+                         counters + (size_t)MAX_PARTS * TILE_FLOATS * sizeof(float), err));
     CUDA_TRY(be, err, cudaMemsetAsync(be->partials, 0, counters, be->stream));
     be->batch_hopper = batch_hopper_open(be, err);
     LTN_TRY(open_for<__nv_bfloat16>(be, err));

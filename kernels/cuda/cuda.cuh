@@ -31,6 +31,26 @@ enum {
     CONVERTED_BYTES = 64 << 20, /* activations on their way to f16, see gemm.cu */
 };
 
+/* Device memory that operations need beside what they are given: one allocation, made by reserve (room.cu).
+ * All of the device memory there is: what alloc gave, this room, and, from opening on, partials and
+ * step_words. */
+enum room_part {
+    ROOM_COPY,      /* bf16 copy and sums of squares of a residual stream; outlives its operation: see turn */
+    ROOM_FP8,       /* activations in e4m3, with their scales */
+    ROOM_WIDENED,   /* a quantised matrix in bf16, or two */
+    ROOM_TURNED,    /* q and k turned by LRPE */
+    ROOM_LIGHTNING, /* of the tensor-core attention; zero at first */
+    ROOM_LIBRARY,   /* cuBLASLt's workspace */
+    ROOM_CONVERTED, /* activations in f16, with their scale */
+    N_ROOM_PARTS
+};
+struct rooms {
+    int users; /* the backend, and the recordings whose operations use it */
+    void *memory;
+    void *at[N_ROOM_PARTS];
+    size_t bytes[N_ROOM_PARTS];
+};
+
 struct cuda_backend {
     struct ltn_backend base;
     int device;
@@ -48,18 +68,9 @@ struct cuda_backend {
     int next_stage;
     size_t stage_used; /* bytes of stage[next_stage] already given out */
     struct gemm_library *gemm;
-    void *lightning_workspace; /* device, [lightning_bytes]; NULL until the tensor-core attention is used */
-    size_t lightning_bytes;
-    void *turned; /* device, [turned_bytes]: q and k turned by LRPE; NULL until they are used */
-    size_t turned_bytes;
-    void *copy_workspace; /* device, [copy_bytes]: bf16 copy and sums of squares of a residual stream */
-    size_t copy_bytes;
-    const float *copied; /* the stream that they are of; NULL unless the operation just before left them */
+    struct rooms *room;  /* what reserve made; NULL before */
+    const float *copied; /* the stream that ROOM_COPY is of; NULL unless the operation just before left it */
     int32_t copied_rows, copied_cols;
-    void *fp8_workspace; /* device, [fp8_bytes]: activations in e4m3; NULL until they are used */
-    size_t fp8_bytes;
-    void *widened; /* device, [widened_bytes]: linear_quant.cu's matrices in bf16; NULL until they are used */
-    size_t widened_bytes;
     uint8_t *partials;    /* device: batch.cu's partial sums and counters */
     void *step_words;     /* device: step.cu's; NULL: the device cannot hold all blocks at once */
     const int64_t *steps; /* while recording: what is added to positions; else NULL */
@@ -86,10 +97,29 @@ struct turn {
 enum ltn_status cuda_fail(struct cuda_backend *be, struct ltn_error *err, const char *what, const char *file,
                           int line, cudaError_t code);
 
-/* Makes *room, of *bytes, as large as needed, and then zero throughout: memory of the backend's own that only
- * some models use. */
-enum ltn_status make_room(struct cuda_backend *be, void **room, size_t *bytes, size_t needed,
+/* backend.cu: all device memory comes from here. As alloc of ops.h. */
+enum ltn_status device_alloc(struct cuda_backend *be, void **out, size_t bytes, struct ltn_error *err);
+
+/* room.cu */
+enum ltn_status cuda_reserve(struct ltn_backend *be, const struct ltn_network *net, int32_t rows,
+                             int32_t logits, struct ltn_error *err);
+/* *out: the part, which must have been reserved with so many bytes. */
+enum ltn_status room_part(struct cuda_backend *be, void **out, enum room_part part, size_t bytes,
                           struct ltn_error *err);
+void room_drop(struct cuda_backend *be, struct rooms *room); /* by one user; NULL is allowed */
+
+/* What reserve asks of each file: raises needed[N_ROOM_PARTS] to what its operations take in this network,
+ * with calls of up to so many rows, and so many for the head. */
+void lightning_room(const struct ltn_network *net, int32_t rows, size_t *needed);
+void linear_room(const struct cuda_backend *be, const struct ltn_network *net, int32_t rows, size_t *needed);
+void quant_room(const struct cuda_backend *be, const struct ltn_network *net, int32_t rows, int32_t logits,
+                size_t *needed);
+void gemm_room(const struct ltn_network *net, size_t *needed);
+static inline void raise(size_t *needed, size_t bytes)
+{
+    if (*needed < bytes)
+        *needed = bytes;
+}
 
 /* Leaves the enclosing function with an error that names the call and its place. */
 #define CUDA_TRY(be, err, call)                                                                              \

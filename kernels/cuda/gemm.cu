@@ -174,9 +174,6 @@ struct gemm_library {
     LT_FUNCTIONS(DECLARE)
 #undef DECLARE
     cublasLtHandle_t lt;
-    void *workspace;
-    __half *converted;
-    struct scalars *scalars;
     struct plan plans[PLANS]; /* by hash; a newcomer takes the place */
 };
 
@@ -214,7 +211,6 @@ static enum ltn_status gemm_open(struct cuda_backend *be, struct ltn_error *err)
         return ltn_fail(err, LTN_ERR_DEVICE, "libcublasLt: no function %s in it", #name);
     LT_FUNCTIONS(RESOLVE)
 #undef RESOLVE
-    CUDA_TRY(be, err, cudaMalloc(&g->workspace, WORKSPACE_BYTES));
     LT_TRY(be, err, cublasLtCreate, &g->lt);
     return LTN_OK;
 }
@@ -238,9 +234,6 @@ void gemm_close(struct cuda_backend *be)
         plan_free(g, &plan);
     if (g->lt)
         g->cublasLtDestroy(g->lt);
-    cudaFree(g->workspace);
-    cudaFree(g->converted);
-    cudaFree(g->scalars);
     if (g->handle)
         dlclose(g->handle);
     delete g;
@@ -354,28 +347,28 @@ static enum ltn_status library(struct cuda_backend *be, const struct product *p,
     const float one = 1, zero = 0;
     const float *alpha = &one, *beta = p->out == OUT_ADD ? &one : &zero;
     const void *x = p->x;
+    void *workspace;
 
     LTN_TRY(plan_for(be, &plan, p, type, err));
     *done = plan->usable;
     if (!plan->usable)
         return LTN_OK;
+    LTN_TRY(room_part(be, &workspace, ROOM_LIBRARY, WORKSPACE_BYTES, err));
     if (dtype == LTN_F16) {
         const int64_t n = (int64_t)p->rows * p->cols;
-        if (!g->converted)
-            CUDA_TRY(be, err, cudaMalloc(&g->converted, CONVERTED_BYTES));
-        if (!g->scalars)
-            CUDA_TRY(be, err, cudaMalloc(&g->scalars, sizeof *g->scalars));
-        LAUNCH(be, err, start_kernel, dim3(1), dim3(1), 0, g->scalars);
-        LAUNCH(be, err, largest_kernel, dim3(wide_grid(n)), dim3(THREADS), 0, g->scalars,
+        void *converted;
+        LTN_TRY(room_part(be, &converted, ROOM_CONVERTED, CONVERTED_BYTES + sizeof(struct scalars), err));
+        struct scalars *s = (struct scalars *)((uint8_t *)converted + CONVERTED_BYTES);
+        LAUNCH(be, err, start_kernel, dim3(1), dim3(1), 0, s);
+        LAUNCH(be, err, largest_kernel, dim3(wide_grid(n)), dim3(THREADS), 0, s, (const __nv_bfloat16 *)x, n);
+        LAUNCH(be, err, convert_kernel, dim3(wide_grid(n)), dim3(THREADS), 0, (__half *)converted, s,
                (const __nv_bfloat16 *)x, n);
-        LAUNCH(be, err, convert_kernel, dim3(wide_grid(n)), dim3(THREADS), 0, g->converted, g->scalars,
-               (const __nv_bfloat16 *)x, n);
-        x = g->converted;
-        alpha = &g->scalars->alpha;
-        beta = p->out == OUT_ADD ? &g->scalars->one : &g->scalars->zero;
+        x = converted;
+        alpha = &s->alpha;
+        beta = p->out == OUT_ADD ? &s->one : &s->zero;
     }
     LT_TRY(be, err, cublasLtMatmul, g->lt, plan->desc, alpha, p->w, plan->w, x, plan->x, beta, p->y, plan->y,
-           p->y, plan->y, &plan->algo, g->workspace, WORKSPACE_BYTES, be->stream);
+           p->y, plan->y, &plan->algo, workspace, WORKSPACE_BYTES, be->stream);
     if (p->bias) {
         const int64_t n = (int64_t)p->rows * p->outs;
         if (p->out == OUT_ACT && be->base.act_dtype == LTN_BF16)
@@ -386,6 +379,13 @@ static enum ltn_status library(struct cuda_backend *be, const struct product *p,
                    n, p->outs);
     }
     return LTN_OK;
+}
+
+void gemm_room(const struct ltn_network *net, size_t *needed)
+{
+    raise(&needed[ROOM_LIBRARY], WORKSPACE_BYTES);
+    if (net->embed.dtype == LTN_F16)
+        raise(&needed[ROOM_CONVERTED], CONVERTED_BYTES + sizeof(struct scalars));
 }
 
 /* ---- dispatch --------------------------------------------------------------------------------------------

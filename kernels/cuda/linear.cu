@@ -53,26 +53,27 @@ static size_t copy_bytes(int32_t rows, int32_t cols)
     return (size_t)rows * cols * sizeof(__nv_bfloat16) + (size_t)hopper_squares(cols) * rows * sizeof(float);
 }
 
-static size_t fp8_bytes(const struct product *p)
+/* Bytes of activations in e4m3 and, behind them, their scales. */
+static size_t fp8_bytes(int32_t rows, int32_t cols)
 {
-    return (size_t)p->rows * p->cols + (size_t)p->rows * sizeof(float);
+    return (size_t)rows * cols + (size_t)rows * sizeof(float);
 }
 
-/* Whether the room that a path needs is there, or can be had: not while operations are recorded. */
-static bool room_for(struct cuda_backend *be, const struct product *p, enum path path)
+void linear_room(const struct cuda_backend *be, const struct ltn_network *net, int32_t rows, size_t *needed)
 {
-    const size_t have = path == HOPPER_FP8 ? be->fp8_bytes : be->copy_bytes;
-    const size_t needed = path == HOPPER_FP8  ? fp8_bytes(p)
-                          : p->out == OUT_ADD ? copy_bytes(p->rows, p->outs)
-                          : p->in == IN_NORM  ? copy_bytes(p->rows, p->cols)
-                                              : 0;
-    cudaStreamCaptureStatus recording = cudaStreamCaptureStatusNone;
-    return needed <= have || (cudaStreamIsCapturing(be->stream, &recording) == cudaSuccess &&
-                              recording == cudaStreamCaptureStatusNone);
+    if (!be->hopper || be->base.act_dtype != LTN_BF16)
+        return;
+    raise(&needed[ROOM_COPY], copy_bytes(rows, net->embed_dim));
+    for (int32_t i = 0; i < net->n_layers; i++) {
+        const struct ltn_layer *l = &net->layers[i];
+        for (const struct ltn_linear *map : {&l->qkv, &l->gate0, &l->gate1, &l->out, &l->l1, &l->l2, &l->l3})
+            if (map->fp8.data)
+                raise(&needed[ROOM_FP8], fp8_bytes(rows, map->w.cols));
+    }
 }
 
 /* between: where Norm(x) would go */
-static enum path path_of(struct cuda_backend *be, const struct product *p, const struct ltn_linear *l,
+static enum path path_of(const struct cuda_backend *be, const struct product *p, const struct ltn_linear *l,
                          const void *between)
 {
     const enum ltn_dtype dtype = l->w.dtype;
@@ -83,8 +84,7 @@ static enum path path_of(struct cuda_backend *be, const struct product *p, const
         return BATCH;
     if (!for_hopper(be, p) || !aligned16(between))
         return GEMM;
-    const enum path path = for_fp8(p, l) ? HOPPER_FP8 : dtype == LTN_BF16 && enough_tiles(p) ? HOPPER : GEMM;
-    return path != GEMM && room_for(be, p, path) ? path : GEMM;
+    return for_fp8(p, l) ? HOPPER_FP8 : dtype == LTN_BF16 && enough_tiles(p) ? HOPPER : GEMM;
 }
 
 /* Of quantised weights the product is made here, row by row (*done), or *l and *l2 (NULL, where there is one
@@ -95,8 +95,7 @@ static enum ltn_status resolve(struct cuda_backend *be, struct product *p, const
                                bool *done, struct ltn_error *err)
 {
     *done = false;
-    if (!ltn_is_quantised((*l)->w.dtype) ||
-        (for_hopper(be, p) && for_fp8(p, *l) && aligned16(between) && room_for(be, p, HOPPER_FP8)))
+    if (!ltn_is_quantised((*l)->w.dtype) || (for_hopper(be, p) && for_fp8(p, *l) && aligned16(between)))
         return LTN_OK;
     LTN_TRY(quant_product(be, p, *l, l2 ? *l2 : NULL, &wide[0], &wide[1], done, err));
     if (*done)
@@ -120,10 +119,8 @@ static bool forms_input(enum path path, const struct product *p)
 static enum ltn_status room_for_copy(struct cuda_backend *be, void **copy, float **squares, int32_t rows,
                                      int32_t cols, struct ltn_error *err)
 {
-    LTN_TRY(make_room(be, &be->copy_workspace, &be->copy_bytes, copy_bytes(rows, cols), err));
-    *copy = be->copy_workspace;
-    *squares = (float *)((uint8_t *)be->copy_workspace + copy_bytes(rows, cols) -
-                         (size_t)hopper_squares(cols) * rows * sizeof(float));
+    LTN_TRY(room_part(be, copy, ROOM_COPY, copy_bytes(rows, cols), err));
+    *squares = (float *)((uint8_t *)*copy + (size_t)rows * cols * sizeof(__nv_bfloat16));
     return LTN_OK;
 }
 
@@ -165,9 +162,9 @@ static enum ltn_status hopper(struct cuda_backend *be, const struct product *p, 
     g.squares = p->squares;
     g.n_squares = p->n_squares;
     if (fp8) {
-        const size_t codes = (size_t)p->rows * p->cols;
-        LTN_TRY(make_room(be, &be->fp8_workspace, &be->fp8_bytes, fp8_bytes(p), err));
-        struct fp8_rows x = {(uint8_t *)be->fp8_workspace, (float *)((uint8_t *)be->fp8_workspace + codes)};
+        void *room;
+        LTN_TRY(room_part(be, &room, ROOM_FP8, fp8_bytes(p->rows, p->cols), err));
+        struct fp8_rows x = {(uint8_t *)room, (float *)((uint8_t *)room + (size_t)p->rows * p->cols)};
         LTN_TRY(rows_to_fp8(be, &x, p, err));
         g.fp8 = true;
         g.x = x.codes;

@@ -69,17 +69,49 @@ static enum ltn_status widen(struct cuda_backend *be, __nv_bfloat16 *out, const 
     return LTN_OK;
 }
 
-/* Room for so many elements, whatever was there before. */
-static enum ltn_status room(struct cuda_backend *be, size_t elements, struct ltn_error *err)
+/* Elements of a matrix in bf16; what follows it is aligned. */
+static size_t elements(const struct ltn_matrix *w)
 {
-    const size_t bytes = elements * sizeof(__nv_bfloat16);
-    if (bytes <= be->widened_bytes)
-        return LTN_OK;
-    if (be->steps)
-        return ltn_fail(err, LTN_ERR_UNSUPPORTED,
-                        "cuda:%d: recording: no room yet for %zu bytes of a quantised matrix in bf16",
-                        be->device, bytes);
-    return make_room(be, &be->widened, &be->widened_bytes, bytes, err);
+    return ((size_t)w->rows * w->cols + 31) & ~(size_t)31;
+}
+
+/* Bytes of both in bf16; w2: NULL, or of a second matrix. */
+static size_t widened_bytes(const struct ltn_matrix *w, const struct ltn_matrix *w2)
+{
+    return (elements(w) + (w2 ? elements(w2) : 0)) * sizeof(__nv_bfloat16);
+}
+
+/* As quant_product() has it, for one product of up to so many rows. */
+static void product_room(const struct cuda_backend *be, const struct ltn_matrix *w,
+                         const struct ltn_matrix *w2, const struct ltn_norm *norm, int32_t rows,
+                         size_t *needed)
+{
+    struct product one = {};
+    one.w = w->data;
+    one.w2 = w2 ? w2->data : NULL;
+    one.outs = w->rows;
+    one.cols = w->cols;
+    one.rows = 1;
+    one.in = norm ? IN_NORM : IN_ACT;
+    if (norm)
+        one.norm = *norm;
+    if (w->data && ltn_is_quantised(w->dtype) && (rows > GEMV_ROWS || !gemv_quant_suits(be, &one)))
+        raise(&needed[ROOM_WIDENED], widened_bytes(w, w2));
+}
+
+void quant_room(const struct cuda_backend *be, const struct ltn_network *net, int32_t rows, int32_t logits,
+                size_t *needed)
+{
+    for (int32_t i = 0; i < net->n_layers; i++) {
+        const struct ltn_layer *l = &net->layers[i];
+        product_room(be, &l->qkv.w, NULL, &l->token_norm, rows, needed);
+        product_room(be, &l->gate0.w, NULL, &l->token_norm, rows, needed);
+        product_room(be, &l->gate1.w, NULL, NULL, rows, needed);
+        product_room(be, &l->out.w, NULL, &l->attn_norm, rows, needed);
+        product_room(be, &l->l1.w, &l->l2.w, &l->channel_norm, rows, needed);
+        product_room(be, &l->l3.w, NULL, NULL, rows, needed);
+    }
+    product_room(be, &net->head, NULL, &net->final_norm, logits, needed);
 }
 
 /* Each row by itself: the same bits however many there are. */
@@ -104,24 +136,23 @@ enum ltn_status quant_product(struct cuda_backend *be, const struct product *p, 
                               struct ltn_linear *plain2, bool *done, struct ltn_error *err)
 {
     const struct quant_scales scales = {l->w.scales, l2 ? l2->w.scales : NULL};
-    const size_t n = (size_t)l->w.rows * l->w.cols, second = l2 ? (size_t)l2->w.rows * l2->w.cols : 0;
-    const size_t aligned = (n + 31) & ~(size_t)31;
     struct product one = *p;
+    void *room;
     one.rows = 1;
     *done = (p->rows <= GEMV_ROWS || be->steps) && gemv_quant_suits(be, &one) &&
             (p->rows == 1 || !p->gate || p->ld_gate % 8 == 0);
     if (*done)
         return row_by_row(be, p, &scales, l->w.dtype, err);
-    LTN_TRY(room(be, aligned + second, err));
-    __nv_bfloat16 *widened = (__nv_bfloat16 *)be->widened;
+    LTN_TRY(room_part(be, &room, ROOM_WIDENED, widened_bytes(&l->w, l2 ? &l2->w : NULL), err));
+    __nv_bfloat16 *widened = (__nv_bfloat16 *)room, *second = widened + elements(&l->w);
     *plain = *l;
     plain->w = {widened, LTN_BF16, l->w.rows, l->w.cols, NULL};
     LTN_TRY(widen(be, widened, &l->w, err));
     if (!l2)
         return LTN_OK;
     *plain2 = *l2;
-    plain2->w = {widened + aligned, LTN_BF16, l2->w.rows, l2->w.cols, NULL};
-    return widen(be, widened + aligned, &l2->w, err);
+    plain2->w = {second, LTN_BF16, l2->w.rows, l2->w.cols, NULL};
+    return widen(be, second, &l2->w, err);
 }
 
 /* ---- embedding -------------------------------------------------------------------------------------------

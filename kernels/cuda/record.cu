@@ -3,6 +3,7 @@
 
 struct ltn_recording {
     cudaGraphExec_t graph;
+    struct rooms *room; /* of the operations in it */
 };
 
 /* The lock stays with this thread until cuda_recorded. */
@@ -38,6 +39,9 @@ enum ltn_status cuda_recorded(struct ltn_backend *base, struct ltn_recording **o
         delete recording;
         CUDA_TRY(be, err, code);
     }
+    recording->room = be->room;
+    if (be->room)
+        be->room->users++;
     *out = recording;
     return LTN_OK;
 }
@@ -57,5 +61,6 @@ void cuda_recording_free(struct ltn_backend *base, struct ltn_recording *recordi
     if (!recording)
         return;
     cudaGraphExecDestroy(recording->graph);
+    room_drop(be, recording->room);
     delete recording;
 }

@@ -445,7 +445,7 @@ enum ltn_status step_open(struct cuda_backend *be, struct ltn_error *err)
     LTN_TRY(allow_shared<quant<q8>>(be, err));
     LTN_TRY(allow_shared<quant<fp8>>(be, err));
     LTN_TRY(allow_shared<quant<q4>>(be, err));
-    CUDA_TRY(be, err, cudaMalloc(&be->step_words, sizeof(struct words)));
+    LTN_TRY(device_alloc(be, &be->step_words, sizeof(struct words), err));
     CUDA_TRY(be, err, cudaMemsetAsync(be->step_words, 0, sizeof(struct words), be->stream));
     return LTN_OK;
 }

@@ -24,3 +24,25 @@ struct ltn_backend *open_cuda(enum ltn_dtype weights_dtype)
         exit(1);
     return be;
 }
+
+void reserve_room(struct ltn_backend *be, const struct ltn_linear *l1, const struct ltn_linear *l2,
+                  const struct ltn_attention *a, int32_t rows)
+{
+    enum { MANY = 5 }; /* rows at which nothing goes row by row */
+    struct ltn_layer layer = {0};
+    struct ltn_network net = {.n_layers = 1, .layers = &layer};
+    struct ltn_error err = {0};
+    if (l1) {
+        layer.l1 = *l1;
+        net.embed.dtype = l1->w.dtype;
+        net.embed_dim = l1->w.rows > l1->w.cols ? l1->w.rows : l1->w.cols;
+    }
+    if (l2)
+        layer.l2 = *l2;
+    if (a)
+        layer.attention = *a;
+    if (be->ops->reserve(be, &net, rows < MANY ? MANY : rows, 0, &err) != LTN_OK) {
+        fprintf(stderr, "%s\n", err.text);
+        exit(1);
+    }
+}

@@ -8,4 +8,8 @@
  * where it cannot be had. */
 struct ltn_backend *open_cuda(enum ltn_dtype weights_dtype);
 
+/* Room for every operation on up to `rows` rows of these maps, of which all but one may be NULL. */
+void reserve_room(struct ltn_backend *be, const struct ltn_linear *l1, const struct ltn_linear *l2,
+                  const struct ltn_attention *a, int32_t rows);
+
 #endif

@@ -459,10 +459,26 @@ static void test_released(void **state)
     full->close(be);
 }
 
+static void check_split(struct rig *r, const float *found, const float *whole, const char *calls)
+{
+    /* of quantised weights, many rows are multiplied by a matrix rounded to bf16 */
+    const enum ltn_dtype dtype = r->model.embed.dtype;
+    const double error = rms_error(found, whole, VOCAB);
+    if (!(error <= (dtype == LTN_F32 ? 1e-5 : ltn_is_quantised(dtype) ? 0.05 : 0.02)))
+        fail_msg("calls of %s tokens: logits differ by %.3g", calls, error);
+}
+
+/* Feeds n tokens to the first stream, which stands at pos. */
+static void feed(struct rig *r, const int32_t *ids, int n, int64_t pos)
+{
+    struct ltn_error err = {0};
+    struct ltn_seq seq = {r->state[0], pos, 0, n};
+    CHECK(ltn_forward(&r->model, &r->ws, ids, n, &seq, 1, LTN_WANT_LAST, NULL, &err));
+}
+
 /* Any split of a text into calls gives the same logits and state. */
 static void test_split(void **state)
 {
-    enum ltn_dtype dtype = (enum ltn_dtype)(intptr_t)*state;
     enum { N = 200 };
     static const int steps[] = {N, 1, 64, 65, 7, 0};
     struct ltn_error err = {0};
@@ -470,27 +486,129 @@ static void test_split(void **state)
     int32_t ids[N];
     float whole[VOCAB], logits[VOCAB];
     struct rig r;
-    rig_open(&r, dtype, true);
+    rig_open(&r, (enum ltn_dtype)(intptr_t)*state, true);
     for (int i = 0; i < N; i++)
         ids[i] = test_below(&rng, VOCAB);
     for (size_t k = 0; k < sizeof steps / sizeof *steps; k++) {
+        char calls[16];
         zero_states(&r);
-        for (int at = 0; at < N;) {
-            int m = steps[k] ? steps[k] : 1 + test_below(&rng, 40);
+        for (int at = 0, m; at < N; at += m) {
+            m = steps[k] ? steps[k] : 1 + test_below(&rng, 40);
             m = m < N - at ? m : N - at;
-            struct ltn_seq seq = {r.state[0], 5000000 + at, 0, m};
-            CHECK(ltn_forward(&r.model, &r.ws, ids + at, m, &seq, 1, LTN_WANT_LAST, NULL, &err));
-            at += m;
+            feed(&r, ids + at, m, 5000000 + at);
         }
-        CHECK(r.be->ops->download(r.be, logits, r.ws.logits, sizeof logits, &err));
-        if (k == 0)
-            memcpy(whole, logits, sizeof whole);
-        double error = rms_error(logits, whole, VOCAB);
-        /* of quantised weights, many rows are multiplied by a matrix rounded to bf16 */
-        if (!(error <= (dtype == LTN_F32 ? 1e-5 : ltn_is_quantised(dtype) ? 0.05 : 0.02)))
-            fail_msg("calls of %d tokens: logits differ by %.3g", steps[k], error);
+        CHECK(r.be->ops->download(r.be, k ? logits : whole, r.ws.logits, sizeof logits, &err));
+        snprintf(calls, sizeof calls, "%d", steps[k]);
+        if (k)
+            check_split(&r, logits, whole, calls);
     }
     rig_close(&r);
+}
+
+/* The same of a text as short as it can be and still take every kernel: what the sanitizers run. */
+static void test_short_split(void **state)
+{
+    enum { N = 70, CUTS = 3, MOST = 5 };
+    static const int cuts[CUTS][MOST] = {{N}, {65, 4, 1}, {64, 3, 1, 1, 1}};
+    struct ltn_error err = {0};
+    int32_t ids[N];
+    float logits[CUTS][VOCAB];
+    struct rig r;
+    rig_open(&r, (enum ltn_dtype)(intptr_t)*state, true);
+    for (int i = 0; i < N; i++)
+        ids[i] = (31 * i + 7) % VOCAB;
+    for (int k = 0; k < CUTS; k++) {
+        CHECK(r.be->ops->zero(r.be, r.state[0], r.state_bytes, &err));
+        for (int i = 0, at = 0; i < MOST && cuts[k][i]; at += cuts[k][i++])
+            feed(&r, ids + at, cuts[k][i], 5000000 + at);
+        CHECK(r.be->ops->download(r.be, logits[k], r.ws.logits, sizeof logits[k], &err));
+        if (k)
+            check_split(&r, logits[k], logits[0], k == 1 ? "65, 4, 1" : "64, 3, 1, 1, 1");
+    }
+    rig_close(&r);
+}
+
+/* Passes of all sizes, of one text and of several, and steps that were recorded before, allocate nothing:
+ * what they need beside the workspace was reserved with it. A recording goes on to work when the room is made
+ * larger, and all goes on when it cannot be. */
+static void test_room(void **state)
+{
+    enum ltn_dtype dtype = (enum ltn_dtype)(intptr_t)*state;
+    enum { ROWS = 2000, LARGER = 8192, STEPS = 3, RUNS = 2 };
+    static const int32_t sizes[] = {ROWS, 1, 2, 5, 64, 65, 300, 1000, ROWS, 1};
+    struct ltn_config config = shape;
+    struct ltn_error err = {0};
+    struct ltn_backend *be = open_cuda(dtype);
+    struct ltn_model model;
+    struct ltn_workspace ws, larger;
+    struct ltn_stepper stepper;
+    struct ltn_seq seqs[STREAMS];
+    float *states;
+    int32_t *ids = calloc(LARGER, sizeof *ids), *out[RUNS];
+
+    config.embed_dim = config.hidden_dim = 512;
+    config.n_heads = 4;
+    config.glu_dim = 1408;
+    CHECK(ltn_config_check(&config, &err));
+    random_model(&model, &config, dtype, be);
+    const size_t floats = ltn_state_offset(&config, config.n_layers), bytes = floats * sizeof(float);
+    CHECK(be->ops->alloc(be, (void **)&states, STREAMS * bytes, &err));
+    CHECK(be->ops->zero(be, states, STREAMS * bytes, &err));
+    assert_non_null(ids);
+    for (int i = 0; i < STREAMS; i++)
+        seqs[i] = (struct ltn_seq){states + (size_t)i * floats, 0, i, 1};
+    for (int i = 0; i < LARGER; i++)
+        ids[i] = (i * 37 + i / 300) % VOCAB;
+    CHECK(ltn_workspace_create(&ws, &model, ROWS, STREAMS, &err));
+    CHECK(ltn_stepper_create(&stepper, &model, &ws, seqs, STREAMS, STEPS, NULL, &err));
+
+    int64_t made = be->n_allocations;
+    assert_true(made > 0 && be->room_bytes > 0);
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        const struct ltn_seq one = {states, 10, 0, sizes[i]};
+        CHECK(ltn_forward(&model, &ws, ids, sizes[i], &one, 1, LTN_WANT_LAST, NULL, &err));
+        if (be->n_allocations != made)
+            fail_msg("a pass of %d rows allocated", sizes[i]);
+    }
+    struct ltn_seq packed[3] = {
+        {states, 0, 0, 1}, {states + floats, 9, 1, 700}, {states + 2 * floats, 0, 701, 1}};
+    CHECK(ltn_forward(&model, &ws, ids, 702, packed, 3, LTN_WANT_LAST, NULL, &err));
+    CHECK(ltn_forward(&model, &ws, ids, STREAMS, seqs, STREAMS, LTN_WANT_ALL, NULL, &err));
+    for (int run = 0; run < RUNS; run++) {
+        assert_non_null(out[run] = calloc(STEPS * STREAMS, sizeof **out));
+        CHECK(be->ops->zero(be, states, STREAMS * bytes, &err));
+        CHECK(ltn_stepper_seek(&stepper, 0, &err));
+        CHECK(ltn_stepper_run(&stepper, ids, NULL, STEPS, out[run], &err));
+        assert_int_equal(be->n_allocations, made);
+        if (run > 0)
+            break;
+        /* the room grows, and what it was is used by others, as far as it is theirs */
+        const size_t room = be->room_bytes;
+        const struct ltn_seq one = {states, 0, 0, LARGER};
+        CHECK(ltn_workspace_create(&larger, &model, LARGER, 1, &err));
+        if (be->room_bytes == room && dtype != LTN_F32) /* f32 has nothing that grows with the rows */
+            fail_msg("the room of %zu bytes did not grow", room);
+        made = be->n_allocations;
+        CHECK(ltn_forward(&model, &larger, ids, LARGER, &one, 1, LTN_WANT_LAST, NULL, &err));
+    }
+    assert_memory_equal(out[0], out[1], STEPS * STREAMS * sizeof **out);
+
+    struct ltn_workspace none;
+    assert_int_equal(ltn_workspace_create(&none, &model, 1 << 30, 1, &err), LTN_ERR_MEMORY);
+    assert_non_null(strstr(err.text, "needed"));
+    assert_non_null(strstr(err.text, "free"));
+    const struct ltn_seq one = {states, 0, 0, ROWS};
+    CHECK(ltn_forward(&model, &ws, ids, ROWS, &one, 1, LTN_WANT_LAST, NULL, &err));
+
+    ltn_stepper_free(&stepper);
+    ltn_workspace_free(&ws);
+    ltn_workspace_free(&larger);
+    ltn_model_free(&model);
+    be->ops->free(be, states);
+    for (int run = 0; run < RUNS; run++)
+        free(out[run]);
+    free(ids);
+    be->ops->close(be);
 }
 
 /* A state made on one backend goes on upon the other; greedy text is the same for 200 tokens. */
@@ -537,7 +655,8 @@ int main(int argc, char **argv)
     } table[] = {
         {"recorded steps", test_stepper},      {"fused against composed", test_fused_against_composed},
         {"against the CPU", test_against_cpu}, {"wide", test_wide},
-        {"released shapes", test_released},    {"split invariance", test_split}};
+        {"released shapes", test_released},    {"split invariance", test_split},
+        {"short text", test_short_split},      {"room", test_room}};
     enum { N = sizeof table / sizeof *table, TYPES = sizeof dtypes / sizeof *dtypes };
     static char names[TYPES * N][64];
     static struct CMUnitTest tests[TYPES * N + 1];

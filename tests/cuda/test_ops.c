@@ -340,6 +340,8 @@ static void check_map(struct map m, bool fp8)
             m.fp8_2 = make_fp8(&m, &m.w2);
     }
     run_map_on(&m, ref, false);
+    const struct ltn_linear l = linear_of(&m, false, true), l2 = linear_of(&m, true, true);
+    reserve_room(be, &l, m.kind == NORM_GLU ? &l2 : NULL, NULL, m.rows);
     /* f32: a sum of `cols` products; 16 bits: the input of the product rounds too */
     verify(&m.y, run_map, &m, before, be->act_dtype == LTN_F32 ? 3e-6 : 8e-3);
     free(before);
@@ -446,6 +448,7 @@ static void test_residual(void **state)
                             map = {.w = {w2.device, weights, OUTS, DIM, NULL}};
     uint8_t *raw[2];
     snprintf(what, sizeof what, "norm_linear after linear_add");
+    reserve_room(be, &map, NULL, NULL, ROWS);
     CHECK(be->ops->linear_add(be, (float *)x.device, y.device, &add, ROWS, &err));
     for (int i = 0; i < 2; i++) {
         CHECK(be->ops->norm_linear(be, out.device, (float *)x.device, &norm, &map, LTN_ACT_SILU, OUTS / 2, 8,
@@ -659,6 +662,7 @@ static void check_lightning(int32_t e, int32_t h, bool lrpe, double slope, const
     struct ltn_attention host = {h, e, c.slopes.host, lrpe ? c.theta.host : NULL, skip};
     c.a = (struct ltn_attention){h, e, (float *)c.slopes.device, lrpe ? (float *)c.theta.device : NULL, skip};
     c.state_before = duplicate(&c.state);
+    reserve_room(be, NULL, NULL, &c.a, c.rows);
     struct ltn_seq on_host[80];
     for (int32_t i = 0, row = 0; i < c.n_seqs; row += counts[i++]) {
         size_t at = (size_t)i * (floats + skip);

@@ -160,6 +160,7 @@ static void one_case(const struct ltn_matrix w[2], const struct ltn_matrix d[2],
                                     {w[1], has_bias ? bias.host : NULL, {0}}};
     const struct ltn_linear m[2] = {{d[0], has_bias ? bias.device : NULL, {0}},
                                     {d[1], has_bias ? bias.device : NULL, {0}}};
+    reserve_room(cuda, &m[0], &m[1], NULL, rows);
     const struct ltn_norm n = {layer_norm ? nw.host : NULL, layer_norm ? nb.host : NULL};
     const struct ltn_norm k = {layer_norm ? nw.device : NULL, layer_norm ? nb.device : NULL};
     const struct ltn_ops *r = ref->ops, *c = cuda->ops;
@@ -268,6 +269,7 @@ static void test_same_bits(void **state)
     struct ltn_matrix device, host = matrix(&device, OUTS, COLS, dtype);
     struct numbers x = numbers(ROWS * COLS, true), y = numbers(ROWS * OUTS, true);
     const struct ltn_linear l = {.w = device};
+    reserve_room(cuda, &l, NULL, NULL, ROWS);
     CHECK(cuda->ops->linear(cuda, y.device, x.device, &l, ROWS, &err));
     CHECK(cuda->ops->download(cuda, all, y.device, sizeof all, &err));
     for (int i = 0; i < 20; i++) {
