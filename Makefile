@@ -75,36 +75,62 @@ check: setup ## the same tests under AddressSanitizer and UBSan
 	@$(MAKE) --no-print-directory -j$(JOBS) VARIANT=asan NVCC= all tests
 	@sh tests/run.sh build/asan/tests build/asan
 
+# The tests of the GPU, in parts that run side by side.
+GPU_TESTS := attention model quant decode session prefill ops-F32 ops-F16 ops-BF16 conv-1 conv-2 conv-3 conv-4 conv-images
+GPU_RUNS  := $(GPU_TESTS:%=run-gpu-%)
+
 test-cuda: setup ## run the tests that need a GPU
 	@$(MAKE) --no-print-directory -j$(JOBS) all $(CUDA_BIN) $(B)/tests/cuda/attention $(B)/tests/test_model
+	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target -k $(GPU_RUNS)
+
+.PHONY: $(GPU_RUNS)
+$(GPU_RUNS): export LTN_BIN := $(BIN)
+$(GPU_RUNS): export LTN_TEST_CUDA := 1
+$(GPU_RUNS): export LD_LIBRARY_PATH := $(BIN):$(LD_LIBRARY_PATH)
+run-gpu-attention:
 	$(B)/tests/cuda/attention test
-	LTN_BIN=$(BIN) $(B)/tests/cuda/test_ops
-	LTN_BIN=$(BIN) $(B)/tests/cuda/test_quant
-	LTN_BIN=$(BIN) $(B)/tests/cuda/test_decode
-	LD_LIBRARY_PATH=$(BIN):$$LD_LIBRARY_PATH LTN_BIN=$(BIN) $(B)/tests/cuda/test_session
-	LTN_BIN=$(BIN) $(B)/tests/cuda/test_prefill
-	LD_LIBRARY_PATH=$(BIN):$$LD_LIBRARY_PATH $(B)/tests/cuda/test_conv
-	LTN_BIN=$(BIN) LTN_TEST_CUDA=1 $(B)/tests/test_model
+run-gpu-model:
+	$(B)/tests/test_model
+$(addprefix run-gpu-,quant decode session prefill): run-gpu-%:
+	$(B)/tests/cuda/test_$*
+$(filter run-gpu-ops-%,$(GPU_RUNS)): run-gpu-ops-%:
+	$(B)/tests/cuda/test_ops '*, $*'
+run-gpu-conv-images: # the twelve layers with whole batches
+	$(B)/tests/cuda/test_conv 0 1
+$(addprefix run-gpu-conv-,1 2 3 4): run-gpu-conv-%: # 150 random shapes each
+	$(B)/tests/cuda/test_conv 150 $*000
 
 sanitize-cuda: setup ## run short GPU tests under compute-sanitizer: memory, initialisation, barriers, races
 	@$(MAKE) --no-print-directory -j$(JOBS) all $(CUDA_BIN) $(B)/tests/cuda/attention
-	LTN_BIN=$(BIN) sh tests/cuda/sanitize.sh $(B)/tests/cuda
+	LD_LIBRARY_PATH=$(BIN):$$LD_LIBRARY_PATH LTN_BIN=$(BIN) sh tests/cuda/sanitize.sh $(B)/tests/cuda $(JOBS)
 
 gpu: ## everything that needs a GPU: test-cuda, then bench-gpu
 	@$(MAKE) --no-print-directory test-cuda
 	@$(MAKE) --no-print-directory bench-gpu
 
-bench-gpu: setup ## measure decoding, reading, attention and convolution, on a GPU beside their peers, into tools/results
+BENCH_GPU := decode quant attention prefill conv
+.PHONY: $(BENCH_GPU:%=bench-%) $(BENCH_GPU:%=measure-%)
+bench-gpu: ## measure on a GPU, beside peers, into tools/results; bench-decode, -quant, -attention, -prefill, -conv: a part
+	@for part in $(BENCH_GPU); do $(MAKE) --no-print-directory bench-$$part || exit 1; done
+
+$(BENCH_GPU:%=bench-%): bench-%: setup
 	@$(MAKE) --no-print-directory -j$(JOBS) all $(B)/tests/cuda/libattention.so
 	@mkdir -p tools/results
+	@$(MAKE) --no-print-directory measure-$*
+
+measure-decode:
 	$(BIN)/ltn-bench decode --device cuda --shape all --batch 1,8,64,256 --position 0,10000,1000000 --format json >tools/results/decode.new
 	mv tools/results/decode.new tools/results/decode.json
 	python3 tools/decode_table.py
+measure-quant:
 	for d in q8 fp8 q4; do $(BIN)/ltn-bench decode --device cuda --shape all --dtype $$d --format json >$(B)/gpu-$$d.json || exit 1; done
 	for d in bf16 q8 fp8 q4; do $(BIN)/ltn-bench decode --device cpu --shape 385m --dtype $$d -r 9 --format json >$(B)/cpu-$$d.json || exit 1; done
 	python3 tools/quant_table.py $(patsubst %,--bench %.json,tools/results/decode $(addprefix $(B)/gpu-,q8 fp8 q4) $(addprefix $(B)/cpu-,bf16 q8 fp8 q4))
+measure-attention:
 	python3 tools/bench_attention_peers.py --ltn $(B)/tests/cuda/libattention.so -o tools/results/attention.json
+measure-prefill:
 	python3 tools/bench_prefill.py --bench $(BIN)/ltn-bench -o tools/results/prefill.json
+measure-conv:
 	$(BIN)/ltn-bench conv --device cuda --format json >tools/results/conv.new
 	mv tools/results/conv.new tools/results/conv.json
 	python3 tools/bench_conv_torch.py -o tools/results/conv_torch.json

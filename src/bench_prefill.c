@@ -234,7 +234,8 @@ static enum ltn_status print_json(const struct bench *b, struct ltn_error *err)
         cJSON_AddNumberToObject(row, "share", r->model.summary.median / r->bare.summary.median);
         cJSON_AddNumberToObject(row, "gemm_tok_s", r->bare.summary.median);
         cJSON_AddNumberToObject(row, "gemm_tflops", r->bare_tflops);
-        cJSON_AddNumberToObject(row, "extra_bytes", (double)(b->ws.bytes + b->state_bytes));
+        cJSON_AddNumberToObject(row, "extra_bytes",
+                                (double)(b->ws.bytes + b->be->room_bytes + b->state_bytes));
         cJSON_AddItemToObject(row, "samples", cJSON_CreateDoubleArray(r->model.v, r->model.n));
         cJSON_AddItemToObject(row, "gemm_samples", cJSON_CreateDoubleArray(r->bare.v, r->bare.n));
         if (r->loop.n) {

@@ -18,6 +18,10 @@ pass "tools include model, tokenizer, tools, status and the command line" allowe
 pass "ltn.h includes status.h alone" allowed src/ltn.h 'kernels/status\.h'
 pass "ops.h knows no model, file or flag" sh -c '! grep -nE "ltn_(model|config|checkpoint|session|engine|tokenizer)\b" kernels/*.h kernels/*/*.[ch] kernels/*/*.cu 2>/dev/null'
 
+# what a pass needs is reserved before it, and counted: one function allocates, one more pins the staging buffers
+pass "the CUDA backend allocates in backend.cu alone" sh -c '! grep -nE "cuda(Malloc|HostAlloc)" kernels/cuda/*.cu kernels/cuda/*.cuh | grep -vE "^kernels/cuda/backend.cu:"'
+pass "and there in two places" sh -c '[ "$(grep -cE "cuda(Malloc|HostAlloc)[A-Za-z]*\(" kernels/cuda/backend.cu)" -eq 2 ]'
+
 # the public header stands on its own, in C and in C++, as it is installed
 mkdir -p "$tmp/ltn/kernels"
 cp src/ltn.h "$tmp/ltn"

@@ -1,23 +1,48 @@
 #!/bin/sh
-# Short tests of the CUDA backend under compute-sanitizer: sanitize.sh FOLDER-OF-TESTS. LTN_BIN is where
-# libltn_cuda.so lies. Every tool and test that fails is named; the exit code is their number. racecheck does not end in
-# sampling, and does not know the barriers that the bulk copies of a whole step are awaited at (kernels/cuda/NOTES.md).
-failed=0
+# Short tests of the CUDA backend under compute-sanitizer: sanitize.sh FOLDER-OF-TESTS [AT-ONCE]. LTN_BIN is where
+# libltn_cuda.so lies. Every tool and test is named with its outcome; the exit code is 1 where one failed.
+#
+# Left out, as the tools cannot judge it (kernels/cuda/NOTES.md):
+#   initcheck does not see what bulk stores write, and so calls cuBLASLt's outputs unwritten. It runs without that
+#   library (an empty file in its place), on the plain kernel. That cuBLASLt writes all of its outputs is what test_ops
+#   shows, where they are NaN before.
+#   racecheck does not know that a bulk copy is awaited at an mbarrier, which the step of plain weights and the kernels
+#   of many rows do throughout: it gets the step of quantised weights, and not test_prefill.
+folder=$1
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+mkdir "$tmp/without"
+for version in 12 13 14; do
+    : >"$tmp/without/libcublasLt.so.$version"
+done
+export tmp folder
+
+cat >"$tmp/one" <<'END'
+tool=$1 log=$(mktemp "$tmp/log.XXXXXX")
+shift
+test="$*"
+program=$folder/$1
+shift
+[ "$tool" = initcheck ] && export LD_LIBRARY_PATH="$tmp/without:$LD_LIBRARY_PATH"
+[ "$tool" = synccheck ] && barriers="--num-cuda-barriers 65536"
+# shellcheck disable=SC2086
+if timeout 120 compute-sanitizer --tool "$tool" $barriers --error-exitcode 99 "$program" "$@" >"$log" 2>&1; then
+    echo "ok $tool $test"
+else
+    echo "not ok $tool $test (exit code $?)"
+    grep -m 5 "=========" "$log"
+    exit 1
+fi
+END
+
 for tool in memcheck initcheck synccheck racecheck; do
-    for test in "test_ops 'sample, BF16'" "test_ops 'sum, BF16'" "test_ops 'transfers, BF16'" \
-        "test_ops 'embed, BF16'" "test_ops 'norms, BF16'" "test_decode 'split invariance, BF16'" \
+    for test in "test_ops 'few samples, BF16'" "test_ops 'sum, BF16'" "test_ops 'transfers, BF16'" "test_ops 'embed, BF16'" \
+        "test_ops 'norms, BF16'" "test_decode 'short text, BF16'" "test_decode 'short text, Q4'" "test_prefill" \
         "test_conv 2 77" "attention small"; do
         case "$tool $test" in
-        "racecheck test_decode"* | "racecheck test_ops 'sample"*) continue ;;
+        "racecheck test_decode 'short text, BF16'" | "racecheck test_prefill" | "initcheck test_prefill") continue ;;
         esac
-        if eval "timeout 120 compute-sanitizer --tool $tool --error-exitcode 99 $1/$test" >/tmp/sanitize.$$ 2>&1; then
-            echo "ok $tool $test"
-        else
-            failed=$((failed + 1))
-            echo "not ok $tool $test"
-            grep -m 5 "=========" /tmp/sanitize.$$
-        fi
+        echo "$tool $test"
     done
-done
-rm -f /tmp/sanitize.$$
-exit $failed
+done | xargs -P "${2:-1}" -L 1 sh "$tmp/one"
+[ $? -eq 0 ]
