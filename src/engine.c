@@ -140,13 +140,26 @@ static enum ltn_status start_on(struct ltn_engine *engine, const char *device,
     return LTN_OK;
 }
 
-/* "auto" passes over a device that the weights do not fit, too. */
+/* Whether what a session's passes take fits beside the weights. */
+static enum ltn_status try_workspace(const struct ltn_engine *engine, struct ltn_error *err)
+{
+    struct ltn_workspace ws;
+    LTN_TRY(ltn_workspace_create(&ws, &engine->model, ltn_model_chunk_rows(&engine->model), 1, err));
+    ltn_workspace_free(&ws);
+    return LTN_OK;
+}
+
+/* "auto" passes over a device that weights and workspace do not fit, too. */
 static enum ltn_status start(struct ltn_engine *engine, const char *device,
                              const struct ltn_engine_options *options, struct ltn_error *err)
 {
     struct ltn_error why = {0};
     enum ltn_status status = start_on(engine, device, options, &why);
-    if (status == LTN_ERR_MEMORY && strcmp(device, "auto") == 0 && engine->be && !engine->be->host_memory) {
+    const bool may_pass = strcmp(device, "auto") == 0 && engine->be && !engine->be->host_memory;
+    if (status == LTN_OK && may_pass)
+        status = try_workspace(engine, &why);
+    if (status == LTN_ERR_MEMORY && may_pass) {
+        ltn_model_free(&engine->model);
         engine->be->ops->close(engine->be);
         engine->be = NULL;
         LTN_TRY(start_on(engine, "cpu", options, err));

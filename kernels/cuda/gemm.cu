@@ -177,17 +177,18 @@ struct gemm_library {
     struct plan plans[PLANS]; /* by hash; a newcomer takes the place */
 };
 
-static enum ltn_status lt_fail(struct cuda_backend *be, struct ltn_error *err, const char *call,
+static enum ltn_status lt_fail(struct cuda_backend *be, struct ltn_error *err, const char *call, int line,
                                cublasStatus_t code)
 {
-    return ltn_fail(err, LTN_ERR_DEVICE, "cuda:%d: %s failed with status %d", be->device, call, (int)code);
+    return ltn_fail(err, LTN_ERR_DEVICE, "cuda:%d: status %d: gemm.cu:%d: %s", be->device, (int)code, line,
+                    call);
 }
 
 #define LT_TRY(be, err, name, ...)                                                                           \
     do {                                                                                                     \
         cublasStatus_t lt_code_ = (be)->gemm->name(__VA_ARGS__);                                             \
         if (lt_code_ != CUBLAS_STATUS_SUCCESS)                                                               \
-            return lt_fail(be, err, #name, lt_code_);                                                        \
+            return lt_fail(be, err, #name, __LINE__, lt_code_);                                              \
     } while (0)
 
 #define TEXT_(x) #x
