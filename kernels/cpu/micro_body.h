@@ -215,16 +215,24 @@ INLINE bool in_chunks(enum ltn_dtype dtype)
     return dtype == LTN_Q4 || BYTES_FOR_Q8;
 }
 
+INLINE vi larger(vi a, vi b)
+{
+    const vi more = a > b;
+    return (a & more) | (b & ~more);
+}
+
 INLINE float largest(const float *x, int n)
 {
-    vi most = {0}; /* of the bits without the sign, which order floats as numbers */
+    vi most[4] = {0}; /* of the bits without the sign, which order floats as numbers; four, as each waits */
     int c = 0, top = 0;
-    for (; c + VL <= n; c += VL) {
-        vi bits = (vi)load_f32(x + c) & 0x7fffffff, more = bits > most;
-        most = (bits & more) | (most & ~more);
+    for (; c + 4 * VL <= n; c += 4 * VL) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            most[i] = larger((vi)load_f32(x + c + i * VL) & 0x7fffffff, most[i]);
     }
+    const vi all = larger(larger(most[0], most[1]), larger(most[2], most[3]));
     for (int i = 0; i < VL; i++)
-        top = most[i] > top ? most[i] : top;
+        top = all[i] > top ? all[i] : top;
     for (; c < n; c++) {
         int bits = (int)(ltn_f32_to_bits(x[c]) & 0x7fffffffu);
         top = bits > top ? bits : top;
@@ -249,22 +257,18 @@ INLINE void cut_row(vb planes[][4], vi *shift, const int16_t *x, int chunks, int
     typedef int32_t pairs __attribute__((vector_size(LTN_GROUP)));
     typedef int8_t bytes __attribute__((vector_size(LTN_GROUP / 2)));
     typedef int16_t evens __attribute__((vector_size(LTN_GROUP / 2)));
-    for (int k = 0; k < chunks; k++) {
-        bytes parts[4][CHUNK_GROUPS];
+    for (int k = 0; k < chunks; k++)
         for (int g = 0; g < CHUNK_GROUPS; g++)
             for (int half = 0; half < 2; half++, x += LTN_GROUP / 2) {
                 words v;
                 memcpy(&v, x, sizeof v);
-                if (words_do) {
-                    parts[half][g] = (bytes) __builtin_convertvector((pairs)v, evens);
-                    parts[half + 2][g] = (bytes) __builtin_convertvector((pairs)v >> 16, evens);
-                } else {
-                    parts[half][g] = __builtin_convertvector((v + 128) >> 8, bytes);
-                    parts[half + 2][g] = __builtin_convertvector(v, bytes);
-                }
+                const bytes high = words_do ? (bytes) __builtin_convertvector((pairs)v, evens)
+                                            : __builtin_convertvector((v + 128) >> 8, bytes);
+                const bytes low = words_do ? (bytes) __builtin_convertvector((pairs)v >> 16, evens)
+                                           : __builtin_convertvector(v, bytes);
+                memcpy((char *)&planes[k][half] + (size_t)g * sizeof high, &high, sizeof high);
+                memcpy((char *)&planes[k][half + 2] + (size_t)g * sizeof low, &low, sizeof low);
             }
-        memcpy(planes[k], parts, sizeof parts);
-    }
     if (words_do)
         return;
     for (int k = 0; k < chunks; k++) /* later, since what has just been written in halves loads slowly */
@@ -353,6 +357,17 @@ INLINE void fetch_ahead(const uint8_t *p, int bytes)
         __builtin_prefetch(p + i);
 }
 
+/* For one row of x, which goes through w as fast as memory gives it: the second cache can wait for more lines
+ * at once than the first, so memory is asked for what lies 16 rows ahead into that, and it for what lies 2.
+ */
+INLINE void fetch_far_ahead(const uint8_t *p, size_t row_bytes, int bytes)
+{
+    for (int i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(p + 16 * row_bytes + i, 0, 2);
+        __builtin_prefetch(p + 2 * row_bytes + i);
+    }
+}
+
 INLINE void whole_dots(vf sum[][4], const struct rounded *x, const uint8_t *codes, enum ltn_dtype dtype,
                        const float *scales, int rows, int o, int k)
 {
@@ -386,7 +401,7 @@ INLINE void whole_tile(float *y, size_t ldy, const struct rounded *x, const void
 #pragma GCC unroll 4
         for (int o = 0; o < 4; o++)
             for (int k = 0; k < whole; k++) {
-                fetch_ahead(w[o] + k * step_bytes + 8 * row_bytes, step_bytes);
+                fetch_far_ahead(w[o] + k * step_bytes, row_bytes, step_bytes);
                 whole_dots(sum, x, w[o] + k * step_bytes, dtype, group_scales[o], rows, o, k);
             }
     } else {
