@@ -100,6 +100,23 @@ INLINE void put_tile(float *y, size_t ldy, vf sum[][4], int rows, int n_outs, v4
     }
 }
 
+INLINE void fetch_ahead(const void *p, int bytes)
+{
+    for (int i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const char *)p + i);
+}
+
+/* For one row of x, which goes through w as fast as memory gives it: the second cache can wait for more lines
+ * at once than the first, so it asks memory for what lies 16 rows ahead, and the first it for what lies
+ * `near` rows ahead: so few that they fit. */
+INLINE void fetch_far_ahead(const void *p, size_t row_bytes, size_t near, int bytes)
+{
+    for (int i = 0; i < bytes; i += 64) {
+        __builtin_prefetch((const char *)p + 16 * row_bytes + i, 0, 2);
+        __builtin_prefetch((const char *)p + near * row_bytes + i);
+    }
+}
+
 /* rows <= DOT_ROWS (a constant) by n_outs <= 4 dot products over at most MICRO_DOT_COLS columns from column
  * `first` on. `fetch`: w is read for the first time, from memory rather than a cache. */
 INLINE void dot_tile(float *y, size_t ldy, const float *x, size_t ldx, const void *weights, size_t ldw,
@@ -118,11 +135,14 @@ INLINE void dot_tile(float *y, size_t ldy, const float *x, size_t ldx, const voi
 #pragma GCC unroll 4
         for (int o = 0; o < 4; o++)
             b[o] = load_weights(w[o], dtype, (size_t)c, VL);
-        if (fetch && (rows > 1 || dtype != LTN_F32)) { /* rows end before the hardware has seen a stream;
-                                                          one row in f32 does without, measured */
+        if (fetch && rows > 1) { /* rows end before the hardware has seen a stream */
 #pragma GCC unroll 4
             for (int o = 0; o < 4; o++)
-                __builtin_prefetch(w[o] + ((size_t)c + 8 * ldw) * size);
+                fetch_ahead(w[o] + ((size_t)c + 8 * ldw) * size, 1);
+        } else if (fetch && dtype != LTN_F32) { /* which does without, measured */
+#pragma GCC unroll 4
+            for (int o = 0; o < 4; o++)
+                fetch_far_ahead(w[o] + (size_t)c * size, ldw * size, 4, 1);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
@@ -167,7 +187,10 @@ INLINE void fp8_tile(float *y, size_t ldy, const float *x, size_t ldx, const voi
         if (fetch) {
 #pragma GCC unroll 4
             for (int o = 0; o < 4; o++)
-                __builtin_prefetch(w[o] + c + 8 * ldw);
+                if (rows > 1)
+                    fetch_ahead(w[o] + c + 8 * ldw, 1);
+                else
+                    fetch_far_ahead(w[o] + c, ldw, 4, 1);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
@@ -351,23 +374,6 @@ INLINE void chunk_dots(vf sum[][4], const struct rounded *x, const uint8_t *code
     }
 }
 
-INLINE void fetch_ahead(const uint8_t *p, int bytes)
-{
-    for (int i = 0; i < bytes; i += 64)
-        __builtin_prefetch(p + i);
-}
-
-/* For one row of x, which goes through w as fast as memory gives it: the second cache can wait for more lines
- * at once than the first, so memory is asked for what lies 16 rows ahead into that, and it for what lies 2.
- */
-INLINE void fetch_far_ahead(const uint8_t *p, size_t row_bytes, int bytes)
-{
-    for (int i = 0; i < bytes; i += 64) {
-        __builtin_prefetch(p + 16 * row_bytes + i, 0, 2);
-        __builtin_prefetch(p + 2 * row_bytes + i);
-    }
-}
-
 INLINE void whole_dots(vf sum[][4], const struct rounded *x, const uint8_t *codes, enum ltn_dtype dtype,
                        const float *scales, int rows, int o, int k)
 {
@@ -401,7 +407,7 @@ INLINE void whole_tile(float *y, size_t ldy, const struct rounded *x, const void
 #pragma GCC unroll 4
         for (int o = 0; o < 4; o++)
             for (int k = 0; k < whole; k++) {
-                fetch_far_ahead(w[o] + k * step_bytes, row_bytes, step_bytes);
+                fetch_far_ahead(w[o] + k * step_bytes, row_bytes, 2, step_bytes);
                 whole_dots(sum, x, w[o] + k * step_bytes, dtype, group_scales[o], rows, o, k);
             }
     } else {
