@@ -59,7 +59,7 @@ struct cuda_backend {
     bool overlaps;       /* programmatic dependent launch works */
     bool apart;          /* the next launch begins when all before it has ended: see may_overlap */
     bool batch_hopper;   /* so does batch_hopper.cu */
-    bool step_streams;   /* and step.cu, with weights that are not quantised */
+    bool step_streams;   /* and step.cu */
     size_t max_shared;   /* bytes of shared memory that a block may have */
     cudaStream_t stream; /* the one queue */
     std::recursive_mutex lock;

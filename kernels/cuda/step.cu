@@ -1,8 +1,8 @@
 /* One token through the whole network in one launch: the kernel of decoding a single stream.
  *
  * One block per SM stays for the whole token. Its rows of every matrix are known beforehand, and so is the
- * order in which it needs them: one warp does nothing but stream them, in bulk copies, into a ring of TILES
- * tiles in shared memory, across layers and as far ahead as the ring goes. The other warps consume:
+ * order in which it needs them: one warp does nothing but stream them, in bulk copies, into a ring of tiles
+ * in shared memory, across layers and as far ahead as the ring goes. The other warps consume:
  *
  *   qkvu   [q k v u] = W Norm(x), q and k through the feature map
  *   mix    S <- S + k^T v - (1 - r) S, o = q S       (the state is fetched ahead)
@@ -23,7 +23,7 @@
  * h with all x of out, made with all o, so h of the layer before had been read in l3;
  * qkvu, and what mix makes of them, with all x of l3, made with all h, so those before had been read.
  *
- * A tile is TILE_ROWS rows of a matrix, UNIT columns of each for every warp. All warps work on all rows of a
+ * A tile is a few rows of a matrix, so many columns of each for every warp. All warps work on all rows of a
  * block, with their columns of the input, and then the WARPS sums of a row are added: every sum has an order
  * that follows from the number of columns alone. With bf16 weights the tensor cores multiply, with others the
  * ordinary ones. With 16-bit weights the input is bf16, as the residual stream is where it enters a product;
@@ -85,8 +85,7 @@ struct mixer {
         }
     }
 
-    template <typename W>
-    __device__ __forceinline__ void run(const struct room &m, double pos, uint32_t tag, struct worker<W> &who)
+    template <typename W> __device__ __forceinline__ void run(const struct room &m, double pos, uint32_t tag)
     {
         const int lane = threadIdx.x % 32, half = threadIdx.x / HALF, warp = threadIdx.x % HALF / 32;
         const int32_t H = a.H;
@@ -110,7 +109,6 @@ struct mixer {
                         v0 = look2(v_at), v1 = look2(v_at + 2), q_word = look(q_at), k_word = look(q_at + H);
                     if (!__any_sync(0xffffffffu, again))
                         break;
-                    who.idle();
                 }
                 for (int32_t k = 0; k < per_unit; k++) {
                     const int32_t r = row + k * ROWS, held_at = round * per_unit + k;
@@ -169,6 +167,8 @@ struct mixer {
 
 /* ---- the kernel ---------------------------------------------------------------------------------------- */
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
 /* Tags begin again long before they could overflow, with all words cleared by the last block to leave. */
 static __device__ void leave(struct words *words, uint32_t tag)
 {
@@ -184,13 +184,14 @@ static __device__ void leave(struct words *words, uint32_t tag)
 }
 
 template <typename W>
-static __device__ __forceinline__ void consume(const struct step_args &a, const struct room &m, uint4 *ring)
+static __device__ __forceinline__ void consume(const struct step_args &a, const struct room &m,
+                                               const struct tile_ring<W> &ring)
 {
     struct words &words = *a.words;
     uint32_t tag = __ldcg(&words.epoch);
     const double pos = (double)(a.pos + (a.steps ? __ldcg(a.steps) : 0));
     const struct embedding<W> token(a);
-    struct worker<W> w(a, m, ring);
+    struct worker<W> w(m, ring);
     float own = 0; /* of the residual stream: the row that this thread publishes in out and l3 */
     if ((int32_t)threadIdx.x < m.shares[OUT].n_dots)
         own = token(m.shares[OUT].first + threadIdx.x);
@@ -201,11 +202,12 @@ static __device__ __forceinline__ void consume(const struct step_args &a, const 
         mix.fetch(pos);
 
         struct share s = m.shares[QKVU];
+        w.prepare(s, source_of(a, l, QKVU));
         if (l == 0)
             w.gather_row(token, s.cols);
         else
             w.gather(words.x, s.cols, tag); /* l3 of the layer before */
-        w.product(s, [&](int32_t i, float sum, float scale) {
+        w.product(s, source_of(a, l, QKVU), [&](int32_t i, float sum, float scale) {
             if (i < s.n_dots) {
                 sum *= scale;
                 if (s.first + i < 2 * a.H)
@@ -213,7 +215,7 @@ static __device__ __forceinline__ void consume(const struct step_args &a, const 
                 tell(words.qkvu + s.first + i, __float_as_uint(sum), tag + TAG_QKVU);
             }
         });
-        mix.run(m, pos, tag, w);
+        mix.template run<W>(m, pos, tag);
 
         s = m.shares[OUT];
         const auto tell_x = [&](int32_t i, uint32_t with) {
@@ -222,16 +224,18 @@ static __device__ __forceinline__ void consume(const struct step_args &a, const 
                 tell_two<rounded<W>::value>(words.x, s.first + i, own, next, with);
         };
         if (s.n_dots) {
+            w.prepare(s, source_of(a, l, OUT));
             w.gather_gated(words.gated, s.cols, tag + TAG_MIX);
-            w.product(s, [&](int32_t i, float sum, float scale) {
+            w.product(s, source_of(a, l, OUT), [&](int32_t i, float sum, float scale) {
                 own += sum * scale;
                 tell_x(i, tag + TAG_OUT);
             });
         }
 
         s = m.shares[GLU];
+        w.prepare(s, source_of(a, l, GLU));
         w.gather(words.x, s.cols, tag + TAG_OUT);
-        w.product(s, [&](int32_t i, float sum, float scale) {
+        w.product(s, source_of(a, l, GLU), [&](int32_t i, float sum, float scale) {
             sum *= scale;
             const float h = sum * __shfl_down_sync(0xffffffffu, sum, 1);
             const float next = __shfl_down_sync(0xffffffffu, h, 2);
@@ -241,50 +245,49 @@ static __device__ __forceinline__ void consume(const struct step_args &a, const 
 
         s = m.shares[L3];
         if (s.n_dots) {
+            w.prepare(s, source_of(a, l, L3));
             w.gather_act(words.h, s.cols, tag + TAG_GLU);
-            w.product(s, [&](int32_t i, float sum, float) {
+            w.product(s, source_of(a, l, L3), [&](int32_t i, float sum, float) {
                 own += sum;
                 tell_x(i, tag + TAG_L3);
             });
         }
     }
     const struct share s = m.shares[HEAD];
+    w.prepare_last(s, source_of(a, 0, HEAD));
     w.gather_last(words.x, s.cols, tag);
-    w.product_last(s, [&](int32_t i, float sum, float scale) {
+    w.product_last(s, source_of(a, 0, HEAD), [&](int32_t i, float sum, float scale) {
         if (i < s.n_dots)
             a.logits[s.first + i] = sum * scale;
     });
     leave(a.words, tag);
 }
 
+#endif
+
 template <typename W>
-static __global__ void __launch_bounds__(THREADS + (ring<W>::STREAMS ? STREAMER : 0), 1)
+static __global__ void __launch_bounds__(THREADS + STREAMER, 1)
     step_kernel(const __grid_constant__ struct step_args a)
 {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(128) uint4 shared[];
     struct room m;
-    m.in = reinterpret_cast<float *>(shared + ring<W>::BYTES / 16);
+    m.in = reinterpret_cast<float *>(shared + ring_bytes<W>(a.blocks) / 16);
     m.parts = m.in + a.max_input;
     m.mix = m.parts + 2 * GROUPS * WARPS * GROUP;
     m.red = m.mix + WARPS * COLS;
     m.shares = reinterpret_cast<struct share *>(m.red + 2 * WARPS);
     if (threadIdx.x <= HEAD)
         m.shares[threadIdx.x] = share_of(a, threadIdx.x);
-    if constexpr (!ring<W>::STREAMS) {
-        __syncthreads();
-        consume<W>(a, m, shared);
-    } else {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-        const struct tile_ring r(shared);
-        if (threadIdx.x == 0)
-            r.open();
-        __syncthreads();
-        if (threadIdx.x >= THREADS)
-            stream<W>(a, m.shares, r);
-        else
-            consume<W>(a, m, shared);
+    const struct tile_ring<W> r(shared, a.blocks);
+    if (threadIdx.x == 0)
+        r.open();
+    __syncthreads();
+    if (threadIdx.x >= THREADS)
+        stream<W>(a, m.shares, r);
+    else
+        consume<W>(a, m, r);
 #endif
-    }
 }
 
 /* ---- host ------------------------------------------------------------------------------------------------
@@ -302,7 +305,7 @@ template <typename W> static int32_t input_floats(int32_t cols, W)
 }
 template <typename Q> static int32_t input_floats(int32_t cols, struct quant<Q>)
 {
-    return all_units<Q>(cols) * unit_of<Q>::INPUT / (int32_t)sizeof(float);
+    return input_bytes<Q>(cols) / (int32_t)sizeof(float);
 }
 
 /* The released shapes and their kin: one gate in qkvu, SimpleRMSNorm, no biases, sizes in whole pieces, and a
@@ -312,13 +315,14 @@ static bool suits(const struct cuda_backend *be, const struct ltn_network *net)
     const enum ltn_dtype dtype = net->layers[0].qkv.w.dtype;
     const bool quantised = ltn_is_quantised(dtype);
     const enum ltn_dtype outer = quantised ? LTN_Q8 : dtype;
-    const int32_t n = dtype == LTN_Q4 ? q4::COLS : quantised ? q8::COLS : 16 / (int32_t)ltn_dtype_size(dtype);
+    const int32_t n =
+        quantised ? 8 * LTN_GROUP : 16 / (int32_t)ltn_dtype_size(dtype); /* 16 bytes, of scales too */
     const struct ltn_attention *first = &net->layers[0].attention;
     if (!be->step_words || net->gate_dim || net->n_layers > MAX_LAYERS || net->final_norm.weight ||
         net->act == LTN_ACT_EXP || first->head_dim % COLS || net->embed_dim % n || net->hidden_dim % n ||
         net->glu_dim % n || net->embed.dtype != outer || net->head.dtype != outer ||
-        !aligned16(net->head.data) || !aligned16(net->head.scales) ||
-        (quantised ? be->base.act_dtype != LTN_BF16 : !be->step_streams))
+        !aligned16(net->head.data) || !aligned16(net->head.scales) || !be->step_streams ||
+        (quantised && be->base.act_dtype != LTN_BF16))
         return false;
     if (net->embed_dim > MAX_DIM || net->hidden_dim > MAX_DIM || net->glu_dim > MAX_GLU ||
         4 * net->hidden_dim < be->n_sms || net->glu_dim / 2 < be->n_sms || net->embed_dim > PASS * be->n_sms)
@@ -337,19 +341,29 @@ static bool suits(const struct cuda_backend *be, const struct ltn_network *net)
     return true;
 }
 
+/* Where a layer has so many bytes that warps work in two crews: measured at the released shapes, of which the
+ * larger two have 28 and 110 MB a layer in q4 and twice that in 8 bits. Sums have another order then, so it
+ * does not depend on the GPU. */
+static bool is_large(const struct ltn_network *net)
+{
+    const enum ltn_dtype dtype = net->layers[0].qkv.w.dtype;
+    const int64_t D = net->embed_dim, H = net->hidden_dim, G = net->glu_dim;
+    return (5 * H + 3 * G) * (int64_t)ltn_row_bytes(dtype, (size_t)D) >= 80 << 20;
+}
+
 /* What is on its way delays what blocks tell each other, so the less a block has to fetch between two of
  * them, the lower the limit. Measured at the released shapes: 53, 211 and 770 KB of a product of 16 bits a
  * block. */
 static void set_limits(struct step_args *a, const struct ltn_network *net, int32_t n_sms)
 {
     const enum ltn_dtype dtype = net->layers[0].qkv.w.dtype;
-    a->coming = 2, a->coming_idle = 1;
-    if (ltn_is_quantised(dtype))
-        return;
     const int64_t D = net->embed_dim, H = net->hidden_dim, G = net->glu_dim;
-    const int64_t each = (5 * D * H + 3 * D * G) / N_PHASES * (int64_t)ltn_dtype_size(dtype) / n_sms;
+    const int64_t row = ltn_row_bytes(dtype, (size_t)D) + ltn_row_scale_bytes(dtype, (size_t)D);
+    const int64_t each = (5 * H + 3 * G) * row / N_PHASES / n_sms;
     a->coming = each < 128 << 10 ? 2 : each < 512 << 10 ? 3 : 4;
     a->coming_idle = 2;
+    if (ltn_is_quantised(dtype))
+        a->coming = each < 128 << 10 ? 2 : 3, a->coming_idle = 1;
 }
 
 template <typename W>
@@ -358,8 +372,9 @@ static enum ltn_status run(struct cuda_backend *be, struct step_args *a, struct 
     a->max_input = input_floats(max32(a->D, max32(a->H, a->G)), W());
     if (a->embed_scales)
         a->max_input = max32(a->max_input, input_floats(a->D, quant<q8>()));
+    a->blocks = ring<W>::blocks(*a);
     const size_t shared =
-        ring<W>::BYTES + sizeof(struct share) * (HEAD + 1) +
+        ring_bytes<W>(a->blocks) + sizeof(struct share) * (HEAD + 1) +
         ((size_t)a->max_input + 2 * GROUPS * WARPS * GROUP + WARPS * COLS + 2 * WARPS) * sizeof(float);
     if (shared > be->max_shared)
         return LTN_ERR_UNSUPPORTED;
@@ -368,7 +383,7 @@ static enum ltn_status run(struct cuda_backend *be, struct step_args *a, struct 
     together.val.cooperative = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(be->n_sms);
-    config.blockDim = dim3(THREADS + (ring<W>::STREAMS ? STREAMER : 0));
+    config.blockDim = dim3(THREADS + STREAMER);
     config.dynamicSmemBytes = shared;
     config.stream = be->stream;
     config.attrs = &together;
@@ -415,10 +430,11 @@ enum ltn_status cuda_step(struct ltn_backend *base, const struct ltn_network *ne
     }
     const enum ltn_dtype dtype = net->layers[0].qkv.w.dtype;
 #define RUN(W, A) run<W>(be, &a, err)
-    return dtype == LTN_Q8    ? RUN(quant<q8>, )
-           : dtype == LTN_FP8 ? RUN(quant<fp8>, )
-           : dtype == LTN_Q4  ? RUN(quant<q4>, )
-                              : FOR_TYPES(be, err, dtype, RUN);
+    const bool large = ltn_is_quantised(dtype) && is_large(net);
+    return dtype == LTN_Q8    ? large ? RUN(quant<q8_large>, ) : RUN(quant<q8>, )
+              : dtype == LTN_FP8 ? large ? RUN(quant<fp8_large>, ) : RUN(quant<fp8>, )
+              : dtype == LTN_Q4 ? large ? RUN(quant<q4_large>, ) : RUN(quant<q4>, )
+                                : FOR_TYPES(be, err, dtype, RUN);
 #undef RUN
 }
 
@@ -443,8 +459,11 @@ enum ltn_status step_open(struct cuda_backend *be, struct ltn_error *err)
     LTN_TRY(allow_shared<__nv_bfloat16>(be, err));
     LTN_TRY(allow_shared<__half>(be, err));
     LTN_TRY(allow_shared<quant<q8>>(be, err));
+    LTN_TRY(allow_shared<quant<q8_large>>(be, err));
     LTN_TRY(allow_shared<quant<fp8>>(be, err));
+    LTN_TRY(allow_shared<quant<fp8_large>>(be, err));
     LTN_TRY(allow_shared<quant<q4>>(be, err));
+    LTN_TRY(allow_shared<quant<q4_large>>(be, err));
     LTN_TRY(device_alloc(be, &be->step_words, sizeof(struct words), err));
     CUDA_TRY(be, err, cudaMemsetAsync(be->step_words, 0, sizeof(struct words), be->stream));
     return LTN_OK;

@@ -10,13 +10,9 @@ enum {
     WARPS = 16,
     THREADS = 32 * WARPS,
     STREAMER = 32, /* threads of the warp that streams weights */
-    TILES = 10,
-    TILE_ROWS = 8,
-    ROW_BYTES = 2048, /* of a row in a tile */
-    TILE_BYTES = TILE_ROWS * ROW_BYTES,
-    LANES = 8,  /* that share a row */
-    GROUP = 32, /* rows whose sums a warp holds at once: eight a lane */
-    GROUPS = 4, /* whose sums are in shared memory at once */
+    LANES = 8,     /* that share a row of weights that are not quantised */
+    GROUP = 32,    /* rows whose sums go together */
+    GROUPS = 4,    /* whose sums are in shared memory at once */
     PASS = GROUP * GROUPS,
     MAX_LAYERS = 64,
     MAX_DIM = 8192, /* D and H */
@@ -61,9 +57,9 @@ struct step_args {
     float *state;
     float *logits;
     struct words *words;
-    int32_t max_input; /* floats */
-    /* Tiles, or of quantised weights units of a warp, on their way at most; and while blocks wait. */
-    int32_t coming, coming_idle;
+    int32_t max_input;           /* floats */
+    int32_t coming, coming_idle; /* tiles on their way at most; and while blocks wait */
+    int32_t blocks;              /* of scales, in the ring */
     struct step_layer layers[MAX_LAYERS];
 };
 
@@ -158,10 +154,9 @@ static __device__ __forceinline__ bool stale(ulonglong2 v, uint32_t tag)
     return stale(v.x, tag) || stale(v.y, tag);
 }
 
-/* N words or pairs of words from place(i), where wanted(i), all under way together; by whole warps, which
- * call who.idle() beside waiting. */
-template <typename V, int N, typename P, typename I, typename W>
-static __device__ __forceinline__ void await_all(V (&v)[N], P place, I wanted, uint32_t tag, W &who)
+/* N words or pairs of words from place(i), where wanted(i), all under way together; by whole warps. */
+template <typename V, int N, typename P, typename I>
+static __device__ __forceinline__ void await_all(V (&v)[N], P place, I wanted, uint32_t tag)
 {
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -179,7 +174,6 @@ static __device__ __forceinline__ void await_all(V (&v)[N], P place, I wanted, u
             }
         if (!__any_sync(0xffffffffu, again))
             break;
-        who.idle();
     }
 }
 
@@ -217,16 +211,58 @@ template <typename W> struct embedding {
     }
 };
 
-/* Shared memory for weights on their way: tiles, barriers, a flag; whether a warp does nothing but stream
- * them. */
-template <typename W> struct ring {
-    static constexpr int BYTES = TILES * (TILE_BYTES + 2 * (int)sizeof(uint64_t)) + 16, STREAMS = true;
+/* A tile: LINES lines of LINE_BYTES, PITCH bytes from one to the next. RATIO: bytes of weights to a byte of
+ * scales that comes along, 0 if none does. */
+enum { LINES = 8, LINE_BYTES = 2048 };
+template <typename W> struct tile {
+    static constexpr int PITCH = LINE_BYTES, RATIO = 0;
+    static __host__ __device__ __forceinline__ int32_t row_bytes(int32_t cols)
+    {
+        return cols * (int32_t)sizeof(W);
+    }
 };
+
+/* How a product is cut into tiles: a line has LINE_BYTES of a row, so a row takes `chunks` tiles, or it has
+ * 1 << fold whole rows that follow each other, so that it is always about as long. */
+struct cut {
+    int32_t row_bytes, chunks, fold;
+};
+template <typename W> static __host__ __device__ __forceinline__ struct cut cut_of(int32_t cols)
+{
+    const int32_t bytes = tile<W>::row_bytes(cols);
+    const bool folds = tile<W>::RATIO;
+    return {bytes, (bytes + LINE_BYTES - 1) / LINE_BYTES,
+            folds && bytes == LINE_BYTES / 2   ? 1
+            : folds && bytes == LINE_BYTES / 4 ? 2
+                                               : 0};
+}
+
+/* What the head's weights are. */
+template <typename W> struct outer {
+    using type = W;
+};
+
+/* Weights on their way: TILES tiles, and blocks of scales. */
+template <typename W> struct ring {
+    static constexpr int TILES = 10, SLOT = LINES * tile<W>::PITCH, BLOCK = 0;
+    static constexpr int CONSUMERS = WARPS; /* of a tile */
+    static __host__ int32_t blocks(const struct step_args &)
+    {
+        return 0;
+    }
+};
+
+/* Its shared memory, with barriers and a flag. */
+template <typename W> static __host__ __device__ __forceinline__ int32_t ring_bytes(int32_t blocks)
+{
+    using R = ring<W>;
+    return R::TILES * (R::SLOT + 2 * (int)sizeof(uint64_t)) + blocks * R::BLOCK + 16;
+}
 
 /* Columns of a piece, and of a warp in a tile. */
 template <typename W> struct geometry {
     static constexpr int PIECE = 16 / sizeof(W), UNIT = LANES * PIECE;
-    static_assert(WARPS * LANES * 16 == ROW_BYTES, "a piece for every lane");
+    static_assert(WARPS * LANES * 16 == LINE_BYTES, "a piece for every lane");
 };
 
 /* How many units of a row this warp has: number j is unit j WARPS + warp. */
@@ -247,6 +283,21 @@ static __device__ struct share share_of(const struct step_args &a, int phase)
     s.n_dots = (phase == GLU ? 4 : even ? 2 : 1) * (to - from);
     s.cols = phase == OUT ? a.H : phase == L3 ? a.G : a.D;
     return s;
+}
+
+/* A product's matrix, or two whose rows alternate, and their scales. */
+struct source {
+    const void *w, *w2, *scales, *scales2;
+};
+
+static __device__ __forceinline__ struct source source_of(const struct step_args &a, int32_t layer, int phase)
+{
+    const struct step_layer &l = a.layers[layer % MAX_LAYERS];
+    return phase == HEAD   ? source{a.head, NULL, a.head_scales, NULL}
+           : phase == QKVU ? source{l.qkvu, NULL, l.scales[0], NULL}
+           : phase == OUT  ? source{l.out, NULL, l.scales[1], NULL}
+           : phase == GLU  ? source{l.l1, l.l2, l.scales[2], l.scales[3]}
+                           : source{l.l3, NULL, l.scales[4], NULL};
 }
 
 static __device__ __forceinline__ uint4 load_shared(uint32_t shared)
@@ -284,15 +335,20 @@ template <typename W> struct worker;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-struct tile_ring {
-    uint32_t tiles;         /* shared memory: [TILES][TILE_ROWS][ROW_BYTES] */
+template <typename W> struct tile_ring {
+    static constexpr int TILES = ring<W>::TILES, SLOT = ring<W>::SLOT;
+    uint32_t tiles, scales; /* shared memory: [TILES][SLOT], [blocks][BLOCK] */
+    uint32_t blocks;
     uint64_t *full, *empty; /* [TILES] barriers */
     volatile int *waiting;  /* whether this block waits for others */
 
-    __device__ __forceinline__ tile_ring(uint4 *shared)
+    __device__ __forceinline__ tile_ring(uint4 *shared, uint32_t n_blocks)
     {
+        blocks = n_blocks;
         tiles = shared_address(shared);
-        full = reinterpret_cast<uint64_t *>(shared + TILES * TILE_BYTES / 16), empty = full + TILES;
+        scales = tiles + TILES * SLOT;
+        full = reinterpret_cast<uint64_t *>(shared + (TILES * SLOT + n_blocks * ring<W>::BLOCK) / 16);
+        empty = full + TILES;
         waiting = reinterpret_cast<int *>(empty + TILES);
     }
 
@@ -300,7 +356,7 @@ struct tile_ring {
     {
         for (int i = 0; i < TILES; i++) {
             barrier_init(&full[i], 1);
-            barrier_init(&empty[i], WARPS);
+            barrier_init(&empty[i], ring<W>::CONSUMERS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         proxy_fence();
@@ -308,64 +364,91 @@ struct tile_ring {
     }
 };
 
-/* Where a ring stands for whoever walks it. */
-struct position {
-    uint32_t tile, parity;
+/* Where a ring stands for whoever walks it. Scales of the rows of a tile, or of as many tiles as these rows
+ * have, lie together, a block for each of the tiles. They have no barriers of their own: there are so many
+ * that the tiles that used a block before are no longer in the ring when the first tile that uses it again
+ * enters.
+ */
+template <typename W> struct position {
+    uint32_t tile, parity, block;
 
     __device__ __forceinline__ void next()
     {
-        if (++tile == TILES)
+        if (++tile == ring<W>::TILES)
             tile = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ uint32_t take(const struct tile_ring<W> &r, uint32_t n)
+    {
+        const uint32_t at = block + n > r.blocks ? 0 : block;
+        block = at + n;
+        return r.scales + at * ring<W>::BLOCK;
     }
 };
 
-/* The warp that streams the block's weights, in the order of their use: by products, eights of rows, and runs
- * of columns. A lane takes a row of each tile. What is on its way delays what blocks tell each other, so
- * there is a limit to it, and another while they wait. */
-template <typename W>
-static __device__ __forceinline__ void stream(const struct step_args &a, const struct share *shares,
-                                              const struct tile_ring &r)
-{
-    const int32_t lane = threadIdx.x % 32, last = N_PHASES * a.n_layers;
-    struct position to = {0, 0};
-    int32_t n = 0; /* tiles so far */
-    if (lane >= TILE_ROWS)
-        return;
-    for (int32_t at = 0; at <= last; at++) {
-        const int phase = at == last ? HEAD : at % N_PHASES;
-        const struct share s = shares[phase];
-        const struct step_layer &l = a.layers[at / N_PHASES % MAX_LAYERS];
-        const bool two = phase == GLU;
-        const void *w = phase == HEAD   ? a.head
-                        : phase == QKVU ? l.qkvu
-                        : phase == OUT  ? l.out
-                        : phase == L3   ? l.l3
-                        : lane & 1      ? l.l2
-                                        : l.l1;
-        const int32_t row_bytes = s.cols * (int32_t)sizeof(W);
-        const uint8_t *row = (const uint8_t *)w + (int64_t)(s.first + (two ? lane / 2 : lane)) * row_bytes;
-        for (int32_t dot = 0; dot < s.n_dots; dot += TILE_ROWS) {
-            const int32_t rows = min((int32_t)TILE_ROWS, s.n_dots - dot);
-            for (int32_t from = 0; from < row_bytes; from += ROW_BYTES) {
-                const int32_t bytes = min((int32_t)ROW_BYTES, row_bytes - from);
+/* The warp that streams the block's weights, in the order of their use: by products, tiles of rows, and runs
+ * of columns. A lane takes a line of each tile, or the scales of one matrix's rows. What is on its way delays
+ * what blocks tell each other, so there is a limit to it, and another while they wait. */
+template <typename W> struct streamer {
+    const struct step_args &a;
+    const struct tile_ring<W> &r;
+    struct position<W> to;
+    int32_t n; /* tiles so far */
+
+    template <typename P>
+    __device__ __forceinline__ void product(const struct share &s, const struct source &from)
+    {
+        using T = tile<P>;
+        const struct cut c = cut_of<P>(s.cols);
+        const int32_t lane = threadIdx.x % 32, two = from.w2 ? 2 : 1, line = lane % LINES / two;
+        const bool second = lane % two;
+        const int32_t step = LINES / two << c.fold; /* rows of a matrix in a tile */
+        const uint8_t *at = static_cast<const uint8_t *>(second ? from.w2 : from.w) +
+                            (int64_t)(s.first + (line << c.fold)) * c.row_bytes;
+        const int32_t row_scales = T::RATIO ? c.row_bytes / (T::RATIO ? T::RATIO : 1) : 0;
+        const uint8_t *scales =
+            static_cast<const uint8_t *>(second ? from.scales2 : from.scales) + (int64_t)s.first * row_scales;
+        for (int32_t left = s.n_dots / two; left > 0; left -= step) {
+            const int32_t rows = min(step, left), own = max(0, min(1 << c.fold, rows - (line << c.fold)));
+            for (int32_t begin = 0; begin < c.row_bytes; begin += LINE_BYTES) {
+                const int32_t bytes = min((int32_t)LINE_BYTES, c.row_bytes - begin);
+                const bool brings = T::RATIO && begin == 0;
                 barrier_wait(&r.empty[to.tile], to.parity ^ 1);
                 for (;;) {
                     const int32_t k = n - (*r.waiting ? a.coming_idle : a.coming);
-                    if (k < 0 || barrier_passed(&r.full[k % TILES], k / TILES & 1))
+                    if (k < 0 || barrier_passed(&r.full[k % r.TILES], k / r.TILES & 1))
                         break;
                 }
                 if (lane == 0)
-                    barrier_arrive_expect(&r.full[to.tile], rows * bytes);
-                __syncwarp((1u << TILE_ROWS) - 1);
-                if (lane < rows)
-                    bulk_load(r.tiles + to.tile * TILE_BYTES + lane * ROW_BYTES, row + from, bytes,
+                    barrier_arrive_expect(&r.full[to.tile], two * rows * (bytes + (brings ? row_scales : 0)));
+                __syncwarp();
+                if (own && lane < LINES)
+                    bulk_load(r.tiles + to.tile * r.SLOT + lane * T::PITCH, at + begin, own * bytes,
                               &r.full[to.tile]);
+                if (brings) {
+                    const uint32_t place = to.take(r, c.chunks);
+                    if (lane >= LINES && lane < LINES + two)
+                        bulk_load(place + second * step * row_scales, scales, rows * row_scales,
+                                  &r.full[to.tile]);
+                }
                 to.next();
                 n++;
             }
-            row += (int64_t)(two ? TILE_ROWS / 2 : TILE_ROWS) * row_bytes;
+            at += (int64_t)step * c.row_bytes;
+            scales += step * row_scales;
         }
     }
+};
+
+template <typename W>
+static __device__ __forceinline__ void stream(const struct step_args &a, const struct share *shares,
+                                              const struct tile_ring<W> &r)
+{
+    struct streamer<W> s = {
+        a, r, {0, 0, 0}, 0
+    };
+    for (int32_t at = 0; at < N_PHASES * a.n_layers; at++)
+        s.template product<W>(shares[at % N_PHASES], source_of(a, at / N_PHASES, at % N_PHASES));
+    s.template product<typename outer<W>::type>(shares[HEAD], source_of(a, 0, HEAD));
 }
 
 static __device__ __forceinline__ void mma(float4 &c, uint4 a, uint32_t b0, uint32_t b1)
@@ -376,28 +459,75 @@ static __device__ __forceinline__ void mma(float4 &c, uint4 a, uint32_t b0, uint
                  : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-/* What a warp does for products. It alone reads and writes its units of the input. */
-template <typename W> struct worker {
-    using G = geometry<W>;
-    static constexpr bool PAIRED = paired<W>::value;
-    static constexpr bool TENSOR = __is_same(W, __nv_bfloat16);
+/* What warps have in common whatever the weights are. */
+template <typename W> struct crew {
     const struct room &m;
-    struct tile_ring r;
-    struct position at;
+    struct tile_ring<W> r;
+    struct position<W> at;
     int32_t lane, warp, buffer;
     float squares; /* of this lane's columns of the input */
 
-    __device__ __forceinline__ worker(const struct step_args &, const struct room &room, uint4 *shared)
-        : m(room), r(shared)
+    __device__ __forceinline__ crew(const struct room &room, const struct tile_ring<W> &ring)
+        : m(room), r(ring)
     {
         lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        at = {0, 0};
+        at = {0, 0, 0};
         buffer = 0;
     }
 
-    __device__ __forceinline__ void idle()
+    /* The input is there. */
+    __device__ __forceinline__ void ready()
     {
+        __syncwarp();
+        if (threadIdx.x == 0)
+            *r.waiting = false;
     }
+
+    __device__ __forceinline__ void release(uint32_t tile)
+    {
+        __syncwarp();
+        if (lane == 0)
+            barrier_arrive(&r.empty[tile]);
+    }
+
+    /* All rows of the block times the input. sums(to, rows, whether it is the product's first) writes this
+     * warp's sums of the next rows, GROUP at most, and the first adds up squares; row_scale(row) is what a
+     * sum is multiplied by. publish(row, sum, 1 / rms) is called by whole warps, a lane a row; the last ones
+     * may lie beyond the block's. */
+    template <typename S, typename R, typename F>
+    __device__ __forceinline__ void product_by(const struct share &s, S sums, R row_scale, F publish)
+    {
+        const float each = 1.0f / s.cols;
+        for (int32_t from = 0; from < s.n_dots; from += PASS) {
+            float *parts = m.parts + buffer * GROUPS * WARPS * GROUP, *red = m.red + buffer * WARPS;
+            const int32_t n = min(s.n_dots - from, (int32_t)PASS);
+            const float scale = warp * GROUP < n ? row_scale(from + warp * GROUP + lane) : 0;
+            for (int32_t g = 0; g * GROUP < n; g++)
+                sums(parts + (g * WARPS + warp) * GROUP, min(n - g * GROUP, (int32_t)GROUP),
+                     from == 0 && g == 0);
+            if (lane == 0)
+                red[warp] = squares;
+            meet();
+            if (warp * GROUP < n) {
+                const float sum = tree16(parts + warp * WARPS * GROUP + lane, GROUP);
+                publish(from + warp * GROUP + lane, sum * scale, rsqrtf(fmaf(tree16(red, 1), each, 1e-6f)));
+            }
+            buffer ^= 1;
+        }
+        if (threadIdx.x == 0)
+            *r.waiting = true;
+    }
+};
+
+/* What a warp does for products. It alone reads and writes its units of the input. */
+template <typename W> struct worker : crew<W> {
+    using G = geometry<W>;
+    using T = tile<W>;
+    using crew<W>::m, crew<W>::r, crew<W>::at, crew<W>::lane, crew<W>::warp, crew<W>::squares;
+    using crew<W>::ready, crew<W>::release;
+    static constexpr bool PAIRED = paired<W>::value;
+    static constexpr bool TENSOR = __is_same(W, __nv_bfloat16);
+    using crew<W>::crew;
 
     /* Columns c and c + 1 of this lane. */
     __device__ __forceinline__ int32_t column(int32_t unit) const
@@ -419,11 +549,12 @@ template <typename W> struct worker {
         }
     }
 
-    __device__ __forceinline__ void ready()
+    /* Before the input of a product: nothing. */
+    __device__ __forceinline__ void prepare(const struct share &, const struct source &)
     {
-        __syncwarp();
-        if (threadIdx.x == 0)
-            *r.waiting = false;
+    }
+    __device__ __forceinline__ void prepare_last(const struct share &, const struct source &)
+    {
     }
 
     /* The input from words of activations; of columns without a word: 0. */
@@ -440,10 +571,10 @@ template <typename W> struct worker {
             const auto wanted = [&](int i) { return i < n; };
             if constexpr (PAIRED)
                 await_all(
-                    pair, [&](int i) { return words + (c + i * STRIDE) / 2; }, wanted, tag, *this);
+                    pair, [&](int i) { return words + (c + i * STRIDE) / 2; }, wanted, tag);
             else
                 await_all(
-                    v, [&](int i) { return words + c + i * STRIDE; }, wanted, tag, *this);
+                    v, [&](int i) { return words + c + i * STRIDE; }, wanted, tag);
 #pragma unroll
             for (int i = 0; i < N; i++)
                 if (unit + i < n_units) {
@@ -477,12 +608,12 @@ template <typename W> struct worker {
             const auto wanted = [&](int i) { return i < n; };
             if constexpr (PAIRED) {
                 await_all(
-                    v, [&](int i) { return words + c + i * STRIDE; }, wanted, tag, *this);
+                    v, [&](int i) { return words + c + i * STRIDE; }, wanted, tag);
             } else {
                 await_all(
-                    v, [&](int i) { return words + 2 * (c + i * STRIDE); }, wanted, tag, *this);
+                    v, [&](int i) { return words + 2 * (c + i * STRIDE); }, wanted, tag);
                 await_all(
-                    v2, [&](int i) { return words + 2 * (c + i * STRIDE) + 2; }, wanted, tag, *this);
+                    v2, [&](int i) { return words + 2 * (c + i * STRIDE) + 2; }, wanted, tag);
             }
 #pragma unroll
             for (int i = 0; i < N; i++)
@@ -517,13 +648,6 @@ template <typename W> struct worker {
         ready();
     }
 
-    __device__ __forceinline__ void release(uint32_t tile)
-    {
-        __syncwarp();
-        if (lane == 0)
-            barrier_arrive(&r.empty[tile]);
-    }
-
     /* This warp's sums of the rows of a group, by eights. The first group of a product adds up squares. */
     __device__ __forceinline__ void group_sums(float *to, int32_t eights, int32_t cols, bool begins)
     {
@@ -552,11 +676,11 @@ template <typename W> struct worker {
         const int32_t units = (cols + STRIDE - 1) / STRIDE;
         const uint4 none = make_uint4(0, 0, 0, 0);
         const uint32_t *in = reinterpret_cast<const uint32_t *>(m.in) + unit + lane % 16 * 4;
-        const uint32_t first = r.tiles + g * ROW_BYTES + warp * 128 + t * 16;
+        const uint32_t first = r.tiles + g * T::PITCH + warp * 128 + t * 16;
         int32_t left = eights * units, units_left = units, from = 0;
         float4 c = make_float4(0, 0, 0, 0);
         const auto read = [&](struct part &v) {
-            const uint32_t piece = first + at.tile * TILE_BYTES;
+            const uint32_t piece = first + at.tile * r.SLOT;
             v.x = *reinterpret_cast<const uint4 *>(in + from);
             barrier_wait(&r.full[at.tile], at.parity);
             v.p = load_shared(piece + odd * 64), v.q = load_shared(piece + (odd ^ 1) * 64);
@@ -578,7 +702,7 @@ template <typename W> struct worker {
             if (--units_left == 0) {
                 if (t == odd)
                     *to = c.x + c.w;
-                to += TILE_ROWS, units_left = units;
+                to += LINES, units_left = units;
                 c = make_float4(0, 0, 0, 0);
             }
         };
@@ -613,11 +737,11 @@ template <typename W> struct worker {
             if (e < eights) {
                 const float *in = m.in + warp * G::UNIT + lane % LANES * 4;
                 for (int32_t from = 0; from < cols; from += WARPS * G::UNIT) {
-                    const uint32_t piece = r.tiles + at.tile * TILE_BYTES + lane / LANES * ROW_BYTES +
+                    const uint32_t piece = r.tiles + at.tile * r.SLOT + lane / LANES * T::PITCH +
                                            (warp * LANES + lane % LANES) * 16;
                     barrier_wait(&r.full[at.tile], at.parity);
                     if (from + own < cols) {
-                        const uint4 w0 = load_shared(piece), w1 = load_shared(piece + 4 * ROW_BYTES);
+                        const uint4 w0 = load_shared(piece), w1 = load_shared(piece + 4 * T::PITCH);
                         const float4 lo = *reinterpret_cast<const float4 *>(in + from);
                         const float4 hi =
                             PAIRED ? *reinterpret_cast<const float4 *>(in + from + G::UNIT / 2) : lo;
@@ -640,27 +764,15 @@ template <typename W> struct worker {
             (b1 ? two[1] : two[0]) + __shfl_xor_sync(0xffffffffu, b1 ? two[0] : two[1], 1);
     }
 
-    /* All rows of the block times the input. publish(row, sum, 1 / rms) is called by whole warps, a lane a
-     * row; the last ones may lie beyond the block's. */
-    template <typename F> __device__ __forceinline__ void product(const struct share &s, F publish)
+    template <typename F>
+    __device__ __forceinline__ void product(const struct share &s, const struct source &, F publish)
     {
-        for (int32_t from = 0; from < s.n_dots; from += PASS) {
-            float *parts = m.parts + buffer * GROUPS * WARPS * GROUP, *red = m.red + buffer * WARPS;
-            const int32_t n = min(s.n_dots - from, (int32_t)PASS);
-            for (int32_t g = 0; g * GROUP < n; g++)
-                group_sums(parts + (g * WARPS + warp) * GROUP, (min(n - g * GROUP, (int32_t)GROUP) + 7) / 8,
-                           s.cols, from == 0 && g == 0);
-            if (lane == 0)
-                red[warp] = squares;
-            meet();
-            if (warp * GROUP < n) {
-                const float sum = tree16(parts + warp * WARPS * GROUP + lane, GROUP);
-                publish(from + warp * GROUP + lane, sum, rsqrtf(tree16(red, 1) / s.cols + 1e-6f));
-            }
-            buffer ^= 1;
-        }
-        if (threadIdx.x == 0)
-            *r.waiting = true;
+        this->product_by(
+            s,
+            [&](float *to, int32_t rows, bool begins) {
+                group_sums(to, (rows + LINES - 1) / LINES, s.cols, begins);
+            },
+            [](int32_t) { return 1.0f; }, publish);
     }
 
     /* The head's. */
@@ -668,9 +780,10 @@ template <typename W> struct worker {
     {
         gather(words, cols, tag);
     }
-    template <typename F> __device__ __forceinline__ void product_last(const struct share &s, F publish)
+    template <typename F>
+    __device__ __forceinline__ void product_last(const struct share &s, const struct source &from, F publish)
     {
-        product(s, publish);
+        product(s, from, publish);
     }
 };
 
