@@ -231,6 +231,7 @@ static const struct ltn_ops cuda_ops = {
     .activation = cuda_activation,
     .multiply = cuda_multiply,
     .lightning = cuda_lightning,
+    .expect = NULL,
     .norm_linear = cuda_norm_linear,
     .norm_glu = cuda_norm_glu,
     .gated_linear_add = cuda_gated_linear_add,
