@@ -8,9 +8,9 @@
  * elsewhere. So lane 4 g + t gets the sum of its own pieces, and a group of 32 columns, which has a scale of
  * its own, is one such piece in q4, and both in q8.
  *
- * Of q8 and q4 the input is an integer of 16 bits, with a scale for each group, in two bytes, and sums are
- * exact. Of fp8 the weights become f16, exactly, and the input over its group's largest number is the sum of
- * two f16; a row's scale comes in where the warps' sums are added up. */
+ * Of q8 and q4 the input is an integer of 16 bits in two bytes, with a scale for each run of 64 columns, and
+ * sums are exact. Of fp8 the weights become f16, exactly, and the input over its run's largest number is the
+ * sum of two f16; a row's scale comes in where the warps' sums are added up. */
 #ifndef LTN_CUDA_STEP_QUANT_CUH
 #define LTN_CUDA_STEP_QUANT_CUH
 
@@ -265,9 +265,9 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
         const int32_t run = i * WARPS + warp;
         uint8_t *in = reinterpret_cast<uint8_t *>(m.in) + run / RUNS * unit_of<P>::INPUT;
         const int32_t group = run % RUNS * 2 + lane / 16, c = 2 * (lane % 16);
-        const float most =
-            __uint_as_float(/* as integers, floats that are not negative have their order */
-                            __reduce_max_sync(0xffffffffu, __float_as_uint(fmaxf(fabsf(a), fabsf(b)))));
+        /* As integers, floats that are not negative have the same order. */
+        const uint32_t order = __reduce_max_sync(0xffffffffu, __float_as_uint(fmaxf(fabsf(a), fabsf(b))));
+        const float most = __uint_as_float(order);
         const float inverse = most > 1e-30f ? __fdividef(P::MOST, most) : 0;
         if (lane == 0)
             reinterpret_cast<float *>(in + unit_of<P>::SCALES)[run % RUNS] =

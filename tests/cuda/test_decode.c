@@ -305,8 +305,9 @@ struct apart {
     int roundings, tokens;
 };
 
-/* Feeds one token after another to the device's first stream, and each also to the reference, from the state
- * that the device has got to: how far apart logits and state are then. */
+/* Feeds one token after another to the device, and each also to the reference, from the state that the device
+ * has got to: how far apart logits and state are then. Every way has a stream of its own, as a stream that
+ * goes on is recorded. */
 static void follow(struct rig *r, const struct ltn_ops *ops, struct rig *ref, enum way way, int tokens,
                    struct apart *apart)
 {
@@ -320,10 +321,10 @@ static void follow(struct rig *r, const struct ltn_ops *ops, struct rig *ref, en
     apart->roundings = 1;
     while (apart->roundings < LISTED && dtype != LTN_F32 && possible(dtype, way, apart->roundings))
         apart->roundings++;
-    CHECK(full->zero(r->be, r->state[0], r->state_bytes, &err));
+    CHECK(full->zero(r->be, r->state[way], r->state_bytes, &err));
     for (int t = 0; t < tokens; t++) {
         const int32_t id = (t * 7919 + 5) % V;
-        struct ltn_seq seq = {r->state[0], 3000 + t, 0, 1};
+        struct ltn_seq seq = {r->state[way], 3000 + t, 0, 1};
         for (int i = 0; i < apart->roundings; i++)
             CHECK(full->download(r->be, ref->state[i], seq.state, r->state_bytes, &err));
         r->be->ops = ops;
@@ -359,10 +360,14 @@ static double apart_at_most(enum ltn_dtype dtype)
     return dtype == LTN_F32 ? 1e-5 : ltn_is_quantised(dtype) ? 0.1 : 0.02;
 }
 
-/* A sum of another order may round to the next bf16 or integer, and of some tokens one does: these differ by
- * a few thousandths. A quarter of the tokens is free of that and has to agree to the order of sums; a wrong
- * scale, or a group of columns left out or taken twice, is in all of them. The fused and the composed
- * operations round in places that `possible` knows only in part. free: what that quarter may differ by. */
+/* What is left between a way and the reference that rounds in the same places are sums in another order, 1e-7
+ * of their terms; where that carries one number over to the next bf16, all behind it follows. So tokens fall
+ * in two kinds. Simulated with errors of 1e-7 in every sum, 24 models of this shape, a quarter of the tokens
+ * differ by at most 1e-7 to 7e-5, and one by .014. Of 20 models each with one fault in one matrix, that
+ * quarter in the median: a group of 32 weights lost in one row 9e-4 to 1.2e-2, a row's scales one group off
+ * 7e-4 to 7e-3, those of its neighbour 5e-4 to 9e-3, a stale number between products 8e-3 to 8e-2. The fused
+ * and the composed operations round in places that `possible` knows only in part. free: what that quarter may
+ * differ by. */
 static void judge(const struct apart *apart, enum ltn_dtype dtype, enum way way, double free)
 {
     double quarter = INFINITY, most = INFINITY;
@@ -423,7 +428,7 @@ static void test_rounding(void **test_state)
         if (way == WHOLE_STEP && steps_taken == 0) /* test_released says where that is wrong */
             print_message("no whole step here\n"); /* fused, then */
         else
-            judge(&apart, dtype, way, way == WHOLE_STEP ? 3e-4 : 1);
+            judge(&apart, dtype, way, way == WHOLE_STEP ? 2e-4 : 1);
     }
     rig_close(&ref);
     rig_close(&r);
