@@ -211,13 +211,17 @@ static void close_both(struct ltn_backend *be)
     free(be);
 }
 
-enum ltn_status rounding_open(struct ltn_backend **out, struct ltn_backend *plain, const struct rounding *how,
-                              struct ltn_error *err)
+void rounding_set(struct ltn_backend *be, const struct rounding *how)
+{
+    ((struct rounding_backend *)be)->how = *how;
+}
+
+enum ltn_status rounding_open(struct ltn_backend **out, struct ltn_backend *plain, struct ltn_error *err)
 {
     struct rounding_backend *be = malloc(sizeof *be);
     if (!be)
         return ltn_fail(err, LTN_ERR_MEMORY, "host memory: no room for a backend");
-    *be = (struct rounding_backend){.base = *plain, .ops = *plain->ops, .plain = plain, .how = *how};
+    *be = (struct rounding_backend){.base = *plain, .ops = *plain->ops, .plain = plain};
     be->base.ops = &be->ops;
     be->ops.close = close_both;
     be->ops.embed = embed;

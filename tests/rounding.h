@@ -19,9 +19,11 @@ struct rounding {
     bool weights; /* quantised matrices are bf16, but where they are the embedding, and not what they meet */
 };
 
-/* For SimpleRMSNorm and a gate that is part of qkv. `plain` has host memory and f32 activations, and is
- * closed with *out. */
-enum ltn_status rounding_open(struct ltn_backend **out, struct ltn_backend *plain, const struct rounding *how,
-                              struct ltn_error *err);
+/* For SimpleRMSNorm and a gate that is part of qkv; until rounding_set nothing but the above is rounded.
+ * `plain` has host memory and f32 activations, and is closed with *out. */
+enum ltn_status rounding_open(struct ltn_backend **out, struct ltn_backend *plain, struct ltn_error *err);
+
+/* From now on. be: from rounding_open. */
+void rounding_set(struct ltn_backend *be, const struct rounding *how);
 
 #endif

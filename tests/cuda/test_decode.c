@@ -281,13 +281,12 @@ static const struct rounding *possible(enum ltn_dtype dtype, enum way way, int i
     return list[way][i];
 }
 
-/* `plain`, rounding like that way of the device; of f32 there is nothing to round. */
-static struct ltn_backend *rounding_like(struct ltn_backend *plain, enum ltn_dtype dtype,
-                                         const struct rounding *how)
+/* `plain`, to be told what to round; of f32 there is nothing. */
+static struct ltn_backend *rounding(struct ltn_backend *plain, enum ltn_dtype dtype)
 {
     struct ltn_error err = {0};
     if (dtype != LTN_F32)
-        CHECK(rounding_open(&plain, plain, how, &err));
+        CHECK(rounding_open(&plain, plain, &err));
     return plain;
 }
 
@@ -297,45 +296,51 @@ static int ascending(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* How far apart tokens are, sorted. */
-enum { TOKENS = 40 };
+enum { TOKENS = 40, LISTED = 2 /* possible roundings of a way */ };
+
+/* How far apart tokens are, sorted, by every rounding. */
 struct apart {
-    double of[TOKENS];
-    int n;
+    double of[LISTED][TOKENS];
+    int roundings, tokens;
 };
 
-/* Feeds one token after another to the device's first stream, and each also to the references, from the state
- * that the device has got to: how far apart they leave logits and state. */
-static void follow(struct rig *r, const struct ltn_ops *ops, struct rig *refs, int n_refs, int n,
+/* Feeds one token after another to the device's first stream, and each also to the reference, from the state
+ * that the device has got to: how far apart logits and state are then. */
+static void follow(struct rig *r, const struct ltn_ops *ops, struct rig *ref, enum way way, int tokens,
                    struct apart *apart)
 {
     const struct ltn_ops *full = r->be->ops;
     const int32_t V = r->model.config.vocab_size;
+    const enum ltn_dtype dtype = r->model.layers[0].qkv.w.dtype;
     struct ltn_error err = {0};
     float *state = malloc(r->state_bytes), *logits = malloc((size_t)V * sizeof *logits);
     assert_true(state && logits);
+    apart->tokens = tokens;
+    apart->roundings = 1;
+    while (apart->roundings < LISTED && dtype != LTN_F32 && possible(dtype, way, apart->roundings))
+        apart->roundings++;
     CHECK(full->zero(r->be, r->state[0], r->state_bytes, &err));
-    for (int t = 0; t < n; t++) {
+    for (int t = 0; t < tokens; t++) {
         const int32_t id = (t * 7919 + 5) % V;
         struct ltn_seq seq = {r->state[0], 3000 + t, 0, 1};
-        for (int i = 0; i < n_refs; i++)
-            CHECK(full->download(r->be, refs[i].state[0], seq.state, r->state_bytes, &err));
+        for (int i = 0; i < apart->roundings; i++)
+            CHECK(full->download(r->be, ref->state[i], seq.state, r->state_bytes, &err));
         r->be->ops = ops;
         CHECK(ltn_forward(&r->model, &r->ws, &id, 1, &seq, 1, LTN_WANT_LAST, NULL, &err));
         r->be->ops = full;
         CHECK(full->download(r->be, logits, r->ws.logits, (size_t)V * sizeof *logits, &err));
         CHECK(full->download(r->be, state, seq.state, r->state_bytes, &err));
-        for (int i = 0; i < n_refs; i++) {
-            seq.state = refs[i].state[0];
-            CHECK(ltn_forward(&refs[i].model, &refs[i].ws, &id, 1, &seq, 1, LTN_WANT_LAST, NULL, &err));
-            apart[i].of[t] = fmax(rms_error(logits, refs[i].ws.logits, (size_t)V),
-                                  rms_error(state, seq.state, r->state_bytes / sizeof(float)));
+        for (int i = 0; i < apart->roundings; i++) {
+            if (dtype != LTN_F32)
+                rounding_set(ref->be, possible(dtype, way, i));
+            seq.state = ref->state[i];
+            CHECK(ltn_forward(&ref->model, &ref->ws, &id, 1, &seq, 1, LTN_WANT_LAST, NULL, &err));
+            apart->of[i][t] = fmax(rms_error(logits, ref->ws.logits, (size_t)V),
+                                   rms_error(state, seq.state, r->state_bytes / sizeof(float)));
         }
     }
-    for (int i = 0; i < n_refs; i++) {
-        apart[i].n = n;
-        qsort(apart[i].of, (size_t)n, sizeof *apart[i].of, ascending);
-    }
+    for (int i = 0; i < apart->roundings; i++)
+        qsort(apart->of[i], (size_t)tokens, sizeof *apart->of[i], ascending);
     free(state);
     free(logits);
 }
@@ -346,15 +351,16 @@ static bool is_hopper(const struct ltn_backend *be)
 }
 
 /* Of a way's possible roundings one is what the device does. */
-static void judge(const struct apart *apart, int n, enum way way)
+static void judge(const struct apart *apart, enum way way)
 {
-    int best = 0;
-    for (int i = 0; i < n; i++) {
+    double median = INFINITY, most = INFINITY;
+    for (int i = 0; i < apart->roundings; i++) {
+        const double *of = apart->of[i];
         print_message("%s, rounding %d: median %.3g, quarter %.3g, most %.3g\n", way_names[way], i,
-                      apart[i].of[apart[i].n / 2], apart[i].of[apart[i].n / 4], apart[i].of[apart[i].n - 1]);
-        best = apart[i].of[apart[i].n / 2] < apart[best].of[apart[i].n / 2] ? i : best;
+                      of[apart->tokens / 2], of[apart->tokens / 4], of[apart->tokens - 1]);
+        if (of[apart->tokens / 2] < median)
+            median = of[apart->tokens / 2], most = of[apart->tokens - 1];
     }
-    const double median = apart[best].of[apart[best].n / 2], most = apart[best].of[apart[best].n - 1];
     if (!(median <= 1e-3 && most <= 0.02))
         fail_msg("%s: half of the tokens differ by %.3g, one by %.3g", way_names[way], median, most);
 }
@@ -363,10 +369,10 @@ static void judge(const struct apart *apart, int n, enum way way)
 static void test_rounding(void **test_state)
 {
     enum ltn_dtype dtype = (enum ltn_dtype)(intptr_t)*test_state;
-    enum { LISTED = 2 };
-    struct rig r, refs[LISTED];
-    struct apart apart[LISTED];
+    struct rig r, ref;
+    struct apart apart;
     small_open(&r, dtype, open_cuda(dtype));
+    small_open(&ref, dtype, rounding(open_reference(), dtype));
     const struct ltn_ops *full = r.be->ops;
     struct ltn_ops ways[N_WAYS] = {*full, *full, *full};
     assert_non_null(full->step);
@@ -379,19 +385,14 @@ static void test_rounding(void **test_state)
     ways[COMPOSED].lightning_linear_add = NULL;
     ways[COMPOSED].norm_logits = NULL;
     for (int way = 0; way < N_WAYS; way++) {
-        int n = 0;
-        do
-            small_open(&refs[n], dtype, rounding_like(open_reference(), dtype, possible(dtype, way, n)));
-        while (++n < LISTED && dtype != LTN_F32 && possible(dtype, way, n));
         steps_taken = 0;
-        follow(&r, &ways[way], refs, n, TOKENS, apart);
+        follow(&r, &ways[way], &ref, way, TOKENS, &apart);
         if (way == WHOLE_STEP && steps_taken == 0 && !is_hopper(r.be))
             print_message("no whole step here\n"); /* fused, then */
         else
-            judge(apart, n, way);
-        for (int i = 0; i < n; i++)
-            rig_close(&refs[i]);
+            judge(&apart, way);
     }
+    rig_close(&ref);
     rig_close(&r);
 }
 
@@ -401,7 +402,7 @@ static void test_rounding(void **test_state)
 static void test_wide(void **state)
 {
     enum ltn_dtype dtype = (enum ltn_dtype)(intptr_t)*state;
-    enum { V = 24000, N = 12, REPEATS = 100, STATES = 3, LISTED = 2 };
+    enum { V = 24000, N = 12, REPEATS = 100, STATES = 3 };
     const struct ltn_config config = {.vocab_size = V,
                                       .embed_dim = 2176,
                                       .hidden_dim = 2176,
@@ -417,11 +418,12 @@ static void test_wide(void **state)
                                       .pad_id = -1,
                                       .lrpe = {1, 0}};
     struct ltn_error err = {0};
-    struct rig r, refs[LISTED];
-    struct apart apart[LISTED];
+    struct rig r, ref;
+    struct apart apart;
     float *logits[2] = {malloc(V * sizeof(float)), malloc(V * sizeof(float))};
     assert_true(logits[0] && logits[1]);
     rig_open(&r, dtype, open_cuda(dtype), &config, STATES);
+    rig_open(&ref, dtype, rounding(open_cpu(0), dtype), &config, LISTED);
     const struct ltn_ops *full = r.be->ops;
     struct ltn_ops ways[] = {*full, *full};
     real_step = full->step;
@@ -429,15 +431,9 @@ static void test_wide(void **state)
     ways[WHOLE_STEP].step = counted_step;
     ways[FUSED].step = NULL;
     for (int way = FUSED; way >= WHOLE_STEP; way--) {
-        int n = 0;
-        do
-            rig_open(&refs[n], dtype, rounding_like(open_cpu(0), dtype, possible(dtype, way, n)), &config, 1);
-        while (++n < LISTED && dtype != LTN_F32 && possible(dtype, way, n));
-        follow(&r, &ways[way], refs, n, N, apart);
+        follow(&r, &ways[way], &ref, way, N, &apart);
         if (way == FUSED || steps_taken > 0 || is_hopper(r.be))
-            judge(apart, n, way);
-        for (int i = 0; i < n; i++)
-            rig_close(&refs[i]);
+            judge(&apart, way);
     }
     CHECK(full->download(r.be, logits[0], r.ws.logits, V * sizeof(float), &err));
     r.be->ops = &ways[WHOLE_STEP];
@@ -462,6 +458,7 @@ static void test_wide(void **state)
         assert_true(steps_taken >= 2 * N); /* repeats may come from a recording */
     free(logits[0]);
     free(logits[1]);
+    rig_close(&ref);
     rig_close(&r);
 }
 
