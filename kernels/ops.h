@@ -192,6 +192,10 @@ struct ltn_ops {
                                  int32_t ld, const struct ltn_attention *a, const struct ltn_seq *seqs,
                                  int32_t n_seqs, struct ltn_error *err);
 
+    /* A hint, which changes no result: of the products with `rows` rows, one with w comes next but for that
+     * of the operation that follows. NULL: of no use to this backend. */
+    void (*expect)(struct ltn_backend *be, const struct ltn_matrix *w, int32_t rows);
+
     /* ---- fused operations: each may be NULL, and then is its composition of the above
      * ----------------------
      *

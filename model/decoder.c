@@ -23,6 +23,13 @@ struct pass {
     struct ltn_error *err;
 };
 
+/* Names the weights of the product behind the one that comes now. */
+static void expect(const struct pass *p, const struct ltn_matrix *w)
+{
+    if (p->ops->expect)
+        p->ops->expect(p->be, w, p->rows);
+}
+
 static void *columns(const struct pass *p, void *act, int32_t column)
 {
     return (uint8_t *)act + (size_t)column * ltn_dtype_size(p->be->act_dtype);
@@ -54,6 +61,7 @@ static enum ltn_status attention_out(const struct pass *p, const struct ltn_laye
         return p->ops->lightning_linear_add(p->be, ws->x, q, k, v, ld, a, p->seqs, p->n_seqs, gate, ld_gate,
                                             norm, &layer->out, p->rows, ws->o, ws->y, p->err);
     LTN_TRY(p->ops->lightning(p->be, ws->o, q, k, v, ld, a, p->seqs, p->n_seqs, p->err));
+    expect(p, &layer->l1.w);
     if (p->ops->gated_linear_add)
         return p->ops->gated_linear_add(p->be, ws->x, ws->o, gate, ld_gate, norm, &layer->out, p->rows, ws->y,
                                         p->err);
@@ -76,23 +84,30 @@ static enum ltn_status token_mixer(const struct pass *p, const struct ltn_layer 
 
     if (v3) {
         /* phi sees the whole [q k v] vector, before it is split into heads */
+        expect(p, &layer->gate0.w);
         LTN_TRY(norm_linear(p, q, &layer->token_norm, &layer->qkv, c->act, ld, ld));
+        expect(p, &layer->gate1.w);
         LTN_TRY(norm_linear(p, ws->gate_low, &layer->token_norm, &layer->gate0, LTN_ACT_NONE, 0, 1));
+        expect(p, &layer->out.w);
         LTN_TRY(p->ops->linear(p->be, gate, ws->gate_low, &layer->gate1, p->rows, p->err));
         LTN_TRY(p->ops->activation(p->be, gate, H, p->rows, H, H, LTN_ACT_SIGMOID, p->err));
     } else {
+        expect(p, &layer->out.w);
         LTN_TRY(norm_linear(p, q, &layer->token_norm, &layer->qkv, c->act, 2 * H, c->head_dim));
     }
     return attention_out(p, layer, q, k, v, ld, gate, v3 ? H : ld);
 }
 
-/* Gated linear unit without an activation (SGLU, same section): x += W_3 ((W_1 y) * (W_2 y)). */
-static enum ltn_status channel_mixer(const struct pass *p, const struct ltn_layer *layer)
+/* Gated linear unit without an activation (SGLU, same section): x += W_3 ((W_1 y) * (W_2 y)). `next` is
+ * multiplied after it. */
+static enum ltn_status channel_mixer(const struct pass *p, const struct ltn_layer *layer,
+                                     const struct ltn_matrix *next)
 {
     struct ltn_workspace *ws = p->ws;
     const struct ltn_norm *norm = &layer->channel_norm;
     void *a = ws->qkv, *b = ws->gate;
 
+    expect(p, &layer->l3.w);
     if (p->ops->norm_glu) {
         LTN_TRY(p->ops->norm_glu(p->be, a, ws->x, norm, &layer->l1, &layer->l2, p->rows, ws->y, b, p->err));
     } else {
@@ -101,6 +116,7 @@ static enum ltn_status channel_mixer(const struct pass *p, const struct ltn_laye
         LTN_TRY(p->ops->linear(p->be, b, ws->y, &layer->l2, p->rows, p->err));
         LTN_TRY(p->ops->multiply(p->be, a, b, (int64_t)p->rows * p->config->glu_dim, p->err));
     }
+    expect(p, next);
     return p->ops->linear_add(p->be, ws->x, a, &layer->l3, p->rows, p->err);
 }
 
@@ -110,6 +126,7 @@ static enum ltn_status head(const struct pass *p, const struct ltn_model *model,
     struct ltn_workspace *ws = p->ws;
     const struct ltn_norm *norm = &model->final_norm;
 
+    expect(p, &model->layers[0].qkv.w); /* of the next token */
     if (p->ops->norm_logits)
         return p->ops->norm_logits(p->be, ws->logits, ws->x, norm, &model->head, rows, ws->y, p->err);
     LTN_TRY(p->ops->norm(p->be, ws->y, ws->x, norm, rows, p->config->embed_dim, p->err));
@@ -162,7 +179,8 @@ enum ltn_status ltn_forward_ids(const struct ltn_model *model, struct ltn_worksp
         if (tap)
             LTN_TRY(tap->fn(tap->ctx, l, ws->x, rows, err));
         LTN_TRY(token_mixer(p, &model->layers[l]));
-        LTN_TRY(channel_mixer(p, &model->layers[l]));
+        LTN_TRY(channel_mixer(p, &model->layers[l],
+                              l + 1 < c->n_layers ? &model->layers[l + 1].qkv.w : &model->head));
     }
     if (tap)
         LTN_TRY(tap->fn(tap->ctx, c->n_layers, ws->x, rows, err));

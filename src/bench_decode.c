@@ -18,6 +18,7 @@
 
 #include "src/cli.h"
 #include "src/engine.h"
+#include "src/sampling.h"
 
 enum { MOST_STEPS = 4096, WARM_UP = 8 };
 
@@ -52,7 +53,8 @@ struct streams {
     struct ltn_workspace ws;
     struct ltn_stepper stepper; /* none where the backend does not record */
     float *states;
-    float *logits; /* host, [batch, V] */
+    struct ltn_sampler sampler; /* of the host; none where there is a stepper */
+    float *logits;              /* host, [batch, V]; NULL where they are read in the workspace */
     struct ltn_seq *seqs;
     int32_t *ids, *out; /* host: [batch]; [MOST_STEPS, batch] */
     int32_t batch;
@@ -72,8 +74,9 @@ static enum ltn_status streams_open(struct streams *s, struct ltn_model *model, 
     s->seqs = calloc(n, sizeof *s->seqs);
     s->ids = calloc(n, sizeof *s->ids);
     s->out = malloc(MOST_STEPS * n * sizeof *s->out);
-    s->logits = malloc(n * (size_t)c->vocab_size * sizeof *s->logits);
-    if (!s->seqs || !s->ids || !s->out || !s->logits)
+    if (!be->host_memory)
+        s->logits = malloc(n * (size_t)c->vocab_size * sizeof *s->logits);
+    if (!s->seqs || !s->ids || !s->out || (!be->host_memory && !s->logits))
         return ltn_fail(err, LTN_ERR_MEMORY, "no memory for %d streams", batch);
     LTN_TRY(ltn_workspace_create(&s->ws, model, batch, batch, err));
     LTN_TRY(be->ops->alloc(be, (void **)&s->states, n * s->state_bytes, err));
@@ -81,12 +84,13 @@ static enum ltn_status streams_open(struct streams *s, struct ltn_model *model, 
         s->seqs[i] = (struct ltn_seq){s->states + floats * (size_t)i, 0, i, 1};
     return ltn_stepper_possible(be)
                ? ltn_stepper_create(&s->stepper, model, &s->ws, s->seqs, batch, MOST_STEPS, NULL, err)
-               : LTN_OK;
+               : ltn_sampler_create(&s->sampler, c->vocab_size, err);
 }
 
 static void streams_close(struct streams *s)
 {
     ltn_stepper_free(&s->stepper);
+    ltn_sampler_free(&s->sampler);
     s->model->be->ops->free(s->model->be, s->states);
     ltn_workspace_free(&s->ws);
     free(s->seqs);
@@ -107,18 +111,12 @@ static enum ltn_status move_to(struct streams *s, int64_t position, struct ltn_e
     return s->stepper.model ? ltn_stepper_seek(&s->stepper, position, err) : LTN_OK;
 }
 
-static int32_t likeliest(const float *logits, int32_t n)
-{
-    int32_t best = 0;
-    for (int32_t i = 1; i < n; i++)
-        best = logits[i] > logits[best] ? i : best;
-    return best;
-}
-
 static enum ltn_status take_steps(struct streams *s, int32_t n, struct ltn_error *err)
 {
     struct ltn_backend *be = s->model->be;
-    const int32_t V = s->model->config.vocab_size;
+    const struct ltn_sampling greedy = {.temperature = 0, .top_p = 1};
+    const size_t V = (size_t)s->model->config.vocab_size;
+    const float *logits = s->logits ? s->logits : s->ws.logits;
 
     if (s->stepper.model) {
         LTN_TRY(ltn_stepper_run(&s->stepper, s->ids, NULL, n, s->out, err));
@@ -127,10 +125,11 @@ static enum ltn_status take_steps(struct streams *s, int32_t n, struct ltn_error
     }
     for (int32_t k = 0; k < n; k++) {
         LTN_TRY(ltn_forward(s->model, &s->ws, s->ids, s->batch, s->seqs, s->batch, LTN_WANT_LAST, NULL, err));
-        LTN_TRY(be->ops->download(be, s->logits, s->ws.logits,
-                                  (size_t)s->batch * (size_t)V * sizeof *s->logits, err));
+        if (s->logits)
+            LTN_TRY(be->ops->download(be, s->logits, s->ws.logits, (size_t)s->batch * V * sizeof *s->logits,
+                                      err));
         for (int32_t i = 0; i < s->batch; i++) {
-            s->ids[i] = likeliest(s->logits + (size_t)i * (size_t)V, V);
+            LTN_TRY(ltn_sample(&s->sampler, logits + (size_t)i * V, &greedy, NULL, 0, 0, &s->ids[i], err));
             s->seqs[i].pos++;
         }
     }

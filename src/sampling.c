@@ -8,6 +8,8 @@
  * distance instead, 16 for each halving of probability; only the bucket in which a cut lies is sorted. */
 enum { BUCKET_BITS = LTN_DISTANCE_BITS - 4, N_BUCKETS = (LTN_FARTHEST >> BUCKET_BITS) + 1 };
 
+enum { SPAN = 256 }; /* logits that are looked at together */
+
 const struct ltn_sampling ltn_sampling_default = {.temperature = 0.8, .top_p = 0.95, .repeat_last = 64};
 
 enum ltn_status ltn_sampler_create(struct ltn_sampler *sampler, int32_t n, struct ltn_error *err)
@@ -290,16 +292,31 @@ static const float *adjust(struct ltn_sampler *sampler, const float *logits, con
 
 /* ---- the choice ---- */
 
-/* The largest logit; refuses those that no choice can be made from. */
+/* Whether any of SPAN logits is above `most`, or a NaN. The compiler makes vectors of it. */
+static bool any_above(const float *logits, float most)
+{
+    int above = 0;
+    for (int i = 0; i < SPAN; i++)
+        above |= !(logits[i] <= most);
+    return above != 0;
+}
+
+/* The first of the largest logits; refuses those that no choice can be made from. Greedy decoding does this
+ * alone, for every token, so spans with nothing new in them are passed over. */
 static enum ltn_status survey(const float *logits, int32_t n, int32_t *best, struct ltn_error *err)
 {
     *best = 0;
-    for (int32_t i = 0; i < n; i++) {
-        if (isnan(logits[i]) || logits[i] == INFINITY)
-            return ltn_fail(err, LTN_ERR_INPUT, "logits: expected finite numbers, found %f for token %d",
-                            (double)logits[i], i);
-        if (logits[i] > logits[*best])
-            *best = i;
+    for (int32_t first = 0; first < n; first += SPAN) {
+        const int32_t end = n - first < SPAN ? n : first + SPAN;
+        if (first > 0 && end - first == SPAN && !any_above(logits + first, logits[*best]))
+            continue;
+        for (int32_t i = first; i < end; i++) {
+            if (isnan(logits[i]) || logits[i] == INFINITY)
+                return ltn_fail(err, LTN_ERR_INPUT, "logits: expected finite numbers, found %f for token %d",
+                                (double)logits[i], i);
+            if (logits[i] > logits[*best])
+                *best = i;
+        }
     }
     if (logits[*best] == -INFINITY)
         return ltn_fail(err, LTN_ERR_INPUT, "logits: every one of the %d tokens has -infinity", n);

@@ -9,6 +9,12 @@
 
 /* ---- life ---------------------------------------------------------------------------------------------- */
 
+/* Its logits are read where the backend leaves them. */
+static bool reads_in_place(const struct ltn_session *s)
+{
+    return s->engine->be->host_memory && s->ws == &s->own;
+}
+
 static enum ltn_status allocate(struct ltn_session *s, struct ltn_error *err)
 {
     const struct ltn_engine *engine = s->engine;
@@ -23,7 +29,7 @@ static enum ltn_status allocate(struct ltn_session *s, struct ltn_error *err)
     s->state = state;
     LTN_TRY(ltn_sampler_create(&s->sampler, engine->info.vocab_size, err));
     s->pending = malloc((size_t)s->chunk_rows * sizeof *s->pending);
-    s->logits = malloc(V * sizeof *s->logits);
+    s->logits = reads_in_place(s) ? s->own.logits : malloc(V * sizeof *s->logits);
     if (s->score_rows && !be->host_memory)
         s->scores = malloc((size_t)s->score_rows * V * sizeof *s->scores);
     if (!s->pending || !s->logits || (s->score_rows && !be->host_memory && !s->scores))
@@ -77,9 +83,10 @@ void ltn_session_free(struct ltn_session *s)
     ltn_sampler_free(&s->sampler);
     ltn_ahead_free(s);
     s->engine->be->ops->free(s->engine->be, s->state);
+    if (!reads_in_place(s))
+        free(s->logits);
     ltn_workspace_free(&s->own);
     free(s->pending);
-    free(s->logits);
     free(s->scores);
     free(s);
 }
@@ -249,7 +256,8 @@ enum ltn_status ltn_session_logits(struct ltn_session *s, const float **logits, 
         LTN_TRY(ltn_batch_fetch(s->batch, s, err));
     if (s->logits_where == LTN_ON_BACKEND) {
         size_t bytes = (size_t)s->engine->info.vocab_size * sizeof *s->logits;
-        enum ltn_status status = be->ops->download(be, s->logits, s->ws->logits, bytes, err);
+        enum ltn_status status =
+            reads_in_place(s) ? LTN_OK : be->ops->download(be, s->logits, s->ws->logits, bytes, err);
         if (status != LTN_OK) {
             s->failed = true;
             return status;
@@ -285,9 +293,10 @@ enum ltn_status ltn_session_score(struct ltn_session *s, const int32_t *ids, siz
             LTN_TRY(be->ops->download(be, s->scores, s->ws->logits, (size_t)rows * row_bytes, err));
             logits = s->scores;
         }
-        memcpy(s->logits, logits + (size_t)(rows - 1) * (size_t)s->engine->info.vocab_size, row_bytes);
+        enum ltn_status status = each(ctx, logits, position, rows, err);
+        memmove(s->logits, logits + (size_t)(rows - 1) * (size_t)s->engine->info.vocab_size, row_bytes);
         s->logits_where = LTN_ON_HOST;
-        LTN_TRY(each(ctx, logits, position, rows, err));
+        LTN_TRY(status);
         done += (size_t)rows;
     }
     return LTN_OK;

@@ -25,7 +25,7 @@ struct ltn_session {
     int32_t *pending; /* [chunk_rows] fed, but not yet run through the model */
     int32_t n_pending, chunk_rows, score_rows;
 
-    float *logits;               /* host, [vocab_size] of the last token */
+    float *logits; /* host, [vocab_size] of the last token; own.logits where that is host memory */
     enum ltn_where logits_where; /* are they there yet; only while nothing is pending */
     float *scores; /* host, [score_rows, vocab_size]; NULL where the backend's memory is host's */
 

@@ -714,6 +714,33 @@ static void test_pool(void **state)
     pool_close(pool);
 }
 
+/* What is expected changes no bit: be it what comes, or something else, or gone by then. */
+static void test_expectations(void **state)
+{
+    (void)state;
+    struct ltn_error err;
+    static const enum ltn_dtype dtypes[] = {LTN_F32, LTN_BF16, LTN_Q8, LTN_Q4, LTN_FP8};
+    for (int b = 0; b < n_fast; b++) {
+        const struct ltn_ops *ops = fast[b]->ops;
+        for (int i = 0; i < LENGTH(dtypes); i++) {
+            struct ltn_matrix w = matrix(301, 2100, dtypes[i]), other = matrix(3, 5, dtypes[(i + 1) % 5]);
+            for (int rows = 1; rows <= 2; rows++) {
+                float *x = normal(2 * 2100), *want = poisoned(2 * 301), *got = poisoned(2 * 301);
+                CHECK(ops->logits(fast[b], want, x, &w, rows, &err));
+                const struct ltn_matrix gone = {NULL, dtypes[i], 1 << 20, 1 << 20, NULL};
+                const struct ltn_matrix *expected[] = {&w, &other, &gone, &w};
+                for (int k = 0; k < 4; k++) {
+                    ops->expect(fast[b], expected[k], k < 3 ? rows : 1000);
+                    CHECK(ops->logits(fast[b], got, x, &w, rows, &err));
+                    assert_memory_equal(got, want, (size_t)rows * 301 * sizeof *got);
+                }
+                free(x), free(want), free(got);
+            }
+            matrix_free(&w), matrix_free(&other);
+        }
+    }
+}
+
 /* An idle pool sleeps, and wakes for the next call. */
 static void test_idle_pool(void **state)
 {
@@ -831,6 +858,7 @@ int main(void)
         cmocka_unit_test(test_far_positions),
         cmocka_unit_test(test_several_users),
         cmocka_unit_test(test_pool),
+        cmocka_unit_test(test_expectations),
         cmocka_unit_test(test_idle_pool),
         cmocka_unit_test(test_memory),
         cmocka_unit_test(test_opening),

@@ -447,6 +447,44 @@ static void test_greedy_takes_lowest_id(void **state)
     ltn_sampler_free(&sampler);
 }
 
+/* Wherever among many logits the largest lies, and what no choice can be made from. */
+static void test_greedy_far_from_the_first(void **state)
+{
+    enum { N = 1000 };
+    static const int32_t at[] = {0, 1, 255, 256, 257, 511, 767, 768, 998, 999};
+    const struct ltn_sampling s = {.top_p = 1};
+    struct ltn_sampler sampler;
+    struct ltn_error err;
+    float logits[N];
+    int32_t id;
+    (void)state;
+    assert_int_equal(ltn_sampler_create(&sampler, N, NULL), LTN_OK);
+    for (size_t k = 0; k < sizeof at / sizeof *at; k++) {
+        const int32_t i = at[k];
+        char text[64];
+        for (int32_t j = 0; j < N; j++)
+            logits[j] = j % 3 ? -INFINITY : -2 - (float)j;
+        logits[i] = logits[(i + N - 1) / 2] = logits[N - 1] = -1;
+        assert_int_equal(ltn_sample(&sampler, logits, &s, NULL, 0, 0, &id, &err), LTN_OK);
+        assert_int_equal(id, i < (i + N - 1) / 2 ? i : (i + N - 1) / 2);
+        logits[i] = k % 2 ? NAN : -NAN;
+        assert_int_equal(ltn_sample(&sampler, logits, &s, NULL, 0, 0, &id, &err), LTN_ERR_INPUT);
+        snprintf(text, sizeof text, "for token %d", i);
+        assert_non_null(strstr(err.text, text));
+        logits[i] = INFINITY;
+        assert_int_equal(ltn_sample(&sampler, logits, &s, NULL, 0, 0, &id, &err), LTN_ERR_INPUT);
+        assert_non_null(strstr(err.text, text));
+        for (int32_t j = 0; j < N; j++)
+            logits[j] = -INFINITY;
+        assert_int_equal(ltn_sample(&sampler, logits, &s, NULL, 0, 0, &id, &err), LTN_ERR_INPUT);
+        assert_non_null(strstr(err.text, "-infinity"));
+        logits[i] = -3;
+        assert_int_equal(ltn_sample(&sampler, logits, &s, NULL, 0, 0, &id, &err), LTN_OK);
+        assert_int_equal(id, i);
+    }
+    ltn_sampler_free(&sampler);
+}
+
 static void test_bad_logits_and_parameters(void **state)
 {
     struct ltn_sampling s = ltn_sampling_default;
@@ -776,6 +814,7 @@ int main(void)
         cmocka_unit_test(test_penalties_by_hand),
         cmocka_unit_test(test_distribution),
         cmocka_unit_test(test_greedy_takes_lowest_id),
+        cmocka_unit_test(test_greedy_far_from_the_first),
         cmocka_unit_test(test_bad_logits_and_parameters),
         cmocka_unit_test(test_logprobs),
         cmocka_unit_test(test_session_penalties),

@@ -39,7 +39,7 @@ def main(source, out):
     ax.set_ylim(low / 2, high * 2)
     ax.set_xlabel("tokens of text so far")
     ax.set_ylabel("tokens per second")
-    ax.set_title(f"The demo model, {result['backend']} ({result['device']})", loc="left", fontsize=11)
+    ax.set_title(f"{result['backend']} ({result['device']})", loc="left", fontsize=11)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, loc="center left")
     for side in ("top", "right"):

@@ -174,9 +174,11 @@ enum {
     ROW_OUTS = 128, /* rows of W for one row of x at most: the cache keeps nothing */
 };
 
-/* Rows of W of a task for one row of x: two tasks a thread, and whole tiles. */
-static int outs_for_one_row(int outs, int n_threads)
+/* Rows of W of a task. For one row of x: two tasks a thread, and whole tiles. */
+static int outs_of_task(int rows, int outs, int n_threads)
 {
+    if (rows > 1)
+        return TASK_OUTS;
     const int step = (outs + 2 * n_threads - 1) / (2 * n_threads);
     return step > ROW_OUTS ? ROW_OUTS : (step + 3) / 4 * 4;
 }
@@ -231,13 +233,23 @@ static void matmul_task(void *ctx, int64_t task, int worker)
     }
 }
 
+/* Threads of which none has much to do wait at the end of every product, and memory with them: in that time
+ * they fetch the beginning of their share of the next one's weights. */
+static void cpu_expect(struct ltn_backend *be, const struct ltn_matrix *w, int32_t rows)
+{
+    const struct cpu_backend *cpu = (const struct cpu_backend *)be;
+    const int step = outs_of_task(rows, w->rows, cpu->n_threads);
+    pool_expect(cpu->pool, w->data, (size_t)step * ltn_row_bytes(w->dtype, (size_t)w->cols),
+                rows > TASK_ROWS ? 0 : (w->rows + step - 1) / step);
+}
+
 static enum ltn_status matmul(struct ltn_backend *be, struct matmul_job job)
 {
     const int outs = job.w->rows;
     job.cpu = (const struct cpu_backend *)be;
     job.row_step = TASK_ROWS;
     job.row_tasks = (job.rows + TASK_ROWS - 1) / TASK_ROWS;
-    job.out_step = job.rows == 1 ? outs_for_one_row(outs, job.cpu->n_threads) : TASK_OUTS;
+    job.out_step = outs_of_task(job.rows, outs, job.cpu->n_threads);
     pool_run(job.cpu->pool, (int64_t)job.row_tasks * ((outs + job.out_step - 1) / job.out_step), matmul_task,
              &job);
     return LTN_OK;
@@ -311,7 +323,7 @@ static const struct ltn_ops cpu_ops = {
     .linear_add = cpu_linear_add, .logits = cpu_logits,
     .activation = cpu_activation, .multiply = cpu_multiply,
     .lightning = cpu_lightning,   .norm_linear = cpu_norm_linear,
-    .norm_glu = cpu_norm_glu,
+    .norm_glu = cpu_norm_glu,     .expect = cpu_expect,
 };
 
 enum ltn_cpu_isa ltn_cpu_best_isa(void)

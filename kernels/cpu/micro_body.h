@@ -55,6 +55,18 @@ INLINE vf load_weights(const void *w, enum ltn_dtype dtype, size_t i, int n)
 
 /* ---- products ---------------------------------------------------------------------------------------- */
 
+enum { CHUNK_GROUPS = VL / 4, CHUNK = CHUNK_GROUPS * LTN_GROUP }; /* of q8 and q4, see below */
+
+/* A row of the input, MICRO_DOT_COLS of its columns at most, rounded for q8 and q4. In words: x. In chunks:
+ * of each the planes, for low and for high nibbles, of h, then of l (of q4 in words: x of the even codes,
+ * then of the odd), and of the bytes -8 times their sums. With zeros up to whole groups, or chunks. */
+struct rounded {
+    _Alignas(64) int16_t x[MICRO_DOT_COLS];
+    vb planes[MICRO_DOT_COLS / CHUNK][4];
+    vi shift[MICRO_DOT_COLS / CHUNK];
+    float scale;
+};
+
 INLINE void clear_tile(vf sum[][4], int rows)
 {
 #pragma GCC unroll 8
@@ -64,17 +76,16 @@ INLINE void clear_tile(vf sum[][4], int rows)
             sum[r][o] = (vf){0};
 }
 
-/* y[r, o] = (add ? y[r, o] : 0) + scale[o] row_scale[r] * lanes of sum[r][o] + bias[o]; row_scale may be NULL
- */
+/* y[r, o] = (add ? y[r, o] : 0) + scale[o] x[r].scale * lanes of sum[r][o] + bias[o]; x may be NULL */
 INLINE void put_tile(float *y, size_t ldy, vf sum[][4], int rows, int n_outs, v4 scale,
-                     const float *row_scale, bool add, const float *bias)
+                     const struct rounded *x, bool add, const float *bias)
 {
     v4 b = {0};
     if (bias)
         memcpy(&b, bias, (size_t)n_outs * sizeof *bias);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        v4 factor = row_scale ? scale * row_scale[r] : scale, old = {0};
+        v4 factor = x ? scale * x[r].scale : scale, old = {0};
         v4 out = (v4)sum_lanes(sum[r][0], sum[r][1], sum[r][2], sum[r][3]) * factor + b;
         float *at = y + r * ldy;
         if (n_outs == 4) {
@@ -86,6 +97,23 @@ INLINE void put_tile(float *y, size_t ldy, vf sum[][4], int rows, int n_outs, v4
             for (int o = 0; o < n_outs; o++)
                 at[o] = (add ? at[o] : 0) + out[o];
         }
+    }
+}
+
+INLINE void fetch_ahead(const void *p, int bytes)
+{
+    for (int i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const char *)p + i);
+}
+
+/* For one row of x, which goes through w as fast as memory gives it: the second cache can wait for more lines
+ * at once than the first, so it asks memory for what lies 16 rows ahead, and the first it for what lies
+ * `near` rows ahead: so few that they fit. */
+INLINE void fetch_far_ahead(const void *p, size_t row_bytes, size_t near, int bytes)
+{
+    for (int i = 0; i < bytes; i += 64) {
+        __builtin_prefetch((const char *)p + 16 * row_bytes + i, 0, 2);
+        __builtin_prefetch((const char *)p + near * row_bytes + i);
     }
 }
 
@@ -107,11 +135,14 @@ INLINE void dot_tile(float *y, size_t ldy, const float *x, size_t ldx, const voi
 #pragma GCC unroll 4
         for (int o = 0; o < 4; o++)
             b[o] = load_weights(w[o], dtype, (size_t)c, VL);
-        if (fetch && (rows > 1 || dtype != LTN_F32)) { /* rows end before the hardware has seen a stream;
-                                                          one row in f32 does without, measured */
+        if (fetch && rows > 1) { /* rows end before the hardware has seen a stream */
 #pragma GCC unroll 4
             for (int o = 0; o < 4; o++)
-                __builtin_prefetch(w[o] + ((size_t)c + 8 * ldw) * size);
+                fetch_ahead(w[o] + ((size_t)c + 8 * ldw) * size, 1);
+        } else if (fetch && dtype != LTN_F32) { /* which does without, measured */
+#pragma GCC unroll 4
+            for (int o = 0; o < 4; o++)
+                fetch_far_ahead(w[o] + (size_t)c * size, ldw * size, 4, 1);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
@@ -156,7 +187,10 @@ INLINE void fp8_tile(float *y, size_t ldy, const float *x, size_t ldx, const voi
         if (fetch) {
 #pragma GCC unroll 4
             for (int o = 0; o < 4; o++)
-                __builtin_prefetch(w[o] + c + 8 * ldw);
+                if (rows > 1)
+                    fetch_ahead(w[o] + c + 8 * ldw, 1);
+                else
+                    fetch_far_ahead(w[o] + c, ldw, 4, 1);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
@@ -190,8 +224,6 @@ INLINE void fp8_tile(float *y, size_t ldy, const float *x, size_t ldx, const voi
 
 enum {
     WHOLE_MOST = 127 * 256 + 127, /* the largest x with h below 128 */
-    CHUNK_GROUPS = VL / 4,
-    CHUNK = CHUNK_GROUPS * LTN_GROUP,
     PARTS = LTN_GROUP / (2 * VL),
     TILE_GROUPS = MICRO_DOT_COLS / LTN_GROUP,
 };
@@ -206,26 +238,24 @@ INLINE bool in_chunks(enum ltn_dtype dtype)
     return dtype == LTN_Q4 || BYTES_FOR_Q8;
 }
 
-/* Of q8: x. Of q4: of each chunk the planes, for low and for high nibbles, of h, then of l (in words: x of
- * the even codes, then of the odd), and of the bytes -8 times their sums. With zeros up to whole groups, or
- * chunks. */
-struct rounded {
-    _Alignas(64) int16_t x[DOT_ROWS][MICRO_DOT_COLS];
-    vb planes[DOT_ROWS][MICRO_DOT_COLS / CHUNK][4];
-    vi shift[DOT_ROWS][MICRO_DOT_COLS / CHUNK];
-    float scale[DOT_ROWS];
-};
+INLINE vi larger(vi a, vi b)
+{
+    const vi more = a > b;
+    return (a & more) | (b & ~more);
+}
 
 INLINE float largest(const float *x, int n)
 {
-    vi most = {0}; /* of the bits without the sign, which order floats as numbers */
+    vi most[4] = {0}; /* of the bits without the sign, which order floats as numbers; four, as each waits */
     int c = 0, top = 0;
-    for (; c + VL <= n; c += VL) {
-        vi bits = (vi)load_f32(x + c) & 0x7fffffff, more = bits > most;
-        most = (bits & more) | (most & ~more);
+    for (; c + 4 * VL <= n; c += 4 * VL) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            most[i] = larger((vi)load_f32(x + c + i * VL) & 0x7fffffff, most[i]);
     }
+    const vi all = larger(larger(most[0], most[1]), larger(most[2], most[3]));
     for (int i = 0; i < VL; i++)
-        top = most[i] > top ? most[i] : top;
+        top = all[i] > top ? all[i] : top;
     for (; c < n; c++) {
         int bits = (int)(ltn_f32_to_bits(x[c]) & 0x7fffffffu);
         top = bits > top ? bits : top;
@@ -250,22 +280,18 @@ INLINE void cut_row(vb planes[][4], vi *shift, const int16_t *x, int chunks, int
     typedef int32_t pairs __attribute__((vector_size(LTN_GROUP)));
     typedef int8_t bytes __attribute__((vector_size(LTN_GROUP / 2)));
     typedef int16_t evens __attribute__((vector_size(LTN_GROUP / 2)));
-    for (int k = 0; k < chunks; k++) {
-        bytes parts[4][CHUNK_GROUPS];
+    for (int k = 0; k < chunks; k++)
         for (int g = 0; g < CHUNK_GROUPS; g++)
             for (int half = 0; half < 2; half++, x += LTN_GROUP / 2) {
                 words v;
                 memcpy(&v, x, sizeof v);
-                if (words_do) {
-                    parts[half][g] = (bytes) __builtin_convertvector((pairs)v, evens);
-                    parts[half + 2][g] = (bytes) __builtin_convertvector((pairs)v >> 16, evens);
-                } else {
-                    parts[half][g] = __builtin_convertvector((v + 128) >> 8, bytes);
-                    parts[half + 2][g] = __builtin_convertvector(v, bytes);
-                }
+                const bytes high = words_do ? (bytes) __builtin_convertvector((pairs)v, evens)
+                                            : __builtin_convertvector((v + 128) >> 8, bytes);
+                const bytes low = words_do ? (bytes) __builtin_convertvector((pairs)v >> 16, evens)
+                                           : __builtin_convertvector(v, bytes);
+                memcpy((char *)&planes[k][half] + (size_t)g * sizeof high, &high, sizeof high);
+                memcpy((char *)&planes[k][half + 2] + (size_t)g * sizeof low, &low, sizeof low);
             }
-        memcpy(planes[k], parts, sizeof parts);
-    }
     if (words_do)
         return;
     for (int k = 0; k < chunks; k++) /* later, since what has just been written in halves loads slowly */
@@ -279,15 +305,15 @@ INLINE void round_rows(struct rounded *to, enum ltn_dtype dtype, const float *x,
     for (int r = 0; r < rows; r++) {
         const float most = largest(x + r * ldx, cols);
         const bool usable = most > 0x1p-100f && most < INFINITY; /* as good as zero; or not a number */
-        to->scale[r] = usable ? most / WHOLE_MOST : most < INFINITY ? 0 : NAN;
+        to[r].scale = usable ? most / WHOLE_MOST : most < INFINITY ? 0 : NAN;
         for (int c = cols; c < padded; c++)
-            to->x[r][c] = 0;
+            to[r].x[c] = 0;
         if (usable)
-            round_row(to->x[r], x + r * ldx, WHOLE_MOST / most, cols);
+            round_row(to[r].x, x + r * ldx, WHOLE_MOST / most, cols);
         else
-            memset(to->x[r], 0, (size_t)cols * sizeof *to->x[r]);
+            memset(to[r].x, 0, (size_t)cols * sizeof *to[r].x);
         if (in_chunks(dtype))
-            cut_row(to->planes[r], to->shift[r], to->x[r], padded / CHUNK, dtype == LTN_Q4 ? 8 : 128,
+            cut_row(to[r].planes, to[r].shift, to[r].x, padded / CHUNK, dtype == LTN_Q4 ? 8 : 128,
                     in_words(dtype, rows));
     }
 }
@@ -313,7 +339,7 @@ INLINE void group_dots(vf sum[][4], const struct rounded *x, const uint8_t *code
         b[p] = load_i8(codes + p * 2 * VL);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        const vw *a = (const vw *)(x->x[r] + g * LTN_GROUP);
+        const vw *a = (const vw *)(x[r].x + g * LTN_GROUP);
         vi total = madd(a[0], b[0]);
 #pragma GCC unroll 4
         for (int p = 1; p < PARTS; p++)
@@ -340,18 +366,12 @@ INLINE void chunk_dots(vf sum[][4], const struct rounded *x, const uint8_t *code
     const vf scale = spread(scales + k * CHUNK_GROUPS);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        const vb *p = x->planes[r][k];
+        const vb *p = x[r].planes[k];
         vi total = in_words(dtype, rows) ? madd(words[0], (vw)p[0]) + madd(words[1], (vw)p[1]) +
                                                madd(words[2], (vw)p[2]) + madd(words[3], (vw)p[3])
-                                         : dot_bytes(low, high, p, x->shift[r][k]);
+                                         : dot_bytes(low, high, p, x[r].shift[k]);
         sum[r][o] = fma_v(__builtin_convertvector(total, vf), scale, sum[r][o]);
     }
-}
-
-INLINE void fetch_ahead(const uint8_t *p, int bytes)
-{
-    for (int i = 0; i < bytes; i += 64)
-        __builtin_prefetch(p + i);
 }
 
 INLINE void whole_dots(vf sum[][4], const struct rounded *x, const uint8_t *codes, enum ltn_dtype dtype,
@@ -387,7 +407,7 @@ INLINE void whole_tile(float *y, size_t ldy, const struct rounded *x, const void
 #pragma GCC unroll 4
         for (int o = 0; o < 4; o++)
             for (int k = 0; k < whole; k++) {
-                fetch_ahead(w[o] + k * step_bytes + 8 * row_bytes, step_bytes);
+                fetch_far_ahead(w[o] + k * step_bytes, row_bytes, 2, step_bytes);
                 whole_dots(sum, x, w[o] + k * step_bytes, dtype, group_scales[o], rows, o, k);
             }
     } else {
@@ -405,7 +425,46 @@ INLINE void whole_tile(float *y, size_t ldy, const struct rounded *x, const void
         memcpy(part, w[o] + whole * step_bytes, (size_t)rest);
         whole_dots(sum, x, part, dtype, group_scales[o], rows, o, whole);
     }
-    put_tile(y, ldy, sum, rows, n_outs, (v4){1, 1, 1, 1}, x->scale, add, bias);
+    put_tile(y, ldy, sum, rows, n_outs, (v4){1, 1, 1, 1}, x, add, bias);
+}
+
+/* Any tile: rows (a constant) of x by n_outs rows of w, its columns from `first` on. */
+INLINE void any_tile(float *y, size_t ldy, const float *x, size_t ldx, const struct rounded *rounded,
+                     const void *w, size_t ldw, const void *scales, enum ltn_dtype dtype, int rows,
+                     int n_outs, int first, int cols, bool fetch, bool add, const float *bias)
+{
+    if (dtype == LTN_Q8 || dtype == LTN_Q4)
+        whole_tile(y, ldy, rounded, w, ldw, scales, dtype, rows, n_outs, first, cols, fetch, add, bias);
+    else if (dtype == LTN_FP8)
+        fp8_tile(y, ldy, x, ldx, w, ldw, scales, rows, n_outs, first, cols, fetch, add, bias);
+    else
+        dot_tile(y, ldy, x, ldx, w, ldw, dtype, rows, n_outs, first, cols, fetch, add, bias);
+}
+
+/* One row of x. Its time goes into reading w, so that is done in the order of memory: all pieces of four rows
+ * of w before the next four, as far as the rounded input has room. */
+INLINE void row_dots(float *y, const float *x, const void *w, const void *scales, enum ltn_dtype dtype,
+                     int outs, int cols, bool add, const float *bias)
+{
+    enum { PIECES = 6 };
+    const size_t ldw = (size_t)cols, row_bytes = ltn_row_bytes(dtype, ldw);
+    const size_t scale_bytes = ltn_row_scale_bytes(dtype, ldw);
+    struct rounded rounded[PIECES]; /* of q8 and q4 alone */
+    for (int begin = 0; begin < cols; begin += PIECES * MICRO_DOT_COLS) {
+        const int end = cols - begin < PIECES * MICRO_DOT_COLS ? cols : begin + PIECES * MICRO_DOT_COLS;
+        for (int first = begin; first < end && (dtype == LTN_Q8 || dtype == LTN_Q4); first += MICRO_DOT_COLS)
+            round_rows(&rounded[(first - begin) / MICRO_DOT_COLS], dtype, x + first, 0, 1,
+                       end - first < MICRO_DOT_COLS ? end - first : MICRO_DOT_COLS);
+        for (int o = 0; o < outs; o += 4) {
+            const void *at = (const char *)w + (size_t)o * row_bytes;
+            const void *s = scale_bytes ? (const char *)scales + (size_t)o * scale_bytes : NULL;
+            for (int first = begin; first < end; first += MICRO_DOT_COLS)
+                any_tile(y + o, 0, x + first, 0, &rounded[(first - begin) / MICRO_DOT_COLS], at, ldw, s,
+                         dtype, 1, outs - o < 4 ? outs - o : 4, first,
+                         end - first < MICRO_DOT_COLS ? end - first : MICRO_DOT_COLS, true, add || first > 0,
+                         bias && first == 0 ? bias + o : NULL);
+        }
+    }
 }
 
 INLINE void dots(float *y, size_t ldy, const float *x, size_t ldx, const void *w, const void *scales,
@@ -413,13 +472,17 @@ INLINE void dots(float *y, size_t ldy, const float *x, size_t ldx, const void *w
 {
     size_t ldw = (size_t)cols, row_bytes = ltn_row_bytes(dtype, ldw);
     size_t scale_bytes = ltn_row_scale_bytes(dtype, ldw);
-    struct rounded rounded; /* of q8 and q4 alone */
+    struct rounded rounded[DOT_ROWS]; /* of q8 and q4 alone */
+    if (rows == 1) {
+        row_dots(y, x, w, scales, dtype, outs, cols, add, bias);
+        return;
+    }
     for (int first = 0; first < cols; first += MICRO_DOT_COLS) {
         int n = cols - first < MICRO_DOT_COLS ? cols - first : MICRO_DOT_COLS;
         bool plus = add || first > 0;
         for (int r = 0; r < rows; r += DOT_ROWS) {
             if (dtype == LTN_Q8 || dtype == LTN_Q4)
-                round_rows(&rounded, dtype, x + r * ldx + first, ldx,
+                round_rows(rounded, dtype, x + r * ldx + first, ldx,
                            rows - r < DOT_ROWS ? rows - r : DOT_ROWS, n);
             for (int o = 0; o < outs; o += 4) {
                 int n_outs = outs - o < 4 ? outs - o : 4;
@@ -427,13 +490,7 @@ INLINE void dots(float *y, size_t ldy, const float *x, size_t ldx, const void *w
                 const float *from = x + r * ldx + first, *b = bias && first == 0 ? bias + o : NULL;
                 const void *at = (const char *)w + (size_t)o * row_bytes;
                 const void *s = scale_bytes ? (const char *)scales + (size_t)o * scale_bytes : NULL;
-#define TILE(m)                                                                                              \
-    if (dtype == LTN_Q8 || dtype == LTN_Q4)                                                                  \
-        whole_tile(to, ldy, &rounded, at, ldw, s, dtype, m, n_outs, first, n, r == 0, plus, b);              \
-    else if (dtype == LTN_FP8)                                                                               \
-        fp8_tile(to, ldy, from, ldx, at, ldw, s, m, n_outs, first, n, r == 0, plus, b);                      \
-    else                                                                                                     \
-        dot_tile(to, ldy, from, ldx, at, ldw, dtype, m, n_outs, first, n, r == 0, plus, b)
+#define TILE(m) any_tile(to, ldy, from, ldx, rounded, at, ldw, s, dtype, m, n_outs, first, n, r == 0, plus, b)
                 switch (rows - r < DOT_ROWS ? rows - r : DOT_ROWS) {
                 case 1:
                     TILE(1);

@@ -13,6 +13,8 @@ enum {
     TASK_BITS = 16,
     MAX_TASKS = (1 << TASK_BITS) - 1, /* of one job; longer ones are cut */
     SPIN_NS = 200000,                 /* how long an idle thread looks for work before it sleeps */
+    STEP_BYTES = 512,                 /* of memory, that an idle thread fetches before it looks for work, */
+    AHEAD_STEPS = 64,                 /* and how often: about as long as others work at the end of a job */
 };
 
 struct worker {
@@ -27,15 +29,18 @@ struct worker {
 };
 
 /* A job is published by one store to `ticket`: its number above TASK_BITS, its tasks below. Every thread
- * first takes its own share of them, which lie side by side and whose counter others seldom touch, then what
- * it finds in the shares of others. Taking fails once the number has changed or all are taken, so a thread
- * that wakes late cannot take part in the wrong job, and fn, ctx and base hold still as long as a taken task
- * runs. */
+ * first takes its own share of them, which lie side by side and whose counter others seldom touch, then
+ * fetches what it will read next, as far as that is known, then takes what it finds in the shares of others.
+ * Taking fails once the number has changed or all are taken, so a thread that wakes late cannot take part in
+ * the wrong job, and fn, ctx and base hold still as long as a taken task runs. */
 struct pool {
     _Alignas(64) atomic_uint_fast64_t ticket;
     _Alignas(64) pool_task *fn;
     void *ctx;
     int64_t base; /* number of this job's first task */
+    /* what was expected last; a thread that sees half of a change fetches what nobody needs */
+    atomic_uintptr_t next;
+    atomic_int_fast64_t next_bytes, next_tasks;
     atomic_int sleepers;
     atomic_bool quit;
     pthread_mutex_t turn;  /* held by the caller whose job runs */
@@ -59,25 +64,45 @@ static bool take(atomic_uint_fast64_t *taken, uint_fast64_t job, int64_t size, i
     return true;
 }
 
-/* Returns the ticket that it worked on, of which nothing is left to be taken. */
-static uint_fast64_t take_tasks(struct pool *pool, int worker)
+static int64_t share_begin(const struct pool *pool, int64_t n_tasks, int owner)
 {
-    const uint_fast64_t ticket = atomic_load(&pool->ticket), job = ticket >> TASK_BITS;
-    const unsigned n_tasks = (unsigned)(ticket & MAX_TASKS),
-                   n = (unsigned)pool->n_threads; /* 16 bits by 12 */
-    uint_fast64_t ran = 0;
+    return n_tasks * owner / pool->n_threads;
+}
+
+/* Takes what is left of one share. What ran is told at once, before other shares are looked at: to look at
+ * all of them takes as long as to start a job. */
+static void take_share(struct pool *pool, uint_fast64_t ticket, int worker, int owner)
+{
+    const uint_fast64_t job = ticket >> TASK_BITS;
+    const int64_t n_tasks = (int64_t)(ticket & MAX_TASKS), first = share_begin(pool, n_tasks, owner);
+    const int64_t size = share_begin(pool, n_tasks, owner + 1) - first;
+    atomic_uint_fast64_t *told = &pool->workers[worker].ended;
+    uint_fast64_t ended = atomic_load(told);
     int64_t k;
-    for (unsigned i = 0; i < n; i++) {
-        const unsigned owner = ((unsigned)worker + i) % n;
-        const unsigned first = n_tasks * owner / n, end = n_tasks * (owner + 1) / n;
-        while (take(&pool->workers[owner].taken, job, end - first, &k)) {
-            pool->fn(pool->ctx, pool->base + first + k, worker);
-            ran++;
-        }
+
+    if (ended >> TASK_BITS != job)
+        ended = job << TASK_BITS;
+    const uint_fast64_t before = ended;
+    while (take(&pool->workers[owner].taken, job, size, &k)) {
+        pool->fn(pool->ctx, pool->base + first + k, worker);
+        ended++;
     }
-    if (ran > 0)
-        atomic_store(&pool->workers[worker].ended, job << TASK_BITS | ran);
-    return ticket;
+    if (ended > before)
+        atomic_store(told, ended);
+}
+
+/* Part number `step` of what this thread expects; false: that was all. */
+static bool fetch_ahead(struct pool *pool, int worker, int64_t step)
+{
+    const int64_t n_tasks = atomic_load_explicit(&pool->next_tasks, memory_order_relaxed);
+    const int64_t bytes = atomic_load_explicit(&pool->next_bytes, memory_order_relaxed);
+    const int64_t first = share_begin(pool, n_tasks, worker) * bytes + step * STEP_BYTES;
+    if (step == AHEAD_STEPS || first >= share_begin(pool, n_tasks, worker + 1) * bytes)
+        return false;
+    const uintptr_t from = atomic_load_explicit(&pool->next, memory_order_relaxed) + (uintptr_t)first;
+    for (uintptr_t i = 0; i < STEP_BYTES; i += 64)
+        __builtin_prefetch((const void *)(from + i), 0, 2); /* as far as the second cache */
+    return true;
 }
 
 static bool all_ended(struct pool *pool, uint_fast64_t job, int64_t n_tasks)
@@ -123,9 +148,18 @@ static void wait_for_work(struct pool *pool, uint_fast64_t finished)
 
 static void *worker_main(void *arg)
 {
-    struct worker *worker = arg;
-    while (!atomic_load(&worker->pool->quit))
-        wait_for_work(worker->pool, take_tasks(worker->pool, worker->index));
+    const struct worker *worker = arg;
+    struct pool *pool = worker->pool;
+    while (!atomic_load(&pool->quit)) {
+        const uint_fast64_t ticket = atomic_load(&pool->ticket);
+        take_share(pool, ticket, worker->index, worker->index);
+        for (int64_t step = 0; atomic_load(&pool->ticket) == ticket && fetch_ahead(pool, worker->index, step);
+             step++)
+            ;
+        for (int i = 1; i < pool->n_threads && atomic_load(&pool->ticket) == ticket; i++)
+            take_share(pool, ticket, worker->index, (worker->index + i) % pool->n_threads);
+        wait_for_work(pool, ticket);
+    }
     return NULL;
 }
 
@@ -144,9 +178,14 @@ static void run_job(struct pool *pool, int64_t base, int64_t n_tasks, pool_task 
     pool->ctx = ctx;
     pool->base = base;
     uint_fast64_t job = (atomic_load(&pool->ticket) >> TASK_BITS) + 1;
-    atomic_store(&pool->ticket, job << TASK_BITS | (uint_fast64_t)n_tasks);
+    const uint_fast64_t ticket = job << TASK_BITS | (uint_fast64_t)n_tasks;
+    atomic_store(&pool->ticket, ticket);
     wake_all(pool);
-    take_tasks(pool, 0);
+    take_share(pool, ticket, 0, 0);
+    for (int64_t step = 0; !all_ended(pool, job, n_tasks) && fetch_ahead(pool, 0, step); step++)
+        ;
+    for (int i = 1; i < pool->n_threads && !all_ended(pool, job, n_tasks); i++)
+        take_share(pool, ticket, 0, i);
     for (int spins = 0; !all_ended(pool, job, n_tasks); spins++) {
         if (spins < 4096)
             pause_briefly();
@@ -166,6 +205,13 @@ void pool_run(struct pool *pool, int64_t n_tasks, pool_task *fn, void *ctx)
             run_job(pool, base, n_tasks - base < MAX_TASKS ? n_tasks - base : MAX_TASKS, fn, ctx);
     }
     pthread_mutex_unlock(&pool->turn);
+}
+
+void pool_expect(struct pool *pool, const void *from, size_t bytes, int64_t n_tasks)
+{
+    atomic_store_explicit(&pool->next, (uintptr_t)from, memory_order_relaxed);
+    atomic_store_explicit(&pool->next_bytes, (int64_t)bytes, memory_order_relaxed);
+    atomic_store_explicit(&pool->next_tasks, n_tasks, memory_order_relaxed);
 }
 
 void pool_close(struct pool *pool)

@@ -4,6 +4,7 @@
 
 #include "kernels/status.h"
 
+#include <stddef.h>
 #include <stdint.h>
 
 struct pool;
@@ -18,5 +19,9 @@ void pool_close(struct pool *pool); /* NULL is allowed */
 /* Runs fn(ctx, 0 .. n_tasks - 1), in any order and on any thread, and returns when all are done. Jobs of
  * several calling threads run one after another. */
 void pool_run(struct pool *pool, int64_t n_tasks, pool_task *fn, void *ctx);
+
+/* A hint: in one of the next jobs, task i of n_tasks reads `bytes` of memory from `from` + i * bytes on. From
+ * now on threads that have nothing to do fetch the beginning of their share of it. n_tasks 0: nothing. */
+void pool_expect(struct pool *pool, const void *from, size_t bytes, int64_t n_tasks);
 
 #endif
