@@ -254,6 +254,7 @@ static struct ltn_backend *open_reference(void)
     return be;
 }
 
+enum { TOKENS = 40, LISTED = 3 /* possible roundings of a way */ };
 enum way { WHOLE_STEP, FUSED, COMPOSED, N_WAYS };
 static const char *const way_names[] = {"whole step", "fused", "composed"};
 
@@ -262,20 +263,22 @@ static const char *const way_names[] = {"whole step", "fused", "composed"};
  *                read; quantised ones meet integers (step.cu, step_quant.cuh)
  *   fused        a kernel a product has everything in f32 inside (gemv.cu, gemv_quant.cu); where a block's
  *                shared memory is too small for that, Norm(x) is bf16, and so are quantised weights
- *                (batch.cu, linear_quant.cu)
+ *                (batch.cu, linear_quant.cu), or all that operations leave (gemm.cu)
  *   composed     every operation leaves bf16 */
 static const struct rounding *possible(enum ltn_dtype dtype, enum way way, int i)
 {
     static const struct rounding of_bf16 = {.stream = true, .gated = true}, of_f16 = {.stream = true},
                                  quantised = {.integer = true}, inside = {.qkv = true},
+                                 normed = {.qkv = true, .normed = true},
                                  batch = {.qkv = true, .normed = true, .weights = true},
                                  composed = {.qkv = true, .normed = true, .outputs = true},
                                  wide = {.qkv = true, .normed = true, .outputs = true, .weights = true};
-    const struct rounding *const list[N_WAYS][3] = {
+    const struct rounding *const list[N_WAYS][LISTED] = {
         [WHOLE_STEP] = {dtype == LTN_BF16  ? &of_bf16
                         : dtype == LTN_F16 ? &of_f16
                                            : &quantised},
-        [FUSED] = {&inside, &batch},
+        [FUSED] = {&inside, ltn_is_quantised(dtype) ? &batch : &normed,
+                   ltn_is_quantised(dtype) ? &wide : &composed},
         [COMPOSED] = {&composed, ltn_is_quantised(dtype) ? &wide : NULL},
     };
     return list[way][i];
@@ -296,16 +299,15 @@ static int ascending(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-enum { TOKENS = 40, LISTED = 2 /* possible roundings of a way */ };
-
 /* How far apart tokens are, sorted, by every rounding. */
 struct apart {
     double of[LISTED][TOKENS];
     int roundings, tokens;
 };
 
-/* Feeds one token after another to the device's first stream, and each also to the reference, from the state
- * that the device has got to: how far apart logits and state are then. */
+/* Feeds one token after another to the device, and each also to the reference, from the state that the device
+ * has got to: how far apart logits and state are then. Every way has a stream of its own, as a stream that
+ * goes on is recorded. */
 static void follow(struct rig *r, const struct ltn_ops *ops, struct rig *ref, enum way way, int tokens,
                    struct apart *apart)
 {
@@ -319,10 +321,10 @@ static void follow(struct rig *r, const struct ltn_ops *ops, struct rig *ref, en
     apart->roundings = 1;
     while (apart->roundings < LISTED && dtype != LTN_F32 && possible(dtype, way, apart->roundings))
         apart->roundings++;
-    CHECK(full->zero(r->be, r->state[0], r->state_bytes, &err));
+    CHECK(full->zero(r->be, r->state[way], r->state_bytes, &err));
     for (int t = 0; t < tokens; t++) {
         const int32_t id = (t * 7919 + 5) % V;
-        struct ltn_seq seq = {r->state[0], 3000 + t, 0, 1};
+        struct ltn_seq seq = {r->state[way], 3000 + t, 0, 1};
         for (int i = 0; i < apart->roundings; i++)
             CHECK(full->download(r->be, ref->state[i], seq.state, r->state_bytes, &err));
         r->be->ops = ops;
@@ -350,22 +352,32 @@ static bool is_hopper(const struct ltn_backend *be)
     return strstr(be->name, "H100") || strstr(be->name, "H200");
 }
 
-/* Of a way's possible roundings one is what the device does. */
-static void judge(const struct apart *apart, enum way way)
+/* Of a way's possible roundings one is what the device does: then a quarter of the tokens differ by no more
+ * than `quarter`, and none by more than `most`. */
+static void judge(const struct apart *apart, enum way way, double quarter, double most)
 {
-    double median = INFINITY, most = INFINITY;
+    const int at = apart->tokens / 4, last = apart->tokens - 1;
+    int best = 0;
     for (int i = 0; i < apart->roundings; i++) {
-        const double *of = apart->of[i];
-        print_message("%s, rounding %d: median %.3g, quarter %.3g, most %.3g\n", way_names[way], i,
-                      of[apart->tokens / 2], of[apart->tokens / 4], of[apart->tokens - 1]);
-        if (of[apart->tokens / 2] < median)
-            median = of[apart->tokens / 2], most = of[apart->tokens - 1];
+        print_message("%s, rounding %d: quarter %.3g, median %.3g, most %.3g\n", way_names[way], i,
+                      apart->of[i][at], apart->of[i][apart->tokens / 2], apart->of[i][last]);
+        best = apart->of[i][at] < apart->of[best][at] ? i : best;
     }
-    if (!(median <= 1e-3 && most <= 0.02))
-        fail_msg("%s: half of the tokens differ by %.3g, one by %.3g", way_names[way], median, most);
+    if (!(apart->of[best][at] <= quarter && apart->of[best][last] <= most))
+        fail_msg("%s: a quarter of the tokens differ by up to %.3g (allowed %.3g), one by %.3g (%.3g)",
+                 way_names[way], apart->of[best][at], quarter, apart->of[best][last], most);
 }
 
-/* Every way of a token, against the plain reference that rounds in the same places. */
+/* Every way of a token, against the plain reference that rounds in the same places. What is left are sums in
+ * another order, 1e-7 of their terms; where that carries one number over to the next bf16 (of some 2,000 to
+ * 7,000 of a token, a few in a hundred tokens to a few in each) all behind it follows. So tokens fall in two
+ * kinds. Simulated with errors of 1e-7 in every sum, 24 models of this shape, the quarter is 1e-7 to 7e-5 and
+ * the most .014. Of 20 models each with one fault in one matrix, the median of the quarters and the least:
+ *   a group of 32 weights lost in one row     9e-4 to 1.2e-2    6e-5
+ *   a row's scales one group off              7e-4 to 7e-3      7e-6
+ *   a row's scales those of its neighbour     5e-4 to 9e-3      4e-7 (the two were nearly equal)
+ *   a stale number of h, of gate * o          8e-3 to 8e-2      5e-3
+ * and of a rounding where there is none, or none where there is one, 2.5e-3 to 9e-3. */
 static void test_rounding(void **test_state)
 {
     enum ltn_dtype dtype = (enum ltn_dtype)(intptr_t)*test_state;
@@ -390,7 +402,7 @@ static void test_rounding(void **test_state)
         if (way == WHOLE_STEP && steps_taken == 0 && !is_hopper(r.be))
             print_message("no whole step here\n"); /* fused, then */
         else
-            judge(&apart, way);
+            judge(&apart, way, dtype == LTN_F32 ? 1e-5 : 1e-4, dtype == LTN_F32 ? 1e-5 : 0.02);
     }
     rig_close(&ref);
     rig_close(&r);
@@ -398,11 +410,12 @@ static void test_rounding(void **test_state)
 
 /* Sizes beyond one round of anything in the kernel of a whole step, with remainders everywhere: it and the
  * fused operations against the CPU backend that rounds in the same places; twice for the same bits, and over
- * again from copies of one state. */
+ * again from copies of one state. Some of 20,000 numbers always fall to the other side in bf16, and the more
+ * as the CPU rounds once more what it multiplies by q8 and q4. */
 static void test_wide(void **state)
 {
     enum ltn_dtype dtype = (enum ltn_dtype)(intptr_t)*state;
-    enum { V = 24000, N = 12, REPEATS = 100, STATES = 3 };
+    enum { V = 24000, N = 12, REPEATS = 100, STATES = 4 };
     const struct ltn_config config = {.vocab_size = V,
                                       .embed_dim = 2176,
                                       .hidden_dim = 2176,
@@ -433,21 +446,21 @@ static void test_wide(void **state)
     for (int way = FUSED; way >= WHOLE_STEP; way--) {
         follow(&r, &ways[way], &ref, way, N, &apart);
         if (way == FUSED || steps_taken > 0 || is_hopper(r.be))
-            judge(&apart, way);
+            judge(&apart, way, dtype == LTN_F32 ? 1e-5 : 5e-3, dtype == LTN_F32 ? 1e-5 : 0.02);
     }
     CHECK(full->download(r.be, logits[0], r.ws.logits, V * sizeof(float), &err));
     r.be->ops = &ways[WHOLE_STEP];
     for (int t = 0; t < N; t++) {
         const int32_t id = (t * 7919 + 5) % V;
-        struct ltn_seq seq = {r.state[1], 3000 + t, 0, 1};
+        struct ltn_seq seq = {r.state[2], 3000 + t, 0, 1};
         CHECK(ltn_forward(&r.model, &r.ws, &id, 1, &seq, 1, LTN_WANT_LAST, NULL, &err));
     }
     CHECK(full->download(r.be, logits[1], r.ws.logits, V * sizeof(float), &err));
     assert_memory_equal(logits[0], logits[1], V * sizeof(float));
     for (int i = 0; i < REPEATS; i++) {
         const int32_t id = 77;
-        struct ltn_seq seq = {r.state[2], 5000, 0, 1};
-        CHECK(full->copy(r.be, r.state[2], r.state[0], r.state_bytes, &err));
+        struct ltn_seq seq = {r.state[3], 5000, 0, 1};
+        CHECK(full->copy(r.be, r.state[3], r.state[WHOLE_STEP], r.state_bytes, &err));
         CHECK(ltn_forward(&r.model, &r.ws, &id, 1, &seq, 1, LTN_WANT_LAST, NULL, &err));
         CHECK(full->download(r.be, logits[i ? 1 : 0], r.ws.logits, V * sizeof(float), &err));
         if (i)
@@ -455,7 +468,7 @@ static void test_wide(void **state)
     }
     r.be->ops = full;
     if (is_hopper(r.be))
-        assert_true(steps_taken >= 2 * N); /* repeats may come from a recording */
+        assert_true(steps_taken >= 6); /* of each stream its first, and a recording of the others */
     free(logits[0]);
     free(logits[1]);
     rig_close(&ref);
@@ -549,6 +562,7 @@ static void check_split(struct rig *r, const float *found, const float *whole, c
     /* of quantised weights, many rows are multiplied by a matrix rounded to bf16 */
     const enum ltn_dtype dtype = r->model.embed.dtype;
     const double error = rms_error(found, whole, VOCAB);
+    print_message("calls of %s tokens: %.3g\n", calls, error);
     if (!(error <= (dtype == LTN_F32 ? 1e-5 : ltn_is_quantised(dtype) ? 0.05 : 0.02)))
         fail_msg("calls of %s tokens: logits differ by %.3g", calls, error);
 }
