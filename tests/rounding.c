@@ -224,6 +224,7 @@ enum ltn_status rounding_open(struct ltn_backend **out, struct ltn_backend *plai
     *be = (struct rounding_backend){.base = *plain, .ops = *plain->ops, .plain = plain};
     be->base.ops = &be->ops;
     be->ops.close = close_both;
+    be->ops.expect = NULL;
     be->ops.embed = embed;
     be->ops.norm_linear = norm_linear;
     be->ops.lightning = lightning;

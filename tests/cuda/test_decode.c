@@ -543,6 +543,7 @@ static void test_released(void **state)
         }
         be->ops = full;
         print_message("%s: whole step from fused %.3g\n", names[k], most);
+        /* they round in different places (test_rounding), which is .004 to .008 */
         if (!(most <= (dtype == LTN_F32 ? 1e-5 : 0.02)))
             fail_msg("%s: whole-step and fused logits differ by %.3g", names[k], most);
         if (hopper)
@@ -559,7 +560,8 @@ static void test_released(void **state)
 
 static void check_split(struct rig *r, const float *found, const float *whole, const char *calls)
 {
-    /* of quantised weights, many rows are multiplied by a matrix rounded to bf16 */
+    /* One row and many are rounded in different places, for 200 tokens: simulated on 20 models of this shape
+     * .006 to .028 in the end. Many rows also have quantised weights and attention in bf16. */
     const enum ltn_dtype dtype = r->model.embed.dtype;
     const double error = rms_error(found, whole, VOCAB);
     print_message("calls of %s tokens: %.3g\n", calls, error);

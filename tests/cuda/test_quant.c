@@ -1,6 +1,7 @@
 /* Quantised weights on the CUDA backend against the CPU backend, which tests/test_ops.c holds against the
  * plain reference, through every operation that takes a matrix: shapes for the kernel of one row and shapes
- * that it refuses, few rows and many. */
+ * that it refuses, few rows and many. The CPU's input and weights are bf16 where the device's are, so that
+ * what is compared is the product alone. */
 #include "kernels/quant.h"
 #include "tests/cuda/device.h"
 #include "tests/support.h"
@@ -278,6 +279,12 @@ static double distance(const float *found, const float *y, const float *size, si
     return sqrt(lost / all);
 }
 
+/* What the CPU backend rounds is allowed: 1,024 columns to 16 bits under one scale, 2^-15 / sqrt(12) of their
+ * most a column, which is 3.5 times the root mean square of normal inputs and 6 to 11 times that of products
+ * of two: 3e-5 to 1e-4 of the terms. The device's, a scale a group, and f32 sums are less. One group lost in
+ * one row of the largest matrices is 1.7e-3, one group's scale taken for its neighbour's (.28 off) 5e-4. */
+static const double allowed = 0x1p-13;
+
 static double worst[LTN_N_DTYPES][WAYS];
 
 static void one_case(const struct matrices w[2], int rows, bool layer_norm, bool has_bias)
@@ -318,9 +325,9 @@ static void one_case(const struct matrices w[2], int rows, bool layer_norm, bool
     }
     for (int i = 0; i < N_PRODUCTS; i++) {
         worst[dtype][by[i]] = fmax(worst[dtype][by[i]], least[i]);
-        if (!(least[i] <= 0x1p-13))
-            fail_msg("%s of %s [%d, %d], %d rows: error %.3g of its terms (rounding %d)", product_names[i],
-                     ltn_dtype_name(dtype), outs, cols, rows, least[i], by[i]);
+        if (!(least[i] <= allowed))
+            fail_msg("%s of %s [%d, %d], %d rows: error %.3g of its terms (rounding %d), allowed %.3g",
+                     product_names[i], ltn_dtype_name(dtype), outs, cols, rows, least[i], by[i], allowed);
         free(there[i]);
         free(here[i]);
         free(size[i]);
