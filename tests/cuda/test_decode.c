@@ -411,7 +411,8 @@ static void test_rounding(void **test_state)
 /* Sizes beyond one round of anything in the kernel of a whole step, with remainders everywhere: it and the
  * fused operations against the CPU backend that rounds in the same places; twice for the same bits, and over
  * again from copies of one state. Some of 20,000 numbers always fall to the other side in bf16, and the more
- * as the CPU rounds once more what it multiplies by q8 and q4. */
+ * as the CPU rounds once more what it multiplies by q8 and q4: the fused operations come to .001 to .004, and
+ * roundings in different places to .013. */
 static void test_wide(void **state)
 {
     enum ltn_dtype dtype = (enum ltn_dtype)(intptr_t)*state;
@@ -446,7 +447,7 @@ static void test_wide(void **state)
     for (int way = FUSED; way >= WHOLE_STEP; way--) {
         follow(&r, &ways[way], &ref, way, N, &apart);
         if (way == FUSED || steps_taken > 0 || is_hopper(r.be))
-            judge(&apart, way, dtype == LTN_F32 ? 1e-5 : 5e-3, dtype == LTN_F32 ? 1e-5 : 0.02);
+            judge(&apart, way, dtype == LTN_F32 ? 1e-5 : 0.02, dtype == LTN_F32 ? 1e-5 : 0.02);
     }
     CHECK(full->download(r.be, logits[0], r.ws.logits, V * sizeof(float), &err));
     r.be->ops = &ways[WHOLE_STEP];
