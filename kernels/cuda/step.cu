@@ -25,9 +25,10 @@
  *
  * A tile is a few rows of a matrix, so many columns of each for every warp. All warps work on all rows of a
  * block, with their columns of the input, and then the WARPS sums of a row are added: every sum has an order
- * that follows from the number of columns alone. With bf16 weights the tensor cores multiply, with others the
- * ordinary ones. With 16-bit weights the input is bf16, as the residual stream is where it enters a product;
- * what it is added to stays f32 in its block. Norms are scalars beside the product. */
+ * that follows from the sizes of the model alone. With bf16 and quantised weights (step_quant.cuh) the tensor
+ * cores multiply, with f16 and f32 the ordinary ones. With all but f32 the input is bf16, as the residual
+ * stream is where it enters a product; what it is added to stays f32 in its block. Norms are scalars beside
+ * the product. */
 #include "kernels/cuda/step_quant.cuh"
 
 /* ---- the state ----------------------------------------------------------------------------------------- */
@@ -221,7 +222,7 @@ static __device__ __forceinline__ void consume(const struct step_args &a, const 
         const auto tell_x = [&](int32_t i, uint32_t with) {
             const float next = __shfl_down_sync(0xffffffffu, own, 1);
             if (i < s.n_dots && i % 2 == 0)
-                tell_two<rounded<W>::value>(words.x, s.first + i, own, next, with);
+                tell_two<paired<W>::value>(words.x, s.first + i, own, next, with);
         };
         if (s.n_dots) {
             w.prepare(s, source_of(a, l, OUT));

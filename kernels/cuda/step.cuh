@@ -34,8 +34,7 @@ struct step_layer {
     int64_t state_offset;
 };
 
-/* Between blocks; be->step_words. Activations are f32, or two bf16 in a word (`paired`); so is x (`rounded`).
- */
+/* Between blocks; be->step_words. x and activations are f32, or two bf16 in a word (`paired`). */
 struct words {
     uint32_t epoch; /* the last tag that was used */
     uint32_t left;  /* blocks that have left a launch after which tags begin again; else 0 */
@@ -184,15 +183,10 @@ struct share {
     int32_t first, n_dots, cols;
 };
 
-/* Whether activations are bf16, two in a word. */
+/* Whether activations are bf16, two in a word, and so the residual stream where it enters products; what is
+ * added to it stays f32 in its block. */
 template <typename W> struct paired {
     static constexpr bool value = sizeof(W) == 2;
-};
-
-/* Whether the residual stream is bf16 where it enters products; what is added to it stays f32 in its block.
- */
-template <typename W> struct rounded {
-    static constexpr bool value = paired<W>::value;
 };
 
 /* The embedding of the token, column by column. */
