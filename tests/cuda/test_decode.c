@@ -366,8 +366,7 @@ static double apart_at_most(enum ltn_dtype dtype)
  * differ by at most 1e-7 to 7e-5, and one by .014. Of 20 models each with one fault in one matrix, that
  * quarter in the median: a group of 32 weights lost in one row 9e-4 to 1.2e-2, a row's scales one group off
  * 7e-4 to 7e-3, those of its neighbour 5e-4 to 9e-3, a stale number between products 8e-3 to 8e-2. The fused
- * and the composed operations round in places that `possible` knows only in part. free: what that quarter may
- * differ by. */
+ * and the composed operations are held to apart_at_most() alone. free: what that quarter may differ by. */
 static void judge(const struct apart *apart, enum ltn_dtype dtype, enum way way, double free)
 {
     double quarter = INFINITY, most = INFINITY;
