@@ -231,6 +231,13 @@ template <typename W> static __host__ __device__ __forceinline__ struct cut cut_
                                                : 0};
 }
 
+/* Of the scales of a row that come along. */
+template <typename W> static __device__ __forceinline__ int32_t scale_bytes(const struct cut &cut)
+{
+    constexpr int RATIO = tile<W>::RATIO;
+    return RATIO ? cut.row_bytes / (RATIO ? RATIO : 1) : 0;
+}
+
 /* What the head's weights are. */
 template <typename W> struct outer {
     using type = W;
@@ -398,7 +405,7 @@ template <typename W> struct streamer {
         const int32_t step = LINES / two << c.fold; /* rows of a matrix in a tile */
         const uint8_t *at = static_cast<const uint8_t *>(second ? from.w2 : from.w) +
                             (int64_t)(s.first + (line << c.fold)) * c.row_bytes;
-        const int32_t row_scales = T::RATIO ? c.row_bytes / (T::RATIO ? T::RATIO : 1) : 0;
+        const int32_t row_scales = scale_bytes<P>(c);
         const uint8_t *scales =
             static_cast<const uint8_t *>(second ? from.scales2 : from.scales) + (int64_t)s.first * row_scales;
         for (int32_t left = s.n_dots / two; left > 0; left -= step) {

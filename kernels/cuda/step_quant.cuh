@@ -54,6 +54,16 @@ static __device__ __forceinline__ float2 f32_of_f16(uint32_t two)
     return __half22float2(*reinterpret_cast<const __half2 *>(&two));
 }
 
+/* Of pieces whose words are unpacked into two: word by word, with the input of its columns. */
+template <typename Q, typename T>
+static __device__ __forceinline__ void add_words(T c[4], T d[4], uint4 a, uint4 b, const struct unit_input &x)
+{
+    Q::add(c, d, a.x, b.x, x.a[0].x, x.a[0].y, x.b[0].x, x.b[0].y);
+    Q::add(c, d, a.y, b.y, x.a[0].z, x.a[0].w, x.b[0].z, x.b[0].w);
+    Q::add(c, d, a.z, b.z, x.a[1].x, x.a[1].y, x.b[1].x, x.b[1].y);
+    Q::add(c, d, a.w, b.w, x.a[1].z, x.a[1].w, x.b[1].z, x.b[1].w);
+}
+
 /* What differs between the formats. COLS: of a unit; GROUPS: of a unit; GROUP_BYTES: of a group's input in
  * shared memory, high part first; RATIO: bytes of weights to one of scales, 0 where a row has one; MOST: what
  * the largest number of a run of the input becomes. multiply(), then sum(): what a lane's pieces a and b of a
@@ -96,10 +106,7 @@ struct fp8 {
     static __device__ __forceinline__ float multiply(uint4 a, uint4 b, const struct unit_input &x)
     {
         float c[4] = {0, 0, 0, 0}, d[4] = {0, 0, 0, 0};
-        add(c, d, a.x, b.x, x.a[0].x, x.a[0].y, x.b[0].x, x.b[0].y);
-        add(c, d, a.y, b.y, x.a[0].z, x.a[0].w, x.b[0].z, x.b[0].w);
-        add(c, d, a.z, b.z, x.a[1].x, x.a[1].y, x.b[1].x, x.b[1].y);
-        add(c, d, a.w, b.w, x.a[1].z, x.a[1].w, x.b[1].z, x.b[1].w);
+        add_words<fp8>(c, d, a, b, x);
         return (c[0] + c[1]) + (d[2] + d[3]);
     }
     static __device__ __forceinline__ float sum(float all, uint32_t)
@@ -122,10 +129,7 @@ struct q4 { /* a nibble in the high half of a byte is 16 times its code, as two'
     static __device__ __forceinline__ int4 multiply(uint4 a, uint4 b, const struct unit_input &x)
     {
         int c[4] = {0, 0, 0, 0}, d[4] = {0, 0, 0, 0};
-        add(c, d, a.x, b.x, x.a[0].x, x.a[0].y, x.b[0].x, x.b[0].y);
-        add(c, d, a.y, b.y, x.a[0].z, x.a[0].w, x.b[0].z, x.b[0].w);
-        add(c, d, a.z, b.z, x.a[1].x, x.a[1].y, x.b[1].x, x.b[1].y);
-        add(c, d, a.w, b.w, x.a[1].z, x.a[1].w, x.b[1].z, x.b[1].w);
+        add_words<q4>(c, d, a, b, x);
         return make_int4(c[0], c[1], d[2], d[3]);
     }
     static __device__ __forceinline__ float sum(int4 parts, uint32_t scales)
@@ -384,8 +388,8 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
         static_assert(WARPS == 16, "a row has 16, 8 or 4 units of a line");
         /* The rows of a tile in memory: those of the second matrix after those of the first. */
         const int32_t row = ((view.two ? g % 2 * (LINES / 2) + g / 2 : g) << fold) + view.sub;
-        view.scales = (P::RATIO ? row * (view.cut.row_bytes / (P::RATIO ? P::RATIO : 1)) : 0) +
-                      (view.unit * P::GROUPS + t * (P::GROUPS / 4)) * 2;
+        view.scales =
+            row * scale_bytes<quant<P>>(view.cut) + (view.unit * P::GROUPS + t * (P::GROUPS / 4)) * 2;
         view.pieces = r.tiles + g * tile<quant<P>>::PITCH + place * UNIT_BYTES + t * 32;
         const uint8_t *in = reinterpret_cast<const uint8_t *>(m.in) + view.unit * unit_of<P>::INPUT;
         view.x = in + g * 16; /* g is 2 t and a part, where it matters */
