@@ -31,113 +31,150 @@
  * the product. */
 #include "kernels/cuda/step_quant.cuh"
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
 /* ---- the state ----------------------------------------------------------------------------------------- */
 
-/* The state's part of a layer. Units of COLS columns of a head go round the blocks, then their halves. */
-struct mixer {
-    const struct step_args &a;
-    const struct step_layer &l;
-    int32_t d, per_head, n_units, row, col, per_unit;
-    float4 held[HELD];
-    float turns[HELD];
+/* What few layers or models need is called, not repeated: the kernel's code has to be short (`team`). */
+static __device__ __noinline__ float turn_of(const float *theta, int32_t feature, double pos, bool sine)
+{
+    return lrpe_turn(theta[feature], pos, sine);
+}
 
-    __device__ __forceinline__ mixer(const struct step_args &args, const struct step_layer &layer)
-        : a(args), l(layer)
+/* The state's part of a layer. Units of COLS columns of a head go round the blocks, then their halves. */
+template <typename W> struct mixer {
+    static constexpr int WARPS = team<W>::WARPS, HALF = shape<W>::HALF, ROWS = shape<W>::ROWS;
+    static constexpr int ROUNDS = 2, EARLY = 128 / ROWS; /* whose rows are fetched ahead, and how many */
+
+    /* Where a unit is: its head, and its first column there. head < 0: there is none. */
+    struct spot {
+        int32_t head, col;
+    };
+
+    const struct step_args &a;
+    const struct step_layer *l;
+    int32_t d, row, col;
+    struct spot spots[ROUNDS];
+    float4 held[ROUNDS][EARLY];
+
+    __device__ __forceinline__ mixer(const struct step_args &args) : a(args)
     {
-        d = l.theta ? 2 * a.head_dim : a.head_dim;
-        per_head = a.head_dim / COLS;
-        n_units = a.n_heads * per_head;
         row = threadIdx.x % HALF / 2;
         col = threadIdx.x % 2 * 4;
-        per_unit = (d + ROWS - 1) / ROWS;
-    }
-
-    __device__ __forceinline__ int32_t unit(int32_t round) const
-    {
-        return (round * 2 + (int32_t)threadIdx.x / HALF) * (int32_t)gridDim.x + (int32_t)blockIdx.x;
-    }
-
-    __device__ __forceinline__ float4 *place(int32_t u, int32_t r) const
-    {
-        const int32_t head = u / per_head;
-        float *S = a.state + l.state_offset + (int64_t)head * d * a.head_dim;
-        return reinterpret_cast<float4 *>(S + (int64_t)r * a.head_dim + u % per_head * COLS + col);
-    }
-
-    __device__ __forceinline__ int32_t feature(int32_t u, int32_t r) const
-    {
-        return u / per_head * a.head_dim + (r < a.head_dim ? r : r - a.head_dim);
-    }
-
-    __device__ __forceinline__ float turn(int32_t u, int32_t r, double pos) const
-    {
-        return l.theta ? lrpe_turn(l.theta[feature(u, r)], pos, r >= a.head_dim) : 1;
-    }
-
-    __device__ __forceinline__ void fetch(double pos)
-    {
 #pragma unroll
-        for (int i = 0; i < HELD; i++) {
-            const int32_t u = unit(i / per_unit), r = row + i % per_unit * ROWS;
-            if (u < n_units && r < d) {
-                held[i] = __ldcg(place(u, r));
-                turns[i] = turn(u, r, pos);
-            }
+        for (int i = 0; i < ROUNDS; i++)
+            spots[i] = spot_of(i);
+    }
+
+    __device__ __forceinline__ struct spot spot_of(int32_t round) const
+    {
+        const int32_t per_head = a.head_dim / COLS;
+        const int32_t unit =
+            (round * 2 + (int32_t)threadIdx.x / HALF) * (int32_t)gridDim.x + (int32_t)blockIdx.x;
+        const int32_t head = unit / per_head;
+        return {head < a.n_heads ? head : -1, (unit - head * per_head) * COLS};
+    }
+
+    /* This thread's first row of a unit; the others are ROWS apart. */
+    __device__ __forceinline__ float *first_row(const struct spot &at) const
+    {
+        return a.state + l->state_offset + (int64_t)(at.head * d + row) * a.head_dim + at.col + col;
+    }
+    static __device__ __forceinline__ float4 load_row(const float *S)
+    {
+        return __ldcg(reinterpret_cast<const float4 *>(S));
+    }
+
+    /* Of a new layer, what can be had before its q, k and v. */
+    __device__ __forceinline__ void fetch(const struct step_layer &layer)
+    {
+        l = &layer;
+        d = l->theta ? 2 * a.head_dim : a.head_dim;
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const float *S = first_row(spots[i]);
+#pragma unroll
+            for (int k = 0; k < EARLY; k++)
+                if (spots[i].head >= 0 && row + k * ROWS < d)
+                    held[i][k] = load_row(S + k * ROWS * a.head_dim);
         }
     }
 
-    template <typename W> __device__ __forceinline__ void run(const struct room &m, double pos, uint32_t tag)
+    __device__ __forceinline__ void run(const struct room &m, double pos, uint32_t tag)
     {
         const int lane = threadIdx.x % 32, half = threadIdx.x / HALF, warp = threadIdx.x % HALF / 32;
-        const int32_t H = a.H;
-        const uint64_t *q = a.words->qkvu;
+        const int32_t H = a.H, i = threadIdx.x % HALF, n_units = a.n_heads * (a.head_dim / COLS);
+        const int32_t stride = ROWS * a.head_dim;
+        const uint32_t qkvu = tag + TAG_QKVU;
+#pragma unroll 1
         for (int32_t round = 0; round * (int32_t)gridDim.x * 2 < n_units; round++) {
-            const int32_t u = unit(round), c = u * COLS, i = threadIdx.x % HALF;
-            const bool writes = i < COLS && u < n_units;
+            float *sums = m.mix + (round % 2 * 2 + half) * (WARPS / 2) * COLS;
+            const struct spot spot = round == 0 ? spots[0] : round == 1 ? spots[1] : spot_of(round);
+            const int32_t c = spot.head * a.head_dim + spot.col;
+            const bool writes = i < COLS && spot.head >= 0;
             float up = 0;
             float4 sum = make_float4(0, 0, 0, 0);
-            if (u < n_units) {
-                const float fade = -expm1f(-l.slopes[u / per_head]);
-                const uint64_t *v_at = q + 2 * H + c + col, *up_at = q + 3 * H + c + i;
-                ulonglong2 v0 = look2(v_at), v1 = look2(v_at + 2);
-                uint64_t up_word = writes ? look(up_at) : 0;
-                const uint64_t *q_at = q + feature(u, min(row, d - 1));
-                uint64_t q_word = look(q_at), k_word = look(q_at + H);
-                for (;;) {
-                    const bool again = stale(v0, tag + TAG_QKVU) || stale(v1, tag + TAG_QKVU) ||
-                                       stale(q_word, tag + TAG_QKVU) || stale(k_word, tag + TAG_QKVU);
-                    if (again)
-                        v0 = look2(v_at), v1 = look2(v_at + 2), q_word = look(q_at), k_word = look(q_at + H);
-                    if (!__any_sync(0xffffffffu, again))
-                        break;
+            if (spot.head >= 0) {
+                const uint64_t *q_at = a.words->qkvu + spot.head * a.head_dim;
+                const uint64_t *v_at = a.words->qkvu + 2 * H + c + col, *up_at = v_at + H - col + i;
+                const float fade = -expm1f(-l->slopes[spot.head]);
+                float *S = first_row(spot);
+                float4 early[EARLY];
+                float turned[EARLY];
+                int32_t features[EARLY];
+#pragma unroll
+                for (int k = 0; k < EARLY; k++) {
+                    const int32_t r = min(row + k * ROWS, d - 1);
+                    features[k] = r < a.head_dim ? r : r - a.head_dim;
+                    early[k] = round == 0 ? held[0][k] : held[1][k];
+                    turned[k] = 1;
+                    if (round >= ROUNDS && row + k * ROWS < d)
+                        early[k] = load_row(S + k * stride);
+                    if (l->theta)
+                        turned[k] =
+                            turn_of(l->theta + spot.head * a.head_dim, features[k], pos, r >= a.head_dim);
                 }
-                for (int32_t k = 0; k < per_unit; k++) {
-                    const int32_t r = row + k * ROWS, held_at = round * per_unit + k;
-                    if (r >= d)
-                        break;
-                    if (k) {
-                        q_at = q + feature(u, r);
-                        q_word = look(q_at), k_word = look(q_at + H);
+                ulonglong2 v0, v1;
+                uint64_t q_word[EARLY], k_word[EARLY], up_word = writes ? look(up_at) : 0;
+                bool again = true;
+                do {
+                    if (again) {
+                        v0 = look2(v_at), v1 = look2(v_at + 2);
+#pragma unroll
+                        for (int k = 0; k < EARLY; k++)
+                            q_word[k] = look(q_at + features[k]), k_word[k] = look(q_at + H + features[k]);
                     }
-                    float4 *S = place(u, r), s;
-                    float turned;
-                    if (held_at < HELD) {
-                        static_assert(HELD == 2, "all are named");
-                        s = held_at ? held[1] : held[0];
-                        turned = held_at ? turns[1] : turns[0];
-                    } else {
-                        s = __ldcg(S);
-                        turned = turn(u, r, pos);
-                    }
-                    const float qr = value_of(await(q_at, q_word, tag + TAG_QKVU)) * turned;
-                    const float kr = value_of(await(q_at + H, k_word, tag + TAG_QKVU)) * turned;
-                    s.x += kr * value_of(v0.x) - fade * s.x, s.y += kr * value_of(v0.y) - fade * s.y;
-                    s.z += kr * value_of(v1.x) - fade * s.z, s.w += kr * value_of(v1.y) - fade * s.w;
-                    __stcg(S, s);
-                    sum.x += qr * s.x, sum.y += qr * s.y, sum.z += qr * s.z, sum.w += qr * s.w;
+                    again = stale(v0, qkvu) || stale(v1, qkvu);
+#pragma unroll
+                    for (int k = 0; k < EARLY; k++)
+                        again = again || stale(q_word[k], qkvu) || stale(k_word[k], qkvu);
+                } while (__any_sync(0xffffffffu, again));
+                const float4 v = make_float4(value_of(v0.x), value_of(v0.y), value_of(v1.x), value_of(v1.y));
+                const auto add = [&](float4 s, float q, float k, float *place) {
+                    s.x += k * v.x - fade * s.x, s.y += k * v.y - fade * s.y;
+                    s.z += k * v.z - fade * s.z, s.w += k * v.w - fade * s.w;
+                    __stcg(reinterpret_cast<float4 *>(place), s);
+                    sum.x += q * s.x, sum.y += q * s.y, sum.z += q * s.z, sum.w += q * s.w;
+                };
+#pragma unroll
+                for (int k = 0; k < EARLY; k++)
+                    if (row + k * ROWS < d)
+                        add(early[k], value_of(q_word[k]) * turned[k], value_of(k_word[k]) * turned[k],
+                            S + k * stride);
+#pragma unroll 1
+                for (int32_t r = row + EARLY * ROWS; r < d; r += ROWS) { /* of larger heads, and with LRPE */
+                    const int32_t f = r < a.head_dim ? r : r - a.head_dim;
+                    const uint64_t late_q = look(q_at + f), late_k = look(q_at + H + f);
+                    float *place = S + (r - row) * a.head_dim;
+                    const float4 s = load_row(place);
+                    float with = 1;
+                    if (l->theta)
+                        with = turn_of(l->theta + spot.head * a.head_dim, f, pos, r >= a.head_dim);
+                    add(s, value_of(await(q_at + f, late_q, qkvu)) * with,
+                        value_of(await(q_at + H + f, late_k, qkvu)) * with, place);
                 }
                 if (writes)
-                    up = value_of(await(up_at, up_word, tag + TAG_QKVU));
+                    up = value_of(await(up_at, up_word, qkvu));
             }
             /* Over the 16 lanes of a column; lane bits 4 and 3 say which of the four. */
             const bool b16 = lane & 16, b8 = lane & 8;
@@ -147,12 +184,10 @@ struct mixer {
             s += __shfl_xor_sync(0xffffffffu, s, 4);
             s += __shfl_xor_sync(0xffffffffu, s, 2);
             if ((lane & 6) == 0)
-                m.mix[(half * (WARPS / 2) + warp) * COLS + col + lane / 8] = s;
-            meet();
+                sums[warp * COLS + col + lane / 8] = s;
+            meet<W>(); /* sums of the next round but one come after the next */
             if (writes) {
-                float total = 0;
-                for (int w = 0; w < WARPS / 2; w++)
-                    total += m.mix[(half * (WARPS / 2) + w) * COLS + i];
+                const float total = tree<WARPS / 2>(sums + i, COLS);
                 if (paired<W>::value) {
                     tell(a.words->gated + c + i, two_bf16(total, up), tag + TAG_MIX);
                 } else {
@@ -160,15 +195,22 @@ struct mixer {
                     tell(a.words->gated + 2 * (c + i) + 1, __float_as_uint(up), tag + TAG_MIX);
                 }
             }
-            if ((round + 1) * (int32_t)gridDim.x * 2 < n_units)
-                meet();
         }
     }
 };
 
 /* ---- the kernel ---------------------------------------------------------------------------------------- */
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+static __device__ __noinline__ float other_feature(float x, enum ltn_act act)
+{
+    return activate(x, act);
+}
+
+/* The feature map; that of the released models without jumps. */
+static __device__ __forceinline__ float feature(float x, enum ltn_act act)
+{
+    return act == LTN_ACT_SILU ? __fdividef(x, 1 + __expf(-x)) : other_feature(x, act);
+}
 
 /* Tags begin again long before they could overflow, with all words cleared by the last block to leave. */
 static __device__ void leave(struct words *words, uint32_t tag)
@@ -197,65 +239,53 @@ static __device__ __forceinline__ void consume(const struct step_args &a, const 
     if ((int32_t)threadIdx.x < m.shares[OUT].n_dots)
         own = token(m.shares[OUT].first + threadIdx.x);
 
+    struct mixer<W> mix(a);
+    constexpr int COPIES = team<W>::COPIES;
     for (int32_t l = 0; l < a.n_layers; l++, tag += N_TAGS) {
-        const struct step_layer &layer = a.layers[l];
-        struct mixer mix(a, layer);
-        mix.fetch(pos);
-
-        struct share s = m.shares[QKVU];
-        w.prepare(s, source_of(a, l, QKVU));
-        if (l == 0)
-            w.gather_row(token, s.cols);
-        else
-            w.gather(words.x, s.cols, tag); /* l3 of the layer before */
-        w.product(s, source_of(a, l, QKVU), [&](int32_t i, float sum, float scale) {
-            if (i < s.n_dots) {
-                sum *= scale;
-                if (s.first + i < 2 * a.H)
-                    sum = activate(sum, a.act);
-                tell(words.qkvu + s.first + i, __float_as_uint(sum), tag + TAG_QKVU);
+#pragma unroll COPIES
+        for (int phase = 0; phase < N_PHASES; phase++) {
+            const struct share s = m.shares[phase];
+            if (phase == QKVU)
+                mix.fetch(a.layers[l]);
+            if (s.n_dots) {
+                w.prepare(s, phase == GLU);
+                if (l == 0 && phase == QKVU)
+                    w.gather_row(token, s.cols);
+                else if (phase == OUT)
+                    w.gather_gated(words.gated, s.cols, tag + TAG_MIX);
+                else /* of QKVU, l3 of the layer before */
+                    w.gather(phase == L3 ? words.h : words.x, s.cols,
+                             phase == L3    ? tag + TAG_GLU
+                             : phase == GLU ? tag + TAG_OUT
+                                            : tag);
+                w.product(s, source_of(a, l, phase), [&](int32_t i, float sum, float scale) {
+                    if (phase == QKVU) {
+                        sum *= scale;
+                        if (s.first + i < 2 * a.H)
+                            sum = feature(sum, a.act);
+                        if (i < s.n_dots)
+                            tell(words.qkvu + s.first + i, __float_as_uint(sum), tag + TAG_QKVU);
+                    } else if (phase == GLU) {
+                        sum *= scale;
+                        const float h = sum * __shfl_down_sync(0xffffffffu, sum, 1);
+                        const float next = __shfl_down_sync(0xffffffffu, h, 2);
+                        if (i < s.n_dots && i % 4 == 0)
+                            tell_two<paired<W>::value>(words.h, s.first + i / 2, h, next, tag + TAG_GLU);
+                    } else {
+                        own += phase == OUT ? sum * scale : sum;
+                        const float next = __shfl_down_sync(0xffffffffu, own, 1);
+                        if (i < s.n_dots && i % 2 == 0)
+                            tell_two<paired<W>::value>(words.x, s.first + i, own, next,
+                                                       tag + (phase == OUT ? TAG_OUT : TAG_L3));
+                    }
+                });
             }
-        });
-        mix.template run<W>(m, pos, tag);
-
-        s = m.shares[OUT];
-        const auto tell_x = [&](int32_t i, uint32_t with) {
-            const float next = __shfl_down_sync(0xffffffffu, own, 1);
-            if (i < s.n_dots && i % 2 == 0)
-                tell_two<paired<W>::value>(words.x, s.first + i, own, next, with);
-        };
-        if (s.n_dots) {
-            w.prepare(s, source_of(a, l, OUT));
-            w.gather_gated(words.gated, s.cols, tag + TAG_MIX);
-            w.product(s, source_of(a, l, OUT), [&](int32_t i, float sum, float scale) {
-                own += sum * scale;
-                tell_x(i, tag + TAG_OUT);
-            });
-        }
-
-        s = m.shares[GLU];
-        w.prepare(s, source_of(a, l, GLU));
-        w.gather(words.x, s.cols, tag + TAG_OUT);
-        w.product(s, source_of(a, l, GLU), [&](int32_t i, float sum, float scale) {
-            sum *= scale;
-            const float h = sum * __shfl_down_sync(0xffffffffu, sum, 1);
-            const float next = __shfl_down_sync(0xffffffffu, h, 2);
-            if (i < s.n_dots && i % 4 == 0)
-                tell_two<paired<W>::value>(words.h, s.first + i / 2, h, next, tag + TAG_GLU);
-        });
-
-        s = m.shares[L3];
-        if (s.n_dots) {
-            w.prepare(s, source_of(a, l, L3));
-            w.gather_act(words.h, s.cols, tag + TAG_GLU);
-            w.product(s, source_of(a, l, L3), [&](int32_t i, float sum, float) {
-                own += sum;
-                tell_x(i, tag + TAG_L3);
-            });
+            if (phase == QKVU)
+                mix.run(m, pos, tag);
         }
     }
     const struct share s = m.shares[HEAD];
-    w.prepare_last(s, source_of(a, 0, HEAD));
+    w.prepare_last(s);
     w.gather_last(words.x, s.cols, tag);
     w.product_last(s, source_of(a, 0, HEAD), [&](int32_t i, float sum, float scale) {
         if (i < s.n_dots)
@@ -267,16 +297,17 @@ static __device__ __forceinline__ void consume(const struct step_args &a, const 
 #endif
 
 template <typename W>
-static __global__ void __launch_bounds__(THREADS + STREAMER, 1)
+static __global__ void __launch_bounds__(shape<W>::THREADS + STREAMER, 1)
     step_kernel(const __grid_constant__ struct step_args a)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(128) uint4 shared[];
+    constexpr int WARPS = team<W>::WARPS;
     struct room m;
     m.in = reinterpret_cast<float *>(shared + ring_bytes<W>(a.blocks) / 16);
     m.parts = m.in + a.max_input;
     m.mix = m.parts + 2 * GROUPS * WARPS * GROUP;
-    m.red = m.mix + WARPS * COLS;
+    m.red = m.mix + 2 * WARPS * COLS;
     m.shares = reinterpret_cast<struct share *>(m.red + 2 * WARPS);
     if (threadIdx.x <= HEAD)
         m.shares[threadIdx.x] = share_of(a, threadIdx.x);
@@ -284,7 +315,7 @@ static __global__ void __launch_bounds__(THREADS + STREAMER, 1)
     if (threadIdx.x == 0)
         r.open();
     __syncthreads();
-    if (threadIdx.x >= THREADS)
+    if (threadIdx.x >= shape<W>::THREADS)
         stream<W>(a, m.shares, r);
     else
         consume<W>(a, m, r);
@@ -302,6 +333,7 @@ static int32_t max32(int32_t a, int32_t b)
 /* Floats of shared memory for a product's input. */
 template <typename W> static int32_t input_floats(int32_t cols, W)
 {
+    constexpr int PAD = team<W>::WARPS * LANES * 8; /* columns that all warps have at once, at most */
     return (cols + PAD - 1) / PAD * PAD;
 }
 template <typename Q> static int32_t input_floats(int32_t cols, struct quant<Q>)
@@ -342,16 +374,6 @@ static bool suits(const struct cuda_backend *be, const struct ltn_network *net)
     return true;
 }
 
-/* Where a layer has so many bytes that warps work in two crews: measured at the released shapes, of which the
- * larger two have 28 and 110 MB a layer in q4 and twice that in 8 bits. Sums have another order then, so it
- * does not depend on the GPU. */
-static bool is_large(const struct ltn_network *net)
-{
-    const enum ltn_dtype dtype = net->layers[0].qkv.w.dtype;
-    const int64_t D = net->embed_dim, H = net->hidden_dim, G = net->glu_dim;
-    return (5 * H + 3 * G) * (int64_t)ltn_row_bytes(dtype, (size_t)D) >= 80 << 20;
-}
-
 /* What is on its way delays what blocks tell each other, so the less a block has to fetch between two of
  * them, the lower the limit. Measured at the released shapes: 53, 211 and 770 KB of a product of 16 bits a
  * block. */
@@ -364,19 +386,20 @@ static void set_limits(struct step_args *a, const struct ltn_network *net, int32
     a->coming = each < 128 << 10 ? 2 : each < 512 << 10 ? 3 : 4;
     a->coming_idle = 2;
     if (ltn_is_quantised(dtype))
-        a->coming = each < 128 << 10 ? 2 : 3, a->coming_idle = 1;
+        a->coming = each < 128 << 10 ? 2 : 3, a->coming_idle = each < 384 << 10 ? 1 : 2;
 }
 
 template <typename W>
 static enum ltn_status run(struct cuda_backend *be, struct step_args *a, struct ltn_error *err)
 {
+    constexpr int WARPS = team<W>::WARPS;
     a->max_input = input_floats(max32(a->D, max32(a->H, a->G)), W());
     if (a->embed_scales)
         a->max_input = max32(a->max_input, input_floats(a->D, quant<q8>()));
     a->blocks = ring<W>::blocks(*a);
     const size_t shared =
         ring_bytes<W>(a->blocks) + sizeof(struct share) * (HEAD + 1) +
-        ((size_t)a->max_input + 2 * GROUPS * WARPS * GROUP + WARPS * COLS + 2 * WARPS) * sizeof(float);
+        ((size_t)a->max_input + 2 * GROUPS * WARPS * GROUP + 2 * WARPS * COLS + 2 * WARPS) * sizeof(float);
     if (shared > be->max_shared)
         return LTN_ERR_UNSUPPORTED;
     cudaLaunchAttribute together = {};
@@ -384,7 +407,7 @@ static enum ltn_status run(struct cuda_backend *be, struct step_args *a, struct 
     together.val.cooperative = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(be->n_sms);
-    config.blockDim = dim3(THREADS + STREAMER);
+    config.blockDim = dim3(shape<W>::THREADS + STREAMER);
     config.dynamicSmemBytes = shared;
     config.stream = be->stream;
     config.attrs = &together;
@@ -431,11 +454,10 @@ enum ltn_status cuda_step(struct ltn_backend *base, const struct ltn_network *ne
     }
     const enum ltn_dtype dtype = net->layers[0].qkv.w.dtype;
 #define RUN(W, A) run<W>(be, &a, err)
-    const bool large = ltn_is_quantised(dtype) && is_large(net);
-    return dtype == LTN_Q8    ? large ? RUN(quant<q8_large>, ) : RUN(quant<q8>, )
-              : dtype == LTN_FP8 ? large ? RUN(quant<fp8_large>, ) : RUN(quant<fp8>, )
-              : dtype == LTN_Q4 ? large ? RUN(quant<q4_large>, ) : RUN(quant<q4>, )
-                                : FOR_TYPES(be, err, dtype, RUN);
+    return dtype == LTN_Q8    ? RUN(quant<q8>, )
+           : dtype == LTN_FP8 ? RUN(quant<fp8>, )
+           : dtype == LTN_Q4  ? RUN(quant<q4>, )
+                              : FOR_TYPES(be, err, dtype, RUN);
 #undef RUN
 }
 
@@ -460,11 +482,8 @@ enum ltn_status step_open(struct cuda_backend *be, struct ltn_error *err)
     LTN_TRY(allow_shared<__nv_bfloat16>(be, err));
     LTN_TRY(allow_shared<__half>(be, err));
     LTN_TRY(allow_shared<quant<q8>>(be, err));
-    LTN_TRY(allow_shared<quant<q8_large>>(be, err));
     LTN_TRY(allow_shared<quant<fp8>>(be, err));
-    LTN_TRY(allow_shared<quant<fp8_large>>(be, err));
     LTN_TRY(allow_shared<quant<q4>>(be, err));
-    LTN_TRY(allow_shared<quant<q4_large>>(be, err));
     LTN_TRY(device_alloc(be, &be->step_words, sizeof(struct words), err));
     CUDA_TRY(be, err, cudaMemsetAsync(be->step_words, 0, sizeof(struct words), be->stream));
     return LTN_OK;

@@ -7,8 +7,6 @@
 #include "kernels/cuda/hopper.cuh"
 
 enum {
-    WARPS = 16,
-    THREADS = 32 * WARPS,
     STREAMER = 32, /* threads of the warp that streams weights */
     LANES = 8,     /* that share a row of weights that are not quantised */
     GROUP = 32,    /* rows whose sums go together */
@@ -18,14 +16,21 @@ enum {
     MAX_DIM = 8192, /* D and H */
     MAX_GLU = 16384,
     COLS = 8, /* columns of a head's state that half a block works on */
-    HALF = THREADS / 2,
-    ROWS = HALF / 2,         /* rows of the state at once: two threads hold COLS columns */
-    HELD = 2,                /* pieces of the state that a thread fetches ahead */
-    PAD = WARPS * LANES * 8, /* columns that all warps have at once, at most */
 };
 
 enum phase { QKVU, OUT, GLU, L3, HEAD, N_PHASES = HEAD }; /* products of a layer; HEAD follows the last */
 enum { TAG_QKVU = 1, TAG_MIX, TAG_OUT, TAG_GLU, TAG_L3, N_TAGS = TAG_L3 };
+
+/* The warps of a block that take part in products, by the type of the weights, and how often the code of a
+ * product stands in the kernel. A quarter of an SM keeps 32 KB of instructions; what is beyond takes twice as
+ * long, and more where warps are apart. Quantised products are short, so that this counts. */
+template <typename W> struct team {
+    static constexpr int WARPS = 16, COPIES = N_PHASES;
+};
+template <typename W> struct shape : team<W> {
+    static constexpr int WARPS = team<W>::WARPS, THREADS = 32 * WARPS, HALF = THREADS / 2;
+    static constexpr int ROWS = HALF / 2; /* of the state at once: two threads hold COLS columns */
+};
 
 struct step_layer {
     const void *qkvu, *out, *l1, *l2, *l3;
@@ -63,9 +68,9 @@ struct step_args {
 };
 
 /* All threads of the block that take part in products. */
-static __device__ __forceinline__ void meet()
+template <typename W> static __device__ __forceinline__ void meet()
 {
-    asm volatile("bar.sync 1, %0;" ::"n"((int)THREADS) : "memory");
+    asm volatile("bar.sync 1, %0;" ::"n"(shape<W>::THREADS) : "memory");
 }
 
 /* ---- words --------------------------------------------------------------------------------------------- */
@@ -131,7 +136,7 @@ static __device__ __forceinline__ uint64_t await(const uint64_t *p, uint64_t wor
     return word;
 }
 
-/* What a thread does not wait for. */
+/* Words without a value that have this tag. */
 static __device__ __forceinline__ uint64_t there(uint64_t, uint32_t tag)
 {
     return (uint64_t)tag << 32;
@@ -157,23 +162,20 @@ static __device__ __forceinline__ bool stale(ulonglong2 v, uint32_t tag)
 template <typename V, int N, typename P, typename I>
 static __device__ __forceinline__ void await_all(V (&v)[N], P place, I wanted, uint32_t tag)
 {
+    bool again;
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        v[i] = there(v[i], tag);
-        if (wanted(i))
-            look_at(v[i], place(i));
-    }
-    for (;;) {
-        bool again = false;
+    for (int i = 0; i < N; i++)
+        v[i] = there(v[i], wanted(i) ? 0 : tag); /* no tag is 0 */
+    do {
 #pragma unroll
         for (int i = 0; i < N; i++)
-            if (stale(v[i], tag)) {
+            if (stale(v[i], tag))
                 look_at(v[i], place(i));
-                again = true;
-            }
-        if (!__any_sync(0xffffffffu, again))
-            break;
-    }
+        again = false;
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            again = again || stale(v[i], tag);
+    } while (__any_sync(0xffffffffu, again));
 }
 
 /* ---- weights ------------------------------------------------------------------------------------------- */
@@ -181,6 +183,7 @@ static __device__ __forceinline__ void await_all(V (&v)[N], P place, I wanted, u
 /* A block's rows of one kind of product; of GLU the rows of two matrices alternate. */
 struct share {
     int32_t first, n_dots, cols;
+    float each; /* 1 / cols */
 };
 
 /* Whether activations are bf16, two in a word, and so the residual stream where it enters products; what is
@@ -210,6 +213,7 @@ template <typename W> struct embedding {
 enum { LINES = 8, LINE_BYTES = 2048 };
 template <typename W> struct tile {
     static constexpr int PITCH = LINE_BYTES, RATIO = 0;
+    static constexpr bool FOLDS = false; /* whether short rows share a line */
     static __host__ __device__ __forceinline__ int32_t row_bytes(int32_t cols)
     {
         return cols * (int32_t)sizeof(W);
@@ -224,7 +228,7 @@ struct cut {
 template <typename W> static __host__ __device__ __forceinline__ struct cut cut_of(int32_t cols)
 {
     const int32_t bytes = tile<W>::row_bytes(cols);
-    const bool folds = tile<W>::RATIO;
+    const bool folds = tile<W>::FOLDS;
     return {bytes, (bytes + LINE_BYTES - 1) / LINE_BYTES,
             folds && bytes == LINE_BYTES / 2   ? 1
             : folds && bytes == LINE_BYTES / 4 ? 2
@@ -246,7 +250,7 @@ template <typename W> struct outer {
 /* Weights on their way: TILES tiles, and blocks of scales. */
 template <typename W> struct ring {
     static constexpr int TILES = 10, SLOT = LINES * tile<W>::PITCH, BLOCK = 0;
-    static constexpr int CONSUMERS = WARPS; /* of a tile */
+    static constexpr int CONSUMERS = team<W>::WARPS; /* of a tile */
     static __host__ int32_t blocks(const struct step_args &)
     {
         return 0;
@@ -262,7 +266,7 @@ template <typename W> static __host__ __device__ __forceinline__ int32_t ring_by
 
 /* Columns of a piece, and of a warp in a tile. */
 template <typename W> struct geometry {
-    static constexpr int PIECE = 16 / sizeof(W), UNIT = LANES * PIECE;
+    static constexpr int PIECE = 16 / sizeof(W), UNIT = LANES * PIECE, WARPS = team<W>::WARPS;
     static_assert(WARPS * LANES * 16 == LINE_BYTES, "a piece for every lane");
 };
 
@@ -270,7 +274,7 @@ template <typename W> struct geometry {
 template <typename W> static __device__ __forceinline__ int32_t units_of(int32_t cols)
 {
     const int32_t n = (cols + geometry<W>::UNIT - 1) / geometry<W>::UNIT;
-    return (n + WARPS - 1 - (int32_t)threadIdx.x / 32) / WARPS;
+    return (n + team<W>::WARPS - 1 - (int32_t)threadIdx.x / 32) / team<W>::WARPS;
 }
 
 static __device__ struct share share_of(const struct step_args &a, int phase)
@@ -283,6 +287,7 @@ static __device__ struct share share_of(const struct step_args &a, int phase)
     s.first = even ? 2 * from : from;
     s.n_dots = (phase == GLU ? 4 : even ? 2 : 1) * (to - from);
     s.cols = phase == OUT ? a.H : phase == L3 ? a.G : a.D;
+    s.each = 1.0f / s.cols;
     return s;
 }
 
@@ -318,18 +323,17 @@ struct room {
     float *in;            /* [max_input] as the worker has it */
     float *parts;         /* [2][GROUPS][WARPS][GROUP] the warps' sums */
     float *red;           /* [2][WARPS] sums of squares */
-    float *mix;           /* [2][WARPS / 2][COLS] */
+    float *mix;           /* [2][2][WARPS / 2][COLS] */
     struct share *shares; /* [HEAD + 1] */
 };
 
-static __device__ __forceinline__ float tree16(const float *v, int stride)
+/* The sum of v[0], v[stride], ..., N numbers in pairs. */
+template <int N> static __device__ __forceinline__ float tree(const float *v, int stride)
 {
-    static_assert(WARPS == 16, "four levels");
-    float s[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++, v += 4 * stride)
-        s[i] = (v[0] + v[stride]) + (v[2 * stride] + v[3 * stride]);
-    return (s[0] + s[1]) + (s[2] + s[3]);
+    if constexpr (N == 1)
+        return *v;
+    else
+        return tree<N / 2>(v, stride) + tree<N / 2>(v + N / 2 * stride, stride);
 }
 
 template <typename W> struct worker;
@@ -467,6 +471,7 @@ template <typename W> struct crew {
     struct position<W> at;
     int32_t lane, warp, buffer;
     float squares; /* of this lane's columns of the input */
+    static constexpr int WARPS = team<W>::WARPS;
 
     __device__ __forceinline__ crew(const struct room &room, const struct tile_ring<W> &ring)
         : m(room), r(ring)
@@ -498,7 +503,6 @@ template <typename W> struct crew {
     template <typename S, typename R, typename F>
     __device__ __forceinline__ void product_by(const struct share &s, S sums, R row_scale, F publish)
     {
-        const float each = 1.0f / s.cols;
         for (int32_t from = 0; from < s.n_dots; from += PASS) {
             float *parts = m.parts + buffer * GROUPS * WARPS * GROUP, *red = m.red + buffer * WARPS;
             const int32_t n = min(s.n_dots - from, (int32_t)PASS);
@@ -508,10 +512,11 @@ template <typename W> struct crew {
                      from == 0 && g == 0);
             if (lane == 0)
                 red[warp] = squares;
-            meet();
+            meet<W>();
             if (warp * GROUP < n) {
-                const float sum = tree16(parts + warp * WARPS * GROUP + lane, GROUP);
-                publish(from + warp * GROUP + lane, sum * scale, rsqrtf(fmaf(tree16(red, 1), each, 1e-6f)));
+                const float sum = tree<WARPS>(parts + warp * WARPS * GROUP + lane, GROUP);
+                publish(from + warp * GROUP + lane, sum * scale,
+                        rsqrtf(fmaf(tree<WARPS>(red, 1), s.each, 1e-6f)));
             }
             buffer ^= 1;
         }
@@ -526,6 +531,7 @@ template <typename W> struct worker : crew<W> {
     using T = tile<W>;
     using crew<W>::m, crew<W>::r, crew<W>::at, crew<W>::lane, crew<W>::warp, crew<W>::squares;
     using crew<W>::ready, crew<W>::release;
+    static constexpr int WARPS = team<W>::WARPS;
     static constexpr bool PAIRED = paired<W>::value;
     static constexpr bool TENSOR = __is_same(W, __nv_bfloat16);
     using crew<W>::crew;
@@ -551,10 +557,10 @@ template <typename W> struct worker : crew<W> {
     }
 
     /* Before the input of a product: nothing. */
-    __device__ __forceinline__ void prepare(const struct share &, const struct source &)
+    __device__ __forceinline__ void prepare(const struct share &, bool)
     {
     }
-    __device__ __forceinline__ void prepare_last(const struct share &, const struct source &)
+    __device__ __forceinline__ void prepare_last(const struct share &)
     {
     }
 
@@ -589,11 +595,6 @@ template <typename W> struct worker : crew<W> {
                 }
         }
         ready();
-    }
-
-    __device__ __forceinline__ void gather_act(const uint64_t *words, int32_t cols, uint32_t tag)
-    {
-        gather(words, cols, tag);
     }
 
     /* u * o, and the squares of o. */

@@ -8,7 +8,7 @@
  * elsewhere. So lane 4 g + t gets the sum of its own pieces, and a group of 32 columns, which has a scale of
  * its own, is one such piece in q4, and both in q8.
  *
- * Of q8 and q4 the input is an integer of 16 bits in two bytes, with a scale for each run of 64 columns, and
+ * Of q8 and q4 the input is an integer of 16 bits in two bytes, with a scale for each run of 128 columns, and
  * sums are exact. Of fp8 the weights become f16, exactly, and the input over its run's largest number is the
  * sum of two f16; a row's scale comes in where the warps' sums are added up. */
 #ifndef LTN_CUDA_STEP_QUANT_CUH
@@ -17,7 +17,8 @@
 #include "kernels/cuda/quant.cuh"
 #include "kernels/cuda/step.cuh"
 
-enum { UNIT_BYTES = LINE_BYTES / WARPS };
+enum { UNIT_BYTES = 128, LINE_UNITS = LINE_BYTES / UNIT_BYTES };
+enum { RUN = 128 }; /* columns of the input that share a scale */
 
 static __device__ __forceinline__ void mma_s8(int c[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                               uint32_t b0, uint32_t b1)
@@ -49,38 +50,42 @@ static __device__ __forceinline__ float joined(int high, int low)
     return (float)(high * 256 + low);
 }
 
+static __device__ __forceinline__ uint32_t bits_of(__half2 two)
+{
+    return *reinterpret_cast<const uint32_t *>(&two);
+}
+
 static __device__ __forceinline__ float2 f32_of_f16(uint32_t two)
 {
     return __half22float2(*reinterpret_cast<const __half2 *>(&two));
 }
 
-/* Of pieces whose words are unpacked into two: word by word, with the input of its columns. */
+/* A piece whose words are unpacked into two: word by word, with the input of its columns. */
 template <typename Q, typename T>
-static __device__ __forceinline__ void add_words(T c[4], T d[4], uint4 a, uint4 b, const struct unit_input &x)
+static __device__ __forceinline__ void add_words(T c[4], uint4 w, const uint4 (&x)[2])
 {
-    Q::add(c, d, a.x, b.x, x.a[0].x, x.a[0].y, x.b[0].x, x.b[0].y);
-    Q::add(c, d, a.y, b.y, x.a[0].z, x.a[0].w, x.b[0].z, x.b[0].w);
-    Q::add(c, d, a.z, b.z, x.a[1].x, x.a[1].y, x.b[1].x, x.b[1].y);
-    Q::add(c, d, a.w, b.w, x.a[1].z, x.a[1].w, x.b[1].z, x.b[1].w);
+    Q::add(c, w.x, x[0].x, x[0].y);
+    Q::add(c, w.y, x[0].z, x[0].w);
+    Q::add(c, w.z, x[1].x, x[1].y);
+    Q::add(c, w.w, x[1].z, x[1].w);
 }
 
 /* What differs between the formats. COLS: of a unit; GROUPS: of a unit; GROUP_BYTES: of a group's input in
  * shared memory, high part first; RATIO: bytes of weights to one of scales, 0 where a row has one; MOST: what
  * the largest number of a run of the input becomes. multiply(), then sum(): what a lane's pieces a and b of a
- * line add. Piece a takes the place of row g and b that of row g + 8, so of what mma makes of them with the
- * input of a, numbers 0 and 1 are wanted, and with the input of b numbers 2 and 3. */
+ * line add. They take the place of row g, and nothing that of row g + 8, so of what mma makes of them numbers
+ * 0 and 1 are wanted, of high and low parts of the input. */
 struct q8 {
-    static constexpr int COLS = 128, GROUPS = 4, GROUP_BYTES = 64, RATIO = 16, CREWS = 1;
-    using outer = q8;
+    static constexpr int COLS = 128, GROUPS = 4, GROUP_BYTES = 64, RATIO = 16;
     static constexpr float MOST = 32512, UNIT_OF_CODES = 1;
     static __device__ __forceinline__ int2 multiply(uint4 a, uint4 b, const struct unit_input &x)
     {
         int c[4] = {0, 0, 0, 0}, d[4] = {0, 0, 0, 0};
-        mma_s8(c, a.x, b.x, a.y, b.y, x.a[0].x, x.a[0].y);
-        mma_s8(d, a.x, b.x, a.y, b.y, x.b[0].x, x.b[0].y);
-        mma_s8(c, a.z, b.z, a.w, b.w, x.a[0].z, x.a[0].w);
-        mma_s8(d, a.z, b.z, a.w, b.w, x.b[0].z, x.b[0].w);
-        return make_int2(c[0] + d[2], c[1] + d[3]);
+        mma_s8(c, a.x, 0, a.y, 0, x.a[0].x, x.a[0].y);
+        mma_s8(d, b.x, 0, b.y, 0, x.b[0].x, x.b[0].y);
+        mma_s8(c, a.z, 0, a.w, 0, x.a[0].z, x.a[0].w);
+        mma_s8(d, b.z, 0, b.w, 0, x.b[0].z, x.b[0].w);
+        return make_int2(c[0] + d[0], c[1] + d[1]);
     }
     static __device__ __forceinline__ float sum(int2 parts, uint32_t scale)
     {
@@ -88,26 +93,23 @@ struct q8 {
     }
 };
 struct fp8 {
-    static constexpr int COLS = 128, GROUPS = 4, GROUP_BYTES = 128, RATIO = 0, CREWS = 1;
-    using outer = q8;
+    static constexpr int COLS = 128, GROUPS = 4, GROUP_BYTES = 128, RATIO = 0;
     static constexpr float MOST = 1, UNIT_OF_CODES = 1;
     static __device__ __forceinline__ uint32_t low(uint32_t codes)
     {
         const __half2_raw h = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)codes, __NV_E4M3);
         return h.x | (uint32_t)h.y << 16;
     }
-    static __device__ __forceinline__ void add(float c[4], float d[4], uint32_t a, uint32_t b, uint32_t xa0,
-                                               uint32_t xa1, uint32_t xb0, uint32_t xb1)
+    static __device__ __forceinline__ void add(float c[4], uint32_t w, uint32_t x0, uint32_t x1)
     {
-        const uint32_t a0 = low(a), b0 = low(b), a1 = low(a >> 16), b1 = low(b >> 16);
-        mma_f16(c, a0, b0, a1, b1, xa0, xa1);
-        mma_f16(d, a0, b0, a1, b1, xb0, xb1);
+        mma_f16(c, low(w), 0, low(w >> 16), 0, x0, x1);
     }
     static __device__ __forceinline__ float multiply(uint4 a, uint4 b, const struct unit_input &x)
     {
         float c[4] = {0, 0, 0, 0}, d[4] = {0, 0, 0, 0};
-        add_words<fp8>(c, d, a, b, x);
-        return (c[0] + c[1]) + (d[2] + d[3]);
+        add_words<fp8>(c, a, x.a);
+        add_words<fp8>(d, b, x.b);
+        return (c[0] + c[1]) + (d[0] + d[1]);
     }
     static __device__ __forceinline__ float sum(float all, uint32_t)
     {
@@ -115,22 +117,19 @@ struct fp8 {
     }
 };
 struct q4 { /* a nibble in the high half of a byte is 16 times its code, as two's complement has it */
-    static constexpr int COLS = 256, GROUPS = 8, GROUP_BYTES = 64, RATIO = 8, CREWS = 1;
-    using outer = q8;
+    static constexpr int COLS = 256, GROUPS = 8, GROUP_BYTES = 64, RATIO = 8;
     static constexpr float MOST = 32512, UNIT_OF_CODES = 16;
     static constexpr uint32_t HIGH = 0xf0f0f0f0u;
-    static __device__ __forceinline__ void add(int c[4], int d[4], uint32_t a, uint32_t b, uint32_t xa0,
-                                               uint32_t xa1, uint32_t xb0, uint32_t xb1)
+    static __device__ __forceinline__ void add(int c[4], uint32_t w, uint32_t x0, uint32_t x1)
     {
-        const uint32_t a0 = a << 4 & HIGH, b0 = b << 4 & HIGH, a1 = a & HIGH, b1 = b & HIGH;
-        mma_s8(c, a0, b0, a1, b1, xa0, xa1);
-        mma_s8(d, a0, b0, a1, b1, xb0, xb1);
+        mma_s8(c, w << 4 & HIGH, 0, w & HIGH, 0, x0, x1);
     }
     static __device__ __forceinline__ int4 multiply(uint4 a, uint4 b, const struct unit_input &x)
     {
         int c[4] = {0, 0, 0, 0}, d[4] = {0, 0, 0, 0};
-        add_words<q4>(c, d, a, b, x);
-        return make_int4(c[0], c[1], d[2], d[3]);
+        add_words<q4>(c, a, x.a);
+        add_words<q4>(d, b, x.b);
+        return make_int4(c[0], c[1], d[0], d[1]);
     }
     static __device__ __forceinline__ float sum(int4 parts, uint32_t scales)
     {
@@ -139,23 +138,11 @@ struct q4 { /* a nibble in the high half of a byte is 16 times its code, as two'
     }
 };
 
-/* The same for large models: half of the warps share the tiles of some rows, and have two units of each line,
- * while the others have the next rows. That takes fewer instructions a byte, but more time for a tile. */
-struct q8_large : q8 {
-    static constexpr int CREWS = 2;
-    using outer = q8_large;
-};
-struct fp8_large : fp8 {
-    static constexpr int CREWS = 2;
-    using outer = q8_large;
-};
-struct q4_large : q4 {
-    static constexpr int CREWS = 2;
-    using outer = q8_large;
-};
-
 /* The type of weights that step.cu's kernel is made for: layers in Q, embedding and head in q8. */
 template <typename Q> struct quant {
+};
+template <typename Q> struct team<quant<Q>> {
+    static constexpr int WARPS = 8, COPIES = 1;
 };
 template <typename Q> struct paired<quant<Q>> {
     static constexpr bool value = true;
@@ -182,17 +169,19 @@ template <typename Q> struct embedding<quant<Q>> {
  * different banks. */
 template <typename Q> struct tile<quant<Q>> {
     static constexpr int PITCH = LINE_BYTES + 16, RATIO = Q::RATIO;
+    static constexpr bool FOLDS = true;
     static __host__ __device__ __forceinline__ int32_t row_bytes(int32_t cols)
     {
         return cols / Q::COLS * UNIT_BYTES;
     }
 };
 template <typename Q> struct outer<quant<Q>> {
-    using type = quant<typename Q::outer>;
+    using type = quant<q8>;
 };
 
 template <typename Q> struct ring<quant<Q>> {
-    static constexpr int TILES = 9, SLOT = LINES * tile<quant<Q>>::PITCH, CONSUMERS = WARPS / Q::CREWS;
+    static constexpr int TILES = Q::RATIO ? 10 : 9, SLOT = LINES * tile<quant<Q>>::PITCH,
+                         CONSUMERS = team<quant<Q>>::WARPS;
     static constexpr int BLOCK = LINES * LINE_BYTES / (Q::RATIO == q4::RATIO ? q4::RATIO : q8::RATIO);
     /* When the first tile of some rows enters the ring, TILES - 1 tiles may be in it. If a row takes `chunks`
      * tiles at most, at least blocks - 3 chunks + 2 others are used before the same blocks are again: up to
@@ -210,9 +199,9 @@ template <typename Q> struct ring<quant<Q>> {
 };
 
 /* A unit's input in shared memory: pieces of what all lanes have, STRIDE bytes from one to the next, which
- * puts them into different banks, and a scale for each run of 64 columns. */
+ * puts them into different banks, and a scale for each run. */
 template <typename Q> struct unit_of {
-    static constexpr int RUNS = Q::COLS / 64, STRIDE = 128 + 16,
+    static constexpr int RUNS = Q::COLS / RUN, STRIDE = 128 + 16,
                          SCALES = Q::GROUPS * Q::GROUP_BYTES / 128 * STRIDE, INPUT = SCALES + 16;
     static_assert(RUNS * sizeof(float) <= 16, "room for the scales");
 };
@@ -242,109 +231,140 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
         crew<quant<Q>>::warp, crew<quant<Q>>::squares;
     using crew<quant<Q>>::release;
     using crew<quant<Q>>::crew;
+    static constexpr int WARPS = team<quant<Q>>::WARPS,
+                         UNITS = LINE_UNITS / WARPS; /* of a line, for a warp */
 
-    /* Input is taken in runs of 64 columns, two a lane, which go round the warps: this warp's number i, and
-     * how many it has. */
+    /* Input is taken in runs, four columns a lane, which go round the warps: this warp's number i, and how
+     * many it has. */
     __device__ __forceinline__ int32_t column(int32_t i) const
     {
-        return (i * WARPS + warp) * 64 + 2 * lane;
+        return (i * WARPS + warp) * RUN + 4 * lane;
     }
     __device__ __forceinline__ int32_t runs(int32_t cols) const
     {
-        return (cols / 64 + WARPS - 1 - warp) / WARPS;
+        return (cols / RUN + WARPS - 1 - warp) / WARPS;
     }
 
     /* All warps read what each has put. */
     __device__ __forceinline__ void ready()
     {
-        meet();
+        meet<quant<Q>>();
         if (threadIdx.x == 0)
             *r.waiting = false;
     }
 
-    /* Of a run, columns a and b of this lane; 16 lanes have a group. */
-    template <typename P> __device__ __forceinline__ void put(int32_t i, float a, float b)
+    /* Where the four columns of this lane in its warp's first run go, of the high part, and from one run to
+     * the next; eight lanes have a group. */
+    template <typename P> struct target {
+        static constexpr int RUNS = unit_of<P>::RUNS, STRIDE = unit_of<P>::STRIDE;
+        static constexpr int NEXT = WARPS / RUNS * unit_of<P>::INPUT;
+        static_assert(WARPS % RUNS == 0, "a warp's runs have the same place in their units");
+        uint8_t *codes, *scale;
+
+        __device__ __forceinline__ target(float *input, int32_t warp, int32_t lane)
+        {
+            uint8_t *in = reinterpret_cast<uint8_t *>(input) + warp / RUNS * unit_of<P>::INPUT;
+            const int32_t group = warp % RUNS * 4 + lane / 8, c = 4 * (lane % 8);
+            scale = in + unit_of<P>::SCALES + warp % RUNS * sizeof(float);
+            if (P::RATIO == 0) {
+                codes = in + c / 8 * STRIDE + group * 32 + c % 8 * 2;
+            } else if (P::RATIO == q4::RATIO) { /* as q4's multiply() has columns */
+                const int32_t to = c / 4 % 4 * 8 + c / 16 * 4;
+                codes = in + (group % 2 * 2 + to / 16) * STRIDE + group / 2 * 32 + to % 16;
+            } else {
+                codes = in + c / 16 * STRIDE + group * 32 + c % 16;
+            }
+        }
+        __device__ __forceinline__ void skip(int n)
+        {
+            codes += n * NEXT, scale += n * NEXT;
+        }
+    };
+
+    /* The four columns of this lane in run i from there. */
+    template <typename P> __device__ __forceinline__ void put(const struct target<P> &to, int i, float4 v)
     {
-        constexpr int RUNS = unit_of<P>::RUNS, STRIDE = unit_of<P>::STRIDE;
-        const int32_t run = i * WARPS + warp;
-        uint8_t *in = reinterpret_cast<uint8_t *>(m.in) + run / RUNS * unit_of<P>::INPUT;
-        const int32_t group = run % RUNS * 2 + lane / 16, c = 2 * (lane % 16);
+        uint8_t *codes = to.codes + i * to.NEXT;
         /* As integers, floats that are not negative have the same order. */
-        const uint32_t order = __reduce_max_sync(0xffffffffu, __float_as_uint(fmaxf(fabsf(a), fabsf(b))));
-        const float most = __uint_as_float(order);
+        const float own = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+        const float most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(own)));
         const float inverse = most > 1e-30f ? __fdividef(P::MOST, most) : 0;
         if (lane == 0)
-            reinterpret_cast<float *>(in + unit_of<P>::SCALES)[run % RUNS] =
-                most * (1 / (P::MOST * P::UNIT_OF_CODES));
-        /* Piece by piece, the two parts of what each quarter of the lanes has, as load_input() wants it. */
+            *reinterpret_cast<float *>(to.scale + i * to.NEXT) = most * (1 / (P::MOST * P::UNIT_OF_CODES));
         if (P::RATIO == 0) {
-            const __half2 high = __floats2half2_rn(a * inverse, b * inverse);
-            const float2 back = __half22float2(high);
-            in += c / 8 * STRIDE + group * 32 + c % 8 * 2;
-            *reinterpret_cast<__half2 *>(in) = high;
-            *reinterpret_cast<__half2 *>(in + 16) =
-                __floats2half2_rn(a * inverse - back.x, b * inverse - back.y);
+            v.x *= inverse, v.y *= inverse, v.z *= inverse, v.w *= inverse;
+            const __half2 a = __floats2half2_rn(v.x, v.y), b = __floats2half2_rn(v.z, v.w);
+            const float2 a_back = __half22float2(a), b_back = __half22float2(b);
+            *reinterpret_cast<uint2 *>(codes) = make_uint2(bits_of(a), bits_of(b));
+            *reinterpret_cast<uint2 *>(codes + 16) =
+                make_uint2(bits_of(__floats2half2_rn(v.x - a_back.x, v.y - a_back.y)),
+                           bits_of(__floats2half2_rn(v.z - b_back.x, v.w - b_back.y)));
         } else {
             /* The low 16 bits of 1.5 * 2^23 + 128 + n are a high byte and a low one plus 128. */
-            const uint32_t n0 = __float_as_uint(fmaf(a, inverse, 12583040.0f)),
-                           n1 = __float_as_uint(fmaf(b, inverse, 12583040.0f));
-            if (P::RATIO == q4::RATIO) { /* as q4's multiply() has columns */
-                const int32_t to = c / 4 % 4 * 8 + c / 16 * 4 + c % 4;
-                in += (group % 2 * 2 + to / 16) * STRIDE + group / 2 * 32 + to % 16;
-            } else {
-                in += c / 16 * STRIDE + group * 32 + c % 16;
-            }
-            *reinterpret_cast<uint16_t *>(in) = (uint16_t)__byte_perm(n0, n1, 0x0051);
-            *reinterpret_cast<uint16_t *>(in + 16) = (uint16_t)(__byte_perm(n0, n1, 0x0040) ^ 0x8080);
+            const float one = 12583040.0f;
+            const uint32_t x = __float_as_uint(fmaf(v.x, inverse, one)),
+                           y = __float_as_uint(fmaf(v.y, inverse, one)),
+                           z = __float_as_uint(fmaf(v.z, inverse, one)),
+                           w = __float_as_uint(fmaf(v.w, inverse, one));
+            const uint32_t xy = __byte_perm(x, y, 0x5140),
+                           zw = __byte_perm(z, w, 0x5140); /* low, then high */
+            *reinterpret_cast<uint32_t *>(codes) = __byte_perm(xy, zw, 0x7632);
+            *reinterpret_cast<uint32_t *>(codes + 16) = __byte_perm(xy, zw, 0x5410) ^ 0x80808080u;
         }
     }
 
-    /* From words of two columns each; the squares of these where a norm is to follow. */
-    template <typename P, int N, bool SQUARES>
+    __device__ __forceinline__ void square(float4 v)
+    {
+        squares = fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, squares))));
+    }
+
+    /* From words of two columns each. */
+    template <typename P>
     __device__ __forceinline__ void gather_pairs(const uint64_t *words, int32_t cols, uint32_t tag)
     {
-        const int32_t n = runs(cols);
+        constexpr int N = 6, NEXT = WARPS * RUN / 2;
+        struct target<P> to(m.in, warp, lane);
         squares = 0;
-        for (int32_t from = 0; from < n; from += N) {
-            uint64_t v[N];
+        words += column(0) / 2;
+        for (int32_t left = runs(cols); left > 0; left -= N, words += N * NEXT, to.skip(N)) {
+            ulonglong2 v[N];
             await_all(
-                v, [&](int i) { return words + column(from + i) / 2; }, [&](int i) { return from + i < n; },
-                tag);
+                v, [&](int i) { return words + i * NEXT; }, [&](int i) { return i < left; }, tag);
 #pragma unroll
             for (int i = 0; i < N; i++)
-                if (from + i < n) {
-                    const float2 f = values_of(v[i]);
-                    if (SQUARES)
-                        squares = fmaf(f.y, f.y, fmaf(f.x, f.x, squares));
-                    put<P>(from + i, f.x, f.y);
+                if (i < left) {
+                    const float2 a = values_of(v[i].x), b = values_of(v[i].y);
+                    const float4 f = make_float4(a.x, a.y, b.x, b.y);
+                    square(f);
+                    put(to, i, f);
                 }
         }
         ready();
     }
     __device__ __forceinline__ void gather(const uint64_t *words, int32_t cols, uint32_t tag)
     {
-        gather_pairs<Q, 4, true>(words, cols, tag);
-    }
-    __device__ __forceinline__ void gather_act(const uint64_t *words, int32_t cols, uint32_t tag)
-    {
-        gather_pairs<Q, 12, false>(words, cols, tag);
+        gather_pairs<Q>(words, cols, tag);
     }
 
+    /* From words of one column of o and of u: u * o, and the squares of o. */
     __device__ __forceinline__ void gather_gated(const uint64_t *words, int32_t cols, uint32_t tag)
     {
-        constexpr int N = 4;
-        const int32_t n = runs(cols);
+        constexpr int N = 2, NEXT = WARPS * RUN;
+        struct target<Q> to(m.in, warp, lane);
         squares = 0;
-        for (int32_t from = 0; from < n; from += N) {
-            ulonglong2 v[N];
+        words += column(0);
+        for (int32_t left = runs(cols); left > 0; left -= N, words += N * NEXT, to.skip(N)) {
+            ulonglong2 v[2 * N];
             await_all(
-                v, [&](int i) { return words + column(from + i); }, [&](int i) { return from + i < n; }, tag);
+                v, [&](int i) { return words + i / 2 * NEXT + i % 2 * 2; },
+                [&](int i) { return i / 2 < left; }, tag);
 #pragma unroll
             for (int i = 0; i < N; i++)
-                if (from + i < n) {
-                    const float2 a = values_of(v[i].x), b = values_of(v[i].y);
-                    squares = fmaf(b.x, b.x, fmaf(a.x, a.x, squares));
-                    put<Q>(from + i, a.x * a.y, b.x * b.y);
+                if (i < left) {
+                    const float2 a = values_of(v[2 * i].x), b = values_of(v[2 * i].y);
+                    const float2 c = values_of(v[2 * i + 1].x), d = values_of(v[2 * i + 1].y);
+                    square(make_float4(a.x, b.x, c.x, d.x));
+                    put(to, i, make_float4(a.x * a.y, b.x * b.y, c.x * c.y, d.x * d.y));
                 }
         }
         ready();
@@ -352,13 +372,14 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
 
     __device__ __forceinline__ void gather_row(const struct embedding<quant<Q>> &row, int32_t cols)
     {
-        const int32_t n = runs(cols);
+        struct target<Q> to(m.in, warp, lane);
         squares = 0;
-        for (int32_t i = 0; i < n; i++) {
+#pragma unroll 1
+        for (int32_t i = 0; i < runs(cols); i++, to.skip(1)) {
             const int32_t c = column(i);
-            const float a = row(c), b = row(c + 1);
-            squares = fmaf(b, b, fmaf(a, a, squares));
-            put<Q>(i, a, b);
+            const float4 v = make_float4(row(c), row(c + 1), row(c + 2), row(c + 3));
+            square(v);
+            put(to, 0, v);
         }
         ready();
     }
@@ -373,19 +394,15 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
         const uint8_t *x, *x_scale;
         bool two, own; /* matrices; whether B is not zero, as lanes with t have what column g is for */
     } view;
-    bool turn = false; /* which half of the warps has the next rows */
-
-    template <typename P>
-    __device__ __forceinline__ void prepare_as(const struct share &s, const struct source &from)
+    template <typename P> __device__ __forceinline__ void prepare_as(const struct share &s, bool two)
     {
-        constexpr int CREW = WARPS / P::CREWS;
-        const int32_t g = lane / 4, t = lane % 4, place = warp % CREW * P::CREWS; /* units of a line */
+        const int32_t g = lane / 4, t = lane % 4, place = warp * UNITS; /* units of a line */
         view.cut = cut_of<quant<P>>(s.cols);
-        view.two = from.w2, view.own = t == g / 2;
+        view.two = two, view.own = t == g / 2;
         const int32_t fold = view.cut.fold;
-        view.unit = place & ((WARPS >> fold) - 1), view.n_units = s.cols / P::COLS;
+        view.unit = place & ((LINE_UNITS >> fold) - 1), view.n_units = s.cols / P::COLS;
         view.sub = place / 4 >> (2 - fold);
-        static_assert(WARPS == 16, "a row has 16, 8 or 4 units of a line");
+        static_assert(LINE_UNITS == 16 && UNITS <= 4, "a row has 16, 8 or 4 units of a line");
         /* The rows of a tile in memory: those of the second matrix after those of the first. */
         const int32_t row = ((view.two ? g % 2 * (LINES / 2) + g / 2 : g) << fold) + view.sub;
         view.scales =
@@ -395,9 +412,9 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
         view.x = in + g * 16; /* g is 2 t and a part, where it matters */
         view.x_scale = in + unit_of<P>::SCALES + t * unit_of<P>::RUNS / 4 * sizeof(float);
     }
-    __device__ __forceinline__ void prepare(const struct share &s, const struct source &from)
+    __device__ __forceinline__ void prepare(const struct share &s, bool two)
     {
-        prepare_as<Q>(s, from);
+        prepare_as<Q>(s, two);
     }
 
     template <typename P>
@@ -415,57 +432,75 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
         x.scale = *reinterpret_cast<const float *>(view.x_scale + there);
     }
 
+    /* What this warp has of a line's units, from number `unit` of a row on. */
+    template <typename P>
+    __device__ __forceinline__ void load_inputs(struct unit_input (&x)[UNITS], int32_t unit,
+                                                int32_t there) const
+    {
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) {
+            if (unit + i < view.n_units)
+                load_input<P>(x[i], there + i * unit_of<P>::INPUT);
+            else
+                x[i].scale = 0;
+        }
+    }
+
     /* This warp's sums of the rows of a group, by tiles. The first group of a product adds up squares. */
     template <typename P>
-    __device__ __forceinline__ void group_sums(float *to, int32_t rows, struct unit_input &x, bool begins)
+    __device__ __forceinline__ void group_sums(float *to, int32_t rows, struct unit_input (&x)[UNITS],
+                                               bool begins)
     {
         const struct cut cut = view.cut;
-        const int32_t g = lane / 4, t = lane % 4;
-        const bool second = warp >= WARPS / P::CREWS;
+        const int32_t g = lane / 4, t = lane % 4, step = LINES << cut.fold;
         if (begins)
             squares = warp_sum(squares);
-        for (; rows > 0; rows -= LINES << cut.fold) {
+#pragma unroll 1
+        for (; rows > 0; rows -= step) {
             uint32_t block = P::RATIO ? at.take(r, cut.chunks) + view.scales : 0;
             int32_t unit = view.unit, input = 0;
             float sum = 0;
-            const bool mine = P::CREWS == 1 || turn == second;
+#pragma unroll 1
             for (int32_t k = 0; k < cut.chunks; k++) {
-                if (mine) {
-                    barrier_wait(&r.full[at.tile], at.parity);
-                    const uint32_t pieces = view.pieces + at.tile * r.SLOT;
+                barrier_wait(&r.full[at.tile], at.parity);
+                if (unit < view.n_units) {
+                    const uint32_t piece = view.pieces + at.tile * r.SLOT;
+                    uint4 a[UNITS], b[UNITS];
+                    uint32_t scales[UNITS];
 #pragma unroll
-                    for (int i = 0; i < P::CREWS; i++)
+                    for (int i = 0; i < UNITS; i++) {
+                        a[i] = b[i] = make_uint4(0, 0, 0, 0), scales[i] = 0;
                         if (unit + i < view.n_units) {
-                            const uint32_t piece = pieces + i * UNIT_BYTES;
-                            if (P::CREWS > 1 || cut.chunks > 1) /* else it is as before */
-                                load_input<P>(x, input + i * unit_of<P>::INPUT);
-                            const uint4 a = load_shared(piece), b = load_shared(piece + 16);
-                            const uint32_t scales = load_scales<P>(block + i * P::GROUPS * 2);
-                            sum = fmaf(P::sum(P::multiply(a, b, x), scales), x.scale, sum);
+                            a[i] = load_shared(piece + i * UNIT_BYTES);
+                            b[i] = load_shared(piece + i * UNIT_BYTES + 16);
+                            scales[i] = load_scales<P>(block + i * P::GROUPS * 2);
                         }
-                    release(at.tile);
+                    }
+                    if (cut.chunks > 1) /* else it is as before */
+                        load_inputs<P>(x, unit, input);
+#pragma unroll
+                    for (int i = 0; i < UNITS; i++)
+                        sum = fmaf(P::sum(P::multiply(a[i], b[i], x[i]), scales[i]), x[i].scale, sum);
                 }
+                release(at.tile);
                 at.next();
-                unit += WARPS, input += WARPS * unit_of<P>::INPUT, block += WARPS * P::GROUPS * 2;
+                unit += LINE_UNITS, input += LINE_UNITS * unit_of<P>::INPUT;
+                block += LINE_UNITS * P::GROUPS * 2;
             }
-            turn = !turn;
-            if (mine) {
-                sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-                sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            }
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
             if (t < 1 << cut.fold)
                 to[view.two ? 2 * ((g / 2 << cut.fold) + t) + g % 2 : (g << cut.fold) + t] =
                     t == view.sub ? sum : 0;
-            to += LINES << cut.fold;
+            to += step;
         }
     }
 
     template <typename P, typename F>
     __device__ __forceinline__ void product_as(const struct share &s, const struct source &from, F publish)
     {
-        struct unit_input x = {};
-        if (view.unit < view.n_units)
-            load_input<P>(x, 0);
+        struct unit_input x[UNITS] = {};
+        load_inputs<P>(x, view.unit, 0);
         this->product_by(
             s, [&](float *to, int32_t rows, bool begins) { group_sums<P>(to, rows, x, begins); },
             [&](int32_t i) {
@@ -484,18 +519,18 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
     }
 
     /* The head's. */
-    __device__ __forceinline__ void prepare_last(const struct share &s, const struct source &from)
+    __device__ __forceinline__ void prepare_last(const struct share &s)
     {
-        prepare_as<typename Q::outer>(s, from);
+        prepare_as<q8>(s, false);
     }
     __device__ __forceinline__ void gather_last(const uint64_t *words, int32_t cols, uint32_t tag)
     {
-        gather_pairs<typename Q::outer, 4, true>(words, cols, tag);
+        gather_pairs<q8>(words, cols, tag);
     }
     template <typename F>
     __device__ __forceinline__ void product_last(const struct share &s, const struct source &from, F publish)
     {
-        product_as<typename Q::outer>(s, from, publish);
+        product_as<q8>(s, from, publish);
     }
 };
 

@@ -3,9 +3,10 @@
 # libltn_cuda.so lies. Every tool and test is named with its outcome; the exit code is 1 where one failed.
 #
 # Left out, as the tools cannot judge it (kernels/cuda/NOTES.md):
-#   initcheck does not see what bulk stores write, and so calls cuBLASLt's outputs, and those of the kernels of many rows,
-#   unwritten. test_decode runs without that library (an empty file in its place), on the plain kernel, and test_prefill
-#   not at all. That all outputs are written is what test_ops shows, where they are NaN before.
+#   initcheck does not see what bulk stores write, and so calls cuBLASLt's outputs, those of the kernels of many rows, and
+#   those of the attention on Hopper unwritten. test_decode runs without that library (an empty file in its place), on the
+#   plain kernel, and not in Q4, where an ordinary kernel reads what that attention stored; test_prefill not at all. That
+#   all outputs are written is what test_ops shows, where they are NaN before.
 #   racecheck does not know that a bulk copy is awaited at an mbarrier, which the steps and the kernels of many rows do
 #   throughout: it does not get test_decode and test_prefill.
 folder=$1
@@ -39,6 +40,7 @@ for tool in memcheck initcheck synccheck racecheck; do
         "test_conv 2 77" "attention small"; do
         case "$tool $test" in
         "racecheck test_decode"* | "racecheck test_prefill" | "initcheck test_prefill") continue ;;
+        "initcheck test_decode 'short text, Q4'") continue ;;
         esac
         echo "$tool $test"
     done
