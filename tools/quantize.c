@@ -82,8 +82,9 @@ static enum ltn_status quantise_row(const struct rows_job *rj, size_t row, float
     uint8_t *codes = made->codes + row * ltn_row_bytes(rj->dtype, cols);
     uint8_t *scales = made->scales + row * ltn_row_scale_bytes(rj->dtype, cols);
     LTN_TRY(read_row(rj->job, rj->spec, row, w, err));
-    if (rj->feedback ? ltn_feedback_row(rj->feedback, rj->dtype, LTN_FEEDBACK_SWEEPS, w, w + cols, codes, scales)
-                     : ltn_quantise_row(rj->dtype, w, cols, codes, scales))
+    if (rj->feedback
+            ? ltn_feedback_row(rj->feedback, rj->dtype, LTN_FEEDBACK_SWEEPS, w, w + cols, codes, scales)
+            : ltn_quantise_row(rj->dtype, w, cols, codes, scales))
         return LTN_OK;
     return ltn_fail(err, LTN_ERR_INPUT, "%s: tensor \"%s\", row %zu: a weight is beyond the range of %s",
                     rj->job->src->file.path, s->name, row, ltn_dtype_name(rj->dtype));
