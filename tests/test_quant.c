@@ -131,14 +131,19 @@ static void test_scales(void **state)
 
 enum { COLS = 80, INPUTS = 400 }; /* the last group is half full */
 
-/* What a row loses, halfway between its weights and those turned into bf16. */
+/* What a row loses, as sweeps count it: halfway between its weights and those turned into bf16, and by half
+ * their distance. */
 static double row_loss(const struct ltn_feedback *f, enum ltn_dtype dtype, const float *w,
                        const uint8_t *codes, const uint8_t *scales)
 {
     double e[COLS], sum = 0;
     for (size_t c = 0; c < COLS; c++) {
         const float value = ltn_weight(codes, scales, dtype, COLS, 0, c);
-        e[c] = w[c] - ((double)value + ltn_bf16_to_f32(ltn_f32_to_bf16(value))) / 2;
+        const double apart = ((double)ltn_bf16_to_f32(ltn_f32_to_bf16(value)) - value) / 2;
+        const size_t first = c / LTN_GROUP * LTN_GROUP,
+                     n = COLS - first < LTN_GROUP ? COLS - first : LTN_GROUP;
+        e[c] = w[c] - (value + apart);
+        sum += f->groups[first * LTN_GROUP + (c - first) * (n + 1)] * apart * apart;
     }
     for (size_t i = 0; i < COLS; i++)
         for (size_t k = 0; k < COLS; k++)
@@ -188,6 +193,9 @@ static void test_feedback(void **state)
         assert_true(fed < 0.95 * nearest);
         assert_true(swept < 0.995 * fed);
     }
+    float huge[COLS] = {1e30f}; /* whose loss is beyond float */
+    uint8_t codes[COLS], scales[64];
+    assert_false(ltn_feedback_row(&f, LTN_FP8, 1, huge, room, codes, scales));
     ltn_feedback_close(&f);
     memset(gram, 0, sizeof gram);
     assert_int_equal(ltn_feedback_open(&f, gram, COLS, "w", &err), LTN_ERR_INPUT);

@@ -150,7 +150,8 @@ static double round_group(struct fit *fit, enum ltn_dtype dtype, const float *r,
     return loss;
 }
 
-/* The best of the scales; *fit stays as it was if none has a loss below `most`. */
+/* The best of the scales; *fit stays as it was if none has a loss below `most`, as where one is not finite.
+ */
 static void fit_group(struct fit *fit, enum ltn_dtype dtype, const float *r, size_t stride,
                       const float *weights, size_t n, const float *scales, size_t n_scales, double most)
 {
@@ -200,13 +201,15 @@ static bool feed_back(struct row *row)
     const size_t cols = row->f->cols;
     float scales[LTN_QUANT_SCALES];
     size_t n_scales;
-    struct fit fit;
     for (size_t c = 0; c < cols; c += LTN_GROUP) {
         const size_t n = group_width(cols, c);
+        struct fit fit = {.scale = INFINITY};
         if (!scales_for(row, row->target + c, n, scales, &n_scales))
             return false;
         fit_group(&fit, row->dtype, row->f->whole + c * cols + c, cols, row->target + c, n, scales, n_scales,
                   INFINITY);
+        if (!isfinite(fit.scale))
+            return false;
         take(row, c, n, &fit);
         for (size_t i = c; i < c + n; i++) {
             const float *rule = row->f->whole + i * cols, lost = row->target[i] - row->values[i];
@@ -215,6 +218,20 @@ static bool feed_back(struct row *row)
         }
     }
     return true;
+}
+
+/* What the group loses by its weights' becoming others in bf16. */
+static double lost_apart(const struct row *row, size_t first, size_t n)
+{
+    const float *r = row->f->groups + first * LTN_GROUP, scale = row->scales[first / LTN_GROUP];
+    double loss = 0;
+    for (size_t i = 0; i < n; i++) {
+        float value;
+        ltn_quant_code(row->dtype, row->values[first + i], scale, &value);
+        const float apart = row->values[first + i] - value;
+        loss += (double)r[i * n + i] * apart * apart;
+    }
+    return loss;
 }
 
 /* target: what the group would best become, with all others as they are: its values plus the inverse of its
@@ -250,14 +267,16 @@ static void sweep(struct row *row)
         memcpy(before, row->values + c, n * sizeof *before);
         memcpy(fit.values, before, n * sizeof *before);
         /* what is better by less than the rounding of the gradient need not be better */
-        const double most = best_for_group(row, c, n, target) * (1 - 1e-5);
+        const double most = (best_for_group(row, c, n, target) + lost_apart(row, c, n)) * (1 - 1e-5);
         if (!scales_for(row, target, n, scales, &n_scales))
             continue;
         fit_group(&fit, row->dtype, row->f->groups + c * LTN_GROUP, n, target, n, scales, n_scales, most);
         take(row, c, n, &fit);
         for (size_t i = 0; i < n; i++) {
             const float change = fit.values[i] - before[i], *gram = row->f->gram + (c + i) * cols;
-            for (size_t k = 0; k < cols && change != 0; k++)
+            if (change == 0)
+                continue;
+            for (size_t k = 0; k < cols; k++)
                 row->gradient[k] -= change * gram[k];
         }
     }
