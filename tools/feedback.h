@@ -1,7 +1,8 @@
 /* Rounding a row such that its products with given inputs change least.
  *
- * The loss of rounding a row w to q is (w - q) H (w - q), H the damped sum over the inputs x of x x^T. Column
- * after column, what a rounding loses is made good in those not yet rounded, by the second-order rule of GPTQ
+ * The loss of rounding a row w to q is (w - q) H (w - q), H the damped sum over the inputs x of x x^T. What
+ * counts is that of q and that of q turned into bf16, together (struct fit in feedback.c). Column after
+ * column, what a rounding loses is made good in those not yet rounded, by the second-order rule of GPTQ
  * (Frantar, Ashkboos, Hoefler, Alistarh, arXiv 2210.17323, Algorithm 1 without its blocks); each group takes
  * of the scales that ltn_quant_scales names the one with which this loses least. Then sweeps over the groups,
  * as QuantEase (Behdin and others, arXiv 2309.01885) does over columns: with all others as they are, a group
