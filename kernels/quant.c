@@ -8,36 +8,49 @@ static float extreme(const float *w, size_t n)
     return most;
 }
 
-static double lost(enum ltn_dtype dtype, const float *w, const float *importance, size_t n, float scale)
+size_t ltn_quant_scales(enum ltn_dtype dtype, const float *weights, size_t n, float *scales)
+{
+    const float most = extreme(weights, n);
+    if (dtype == LTN_FP8) {
+        scales[0] = fabsf(most) / 448;
+        return 1;
+    }
+    /* The code, not rounded, that the largest weight gets. Of q8's scales that waste up to a fifth of the
+     * codes one has, by chance, all weights near their codes; of q4's some cut the largest weight, and the
+     * scale has its sign turned round, since -8 is there and 8 is not. */
+    const size_t count = dtype == LTN_Q8 ? LTN_QUANT_SCALES : 29;
+    for (size_t i = 0; i < count; i++) {
+        const float at =
+            dtype == LTN_Q8 ? copysignf(127.5f - 0.4f * (float)i, most) : -6.4f - 0.1f * (float)i;
+        scales[i] = ltn_f16_to_f32(ltn_f32_to_f16(most / at));
+    }
+    return count;
+}
+
+static double lost(enum ltn_dtype dtype, const float *w, size_t n, float scale)
 {
     double sum = 0;
     for (size_t i = 0; i < n; i++) {
         float value;
         ltn_quant_code(dtype, w[i], scale, &value);
-        sum += (importance ? importance[i] : 1) * (double)(w[i] - value) * (w[i] - value);
+        sum += (double)(w[i] - value) * (w[i] - value);
     }
     return sum;
 }
 
-float ltn_quant_scale(enum ltn_dtype dtype, const float *weights, const float *importance, size_t n)
+/* The one that loses least, or an infinite one if any is. */
+static float best_scale(enum ltn_dtype dtype, const float *weights, size_t n)
 {
-    const float most = extreme(weights, n);
-    if (dtype == LTN_FP8)
-        return fabsf(most) / 448;
-    float best = 0;
+    float scales[LTN_QUANT_SCALES], best = 0;
+    const size_t count = ltn_quant_scales(dtype, weights, n, scales);
     double least = INFINITY;
-    /* The code, not rounded, that the largest weight gets. Of q8's scales that waste up to a sixteenth of the
-     * codes one has, by chance, all weights near their codes; of q4's some cut the largest weight, and the
-     * scale has its sign turned round, since -8 is there and 8 is not. */
-    for (int i = 0; i < (dtype == LTN_Q8 ? 40 : 29); i++) {
-        const float at = dtype == LTN_Q8 ? copysignf(127 - 0.2f * (float)i, most) : -6.4f - 0.1f * (float)i;
-        const float scale = ltn_f16_to_f32(ltn_f32_to_f16(most / at));
-        if (!isfinite(scale))
-            return scale;
-        const double loss = lost(dtype, weights, importance, n, scale);
+    for (size_t i = 0; i < count; i++) {
+        if (!isfinite(scales[i]) || count == 1)
+            return scales[i];
+        const double loss = lost(dtype, weights, n, scales[i]);
         if (loss < least) {
             least = loss;
-            best = scale;
+            best = scales[i];
         }
     }
     return best;
@@ -84,7 +97,7 @@ bool ltn_quantise_row(enum ltn_dtype dtype, const float *weights, size_t cols, v
     memset(row, 0, ltn_row_bytes(dtype, cols));
     for (size_t first = 0; first < cols; first += share) {
         size_t n = cols - first < share ? cols - first : share;
-        float scale = ltn_quant_scale(dtype, weights + first, NULL, n), value;
+        float scale = best_scale(dtype, weights + first, n), value;
         finite &= isfinite(scale);
         ltn_quant_put_scale(dtype, row_scales, first / share, scale);
         for (size_t c = first; c < first + n; c++)

@@ -97,10 +97,11 @@ static inline float ltn_weight(const void *data, const void *scales, enum ltn_dt
 
 /* ---- making them: kernels/quant.c ---------------------------------------------------------------------- */
 
-/* The scale, as it will be stored, for n weights that share one: fp8 gives the largest of them the largest
- * code; q8 and q4 take of several scales the one that loses least, in squares that count importance[i] times
- * (NULL: once). Infinite where f16 cannot hold it. */
-float ltn_quant_scale(enum ltn_dtype dtype, const float *weights, const float *importance, size_t n);
+/* Scales, as they will be stored, to choose from for n weights that share one, at most LTN_QUANT_SCALES: fp8
+ * has one, which gives the largest weight the largest code. Infinite where f16 cannot hold it. Returns how
+ * many. */
+enum { LTN_QUANT_SCALES = 60 };
+size_t ltn_quant_scales(enum ltn_dtype dtype, const float *weights, size_t n, float *scales);
 
 /* The code nearest to a weight, in the low byte, and in *value the weight that it stands for. */
 int ltn_quant_code(enum ltn_dtype dtype, float weight, float scale, float *value);

@@ -116,13 +116,13 @@ def table(results):
     for d in DTYPES:
         s = scores.get(d)
         if s and "kl_mean" in s:
-            text = "%s tokens of %s" % (format(s["tokens"], ","), s["text"])
+            text = "%s tokens of %s on %s" % (format(s["tokens"], ","), s["text"], s["device"])
             texts.setdefault((s["model"], text), []).append(d)
     for (model, text), types in texts.items():
         notes.append("%s, %s%s" % (model, text, " (%s)" % ", ".join(types) if len(texts) > 1 else ""))
     for kind in ("cuda", "CPU"):
         of_kind = sorted({r["device"] for r in speeds.values() if (r["threads"] > 0) == (kind == "CPU")})
-        notes += of_kind
+        notes += ["speeds on " + device for device in of_kind]
     return "\n".join(out + ["", "Measured: " + "; ".join(notes) + "."])
 
 

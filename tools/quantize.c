@@ -3,6 +3,7 @@
 #include "kernels/cpu/pool.h"
 #include "kernels/quant.h"
 #include "tools/calibrate.h"
+#include "tools/feedback.h"
 
 #include <inttypes.h>
 #include <math.h>
@@ -38,113 +39,6 @@ static enum ltn_status step(struct job *j, uint64_t parameters)
     return status == LTN_OK ? status : ltn_fail(j->err, status, "stopped");
 }
 
-/* ---- the arithmetic of error feedback ------------------------------------------------------------------ */
-
-static void subtract(double *y, const double *x, double factor, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        y[i] -= factor * x[i];
-}
-
-/* a, [n, n], symmetric and positive: its upper half becomes V with a = V^T V. False where it is not positive
- * within rounding. */
-static bool factorise(double *a, size_t n)
-{
-    for (size_t k = 0; k < n; k++) {
-        double *row = a + k * n;
-        if (!(row[k] > 0))
-            return false;
-        double root = sqrt(row[k]);
-        for (size_t i = k; i < n; i++)
-            row[i] /= root;
-        for (size_t i = k + 1; i < n; i++)
-            subtract(a + i * n + i, row + i, row[i], n - i);
-    }
-    return true;
-}
-
-/* The upper half of v becomes its inverse, last row first. scratch: [n] */
-static void invert(double *v, double *scratch, size_t n)
-{
-    for (size_t i = n; i-- > 0;) {
-        double *row = v + i * n, diagonal = row[i];
-        memcpy(scratch + i, row + i, (n - i) * sizeof *row);
-        memset(row + i, 0, (n - i) * sizeof *row);
-        row[i] = 1;
-        for (size_t k = i + 1; k < n; k++)
-            subtract(row + k, v + k * n + k, scratch[k], n - k);
-        for (size_t k = i; k < n; k++)
-            row[k] /= diagonal;
-    }
-}
-
-/* Row j of r, [n, n], holds from behind its diagonal on R[j, k] / R[j, j], where R is upper and R^T R the
- * inverse of the damped gram; its diagonal holds 1 / R[j, j]^2, which is what an error in column j costs once
- * the columns behind it have made good what they can. To get it from one factor and one inverse, the order of
- * rows and columns is turned round twice. `name`: of the tensor. */
-static enum ltn_status feedback(float **out, const float *gram, size_t n, const char *name,
-                                struct ltn_error *err)
-{
-    double *a = malloc(n * n * sizeof *a), *scratch = malloc(n * sizeof *scratch), trace = 0;
-    float *r = malloc(n * n * sizeof *r);
-    enum ltn_status status = LTN_OK;
-    if (!a || !scratch || !r)
-        status = ltn_fail(err, LTN_ERR_MEMORY, "no memory to calibrate tensor \"%s\"", name);
-    for (size_t i = 0; i < n; i++)
-        trace += gram[i * n + i];
-    for (size_t i = 0; i < n && status == LTN_OK; i++) {
-        for (size_t k = 0; k < n; k++)
-            a[i * n + k] = gram[(n - 1 - i) * n + (n - 1 - k)];
-        a[i * n + i] += 0.01 * trace / (double)n;
-    }
-    if (status == LTN_OK && !(trace > 0 && trace < INFINITY && factorise(a, n)))
-        status = ltn_fail(err, LTN_ERR_INPUT,
-                          "calibration: tensor \"%s\": its inputs, over the text, are all zero or not finite",
-                          name);
-    if (status == LTN_OK) {
-        invert(a, scratch, n);
-        for (size_t j = 0; j < n; j++) {
-            const double diagonal = a[(n - 1 - j) * n + (n - 1 - j)];
-            r[j * n + j] = (float)(1 / (diagonal * diagonal));
-            for (size_t k = j + 1; k < n; k++)
-                r[j * n + k] = (float)(a[(n - 1 - k) * n + (n - 1 - j)] / diagonal);
-        }
-        *out = r;
-    } else {
-        free(r);
-    }
-    free(a);
-    free(scratch);
-    return status;
-}
-
-/* One row, column after column; w, [cols], is spent. */
-static bool quantise_row_with(enum ltn_dtype dtype, const float *r, float *w, size_t cols, uint8_t *codes,
-                              uint8_t *scales)
-{
-    size_t share = dtype == LTN_FP8 ? cols : LTN_GROUP;
-    float scale = 0, importance[LTN_GROUP];
-    memset(codes, 0, ltn_row_bytes(dtype, cols));
-    for (size_t c = 0; c < cols; c++) {
-        if (c % share == 0) {
-            size_t n = cols - c < share ? cols - c : share;
-            for (size_t i = 0; i < n && dtype != LTN_FP8; i++)
-                importance[i] = r[(c + i) * cols + c + i];
-            scale = ltn_quant_scale(dtype, w + c, importance, n);
-            if (!isfinite(scale))
-                return false;
-            ltn_quant_put_scale(dtype, scales, c / share, scale);
-        }
-        float value, *rest = w + c;
-        ltn_quant_put(dtype, codes, c, ltn_quant_code(dtype, w[c], scale, &value));
-        float lost = w[c] - value;
-        const float *row = r + c * cols + c;
-        for (size_t k = 1; k < cols - c; k++)
-            rest[k] -= lost * row[k];
-    }
-    return true;
-}
-
 /* ---- a matrix ------------------------------------------------------------------------------------------ */
 
 static enum ltn_status read_row(const struct job *j, size_t spec, size_t row, float *out,
@@ -172,8 +66,9 @@ struct rows_job {
     const struct job *job;
     size_t spec;
     enum ltn_dtype dtype;
-    const float *r;                       /* NULL: to the nearest code */
-    float *room;                          /* [n_threads, cols] */
+    const struct ltn_feedback *feedback;  /* NULL: to the nearest code */
+    float *room;                          /* [n_threads, room_floats] */
+    size_t room_floats;                   /* a row and its scratch */
     size_t first;                         /* row of task 0 */
     enum ltn_status status[ROWS_AT_ONCE]; /* of each row */
     struct ltn_error errors[ROWS_AT_ONCE];
@@ -187,8 +82,9 @@ static enum ltn_status quantise_row(const struct rows_job *rj, size_t row, float
     uint8_t *codes = made->codes + row * ltn_row_bytes(rj->dtype, cols);
     uint8_t *scales = made->scales + row * ltn_row_scale_bytes(rj->dtype, cols);
     LTN_TRY(read_row(rj->job, rj->spec, row, w, err));
-    if (rj->r ? quantise_row_with(rj->dtype, rj->r, w, cols, codes, scales)
-              : ltn_quantise_row(rj->dtype, w, cols, codes, scales))
+    if (rj->feedback
+            ? ltn_feedback_row(rj->feedback, rj->dtype, LTN_FEEDBACK_SWEEPS, w, w + cols, codes, scales)
+            : ltn_quantise_row(rj->dtype, w, cols, codes, scales))
         return LTN_OK;
     return ltn_fail(err, LTN_ERR_INPUT, "%s: tensor \"%s\", row %zu: a weight is beyond the range of %s",
                     rj->job->src->file.path, s->name, row, ltn_dtype_name(rj->dtype));
@@ -197,7 +93,7 @@ static enum ltn_status quantise_row(const struct rows_job *rj, size_t row, float
 static void quantise_task(void *ctx, int64_t task, int worker)
 {
     struct rows_job *rj = ctx;
-    float *w = rj->room + (size_t)worker * (size_t)rj->job->src->specs[rj->spec].shape[1];
+    float *w = rj->room + (size_t)worker * rj->room_floats;
     rj->status[task] = quantise_row(rj, rj->first + (size_t)task, w, &rj->errors[task]);
 }
 
@@ -223,8 +119,10 @@ static enum ltn_status make(struct job *j, size_t spec, enum ltn_dtype dtype)
     size_t rows = (size_t)s->shape[0], cols = (size_t)s->shape[1];
     struct made *made = &j->made[spec];
     struct rows_job *rj = calloc(1, sizeof *rj);
+    struct ltn_feedback feedback = {0};
     const float *gram = NULL;
-    float *r = NULL, *room = malloc((size_t)j->n_threads * cols * sizeof *room);
+    const size_t room_floats = cols + ltn_feedback_room(cols);
+    float *room = malloc((size_t)j->n_threads * room_floats * sizeof *room);
     made->codes = malloc(rows * ltn_row_bytes(dtype, cols));
     made->scales = malloc(rows * ltn_row_scale_bytes(dtype, cols));
     enum ltn_status status = LTN_OK;
@@ -233,17 +131,18 @@ static enum ltn_status make(struct job *j, size_t spec, enum ltn_dtype dtype)
     if (status == LTN_OK && j->calibration && ltn_calibration_listens(j->src, spec))
         status = ltn_calibration_gram(j->calibration, spec, &gram, j->err);
     if (status == LTN_OK && gram)
-        status = feedback(&r, gram, cols, s->name, j->err);
+        status = ltn_feedback_open(&feedback, gram, cols, s->name, j->err);
     if (status == LTN_OK) {
         rj->job = j;
         rj->spec = spec;
         rj->dtype = dtype;
-        rj->r = r;
+        rj->feedback = gram ? &feedback : NULL;
         rj->room = room;
+        rj->room_floats = room_floats;
         status = quantise_rows(j, rj);
     }
     free(rj);
-    free(r);
+    ltn_feedback_close(&feedback);
     free(room);
     return status;
 }

@@ -1,11 +1,9 @@
 /* From one .ltn file to another whose matrices are quantised (kernels/quant.h).
  *
  * Without a text every weight goes to the nearest code. With a text the model reads it first, and each matrix
- * is quantised so that its products with what it was given there change least: column after column, what a
- * column's rounding loses is made good in those not yet rounded, by the second-order rule of GPTQ (Frantar,
- * Ashkboos, Hoefler, Alistarh, arXiv 2210.17323, Algorithm 1 without its blocks). An embedding, which is read
- * by rows, is rounded to the nearest, unless it is the head too. Both ways are deterministic, with any number
- * of threads.
+ * is quantised so that its products with what it was given there change least (tools/feedback.h). An
+ * embedding, which is read by rows, is rounded to the nearest, unless it is the head too. Both ways are
+ * deterministic, with any number of threads.
  */
 #ifndef LTN_QUANTIZE_H
 #define LTN_QUANTIZE_H

@@ -3,6 +3,7 @@
 
     data.py tokenizer OUT.model TEXT...          train the SentencePiece BPE on a sample of the texts
     data.py encode TOKENIZER.model OUT.npy TEXT...   texts to one stream of uint16 ids
+    data.py pieces OUT.txt TEXT...               pieces from all over the texts, to calibrate by
 
 A text is UTF-8, plain or .xz; each document is ended by a line `<|endoftext|>`. The stream is formed as the engine
 forms it: the raw file is split at the literal `<|endoftext|>`, which becomes its id, and everything between,
@@ -74,6 +75,13 @@ def encode(model, text, workers=1):
         return np.concatenate(pool.map(_encode, parts, chunksize=1))
 
 
+def pieces(text, n, size):
+    """-> n pieces of `size` bytes, evenly spread; each begins with a line and ends where it ends, and with a newline."""
+    raw = text.encode("utf-8")
+    starts = [raw.find(b"\n", len(raw) * i // n) + 1 for i in range(n)]
+    return [raw[a:a + size].decode("utf-8", "ignore") + "\n" for a in starts]
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = ap.add_subparsers(dest="cmd", required=True)
@@ -88,9 +96,19 @@ def main():
     e.add_argument("out")
     e.add_argument("texts", nargs="+")
     e.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
+    p = sub.add_parser("pieces")
+    p.add_argument("out")
+    p.add_argument("texts", nargs="+")
+    p.add_argument("--pieces", type=int, default=100, help="of each text")
+    p.add_argument("--size", type=int, default=1000, help="bytes of a piece")
     a = ap.parse_args()
     if a.cmd == "tokenizer":
         train_tokenizer(a.out, a.texts, a.vocab_size, a.sample_mb, a.seed)
+        return
+    if a.cmd == "pieces":
+        with open(a.out, "w", encoding="utf-8", newline="") as f:
+            for t in a.texts:
+                f.writelines(pieces(read_text(t), a.pieces, a.size))
         return
     streams = [encode(a.tokenizer, read_text(t), a.workers) for t in a.texts]
     np.save(a.out, np.concatenate(streams))
