@@ -17,7 +17,7 @@ template <typename W, bool WIDE> struct piece {
     static constexpr int N = WIDE ? 16 / sizeof(W) : 1;
 };
 
-/* acc += piece . x, where lo and hi are the first and last four of eight columns; of four columns lo alone. */
+/* acc += piece . x, where lo and hi are the first and last four of eight columns; of four, lo alone. */
 template <typename W> struct dot;
 template <> struct dot<float> {
     static __device__ __forceinline__ float add(uint4 w, float4 lo, float4, float acc)
