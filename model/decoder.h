@@ -63,7 +63,9 @@ enum ltn_status ltn_forward_ids(const struct ltn_model *model, struct ltn_worksp
                                 int32_t rows, const struct ltn_seq *seqs, int32_t n_seqs, enum ltn_want want,
                                 const struct ltn_tap *tap, struct ltn_error *err);
 
-/* Decoding with the token, its choice and the position on the device: one step is recorded once and then
+enum { LTN_STEPS_RECORDED = 8 }; /* in one recording, where so many are taken at once */
+
+/* Decoding with the token, its choice and the position on the device: steps are recorded once and then
  * replayed, many steps per call. Only where the backend records (ltn_stepper_possible). */
 struct ltn_stepper {
     const struct ltn_model *model; /* borrowed */
@@ -71,14 +73,14 @@ struct ltn_stepper {
     struct ltn_seq *seqs;          /* [n_seqs] */
     int32_t n_seqs;
     int32_t max_steps;
-    struct ltn_choice choice; /* its biases in `memory` */
-    int64_t done;             /* tokens past the positions at creation */
-    void *memory;             /* of what follows */
-    int64_t *steps;           /* backend memory: `done`, as the device counts it */
-    struct ltn_draws *draws;  /* backend memory, [n_seqs] */
-    int32_t *log;             /* backend memory, [max_steps, n_seqs] the latest ids, a ring */
-    float *scratch;           /* backend memory, [2, n_seqs, V] */
-    struct ltn_recording *recording;
+    struct ltn_choice choice;            /* its biases in `memory` */
+    int64_t done;                        /* tokens past the positions at creation */
+    void *memory;                        /* of what follows */
+    int64_t *steps;                      /* backend memory: `done`, as the device counts it */
+    struct ltn_draws *draws;             /* backend memory, [n_seqs] */
+    int32_t *log;                        /* backend memory, [max_steps, n_seqs] the latest ids, a ring */
+    float *scratch;                      /* backend memory, [2, n_seqs, V] */
+    struct ltn_recording *one, *several; /* of a step, and of LTN_STEPS_RECORDED; NULL: none yet */
 };
 
 bool ltn_stepper_possible(const struct ltn_backend *be);

@@ -84,14 +84,30 @@ static enum ltn_status step(struct ltn_stepper *s, struct ltn_error *err)
 }
 
 /* Nothing of a recorded step runs, so that the states stay as they are. */
-static enum ltn_status record_steps(struct ltn_stepper *s, struct ltn_error *err)
+static enum ltn_status record_steps(struct ltn_stepper *s, int32_t n, struct ltn_recording **out,
+                                    struct ltn_error *err)
 {
     struct ltn_backend *be = s->model->be;
+    enum ltn_status status = LTN_OK;
     struct ltn_error late;
     LTN_TRY(be->ops->record(be, s->steps, err));
-    enum ltn_status status = step(s, err);
-    enum ltn_status ended = be->ops->recorded(be, &s->recording, status == LTN_OK ? err : &late);
+    for (int32_t i = 0; i < n && status == LTN_OK; i++)
+        status = step(s, err);
+    enum ltn_status ended = be->ops->recorded(be, out, status == LTN_OK ? err : &late);
     return status != LTN_OK ? status : ended;
+}
+
+/* Between the steps of one recording less time passes than between two recordings. */
+static enum ltn_status take_steps(struct ltn_stepper *s, int32_t n, struct ltn_error *err)
+{
+    struct ltn_backend *be = s->model->be;
+    if (n >= LTN_STEPS_RECORDED && !s->several)
+        LTN_TRY(record_steps(s, LTN_STEPS_RECORDED, &s->several, err));
+    for (; n >= LTN_STEPS_RECORDED; n -= LTN_STEPS_RECORDED)
+        LTN_TRY(be->ops->replay(be, s->several, err));
+    for (; n > 0; n--)
+        LTN_TRY(be->ops->replay(be, s->one, err));
+    return LTN_OK;
 }
 
 static size_t align_up(size_t bytes)
@@ -121,7 +137,7 @@ static enum ltn_status prepare(struct ltn_stepper *s, const struct ltn_seq *seqs
     s->scratch = (float *)(at + parts[3]);
     for (int32_t i = 0; i < s->n_seqs; i++)
         s->seqs[i] = (struct ltn_seq){seqs[i].state, seqs[i].pos, i, 1};
-    return record_steps(s, err);
+    return record_steps(s, 1, &s->one, err);
 }
 
 enum ltn_status ltn_stepper_create(struct ltn_stepper *s, const struct ltn_model *model,
@@ -163,8 +179,7 @@ enum ltn_status ltn_stepper_run(struct ltn_stepper *s, const int32_t *ids, const
         LTN_TRY(be->ops->upload(be, s->ws->ids, ids, row * sizeof *ids, err));
     if (draws)
         LTN_TRY(be->ops->upload(be, s->draws, draws, row * sizeof *draws, err));
-    for (int32_t i = 0; i < n_steps; i++)
-        LTN_TRY(be->ops->replay(be, s->recording, err));
+    LTN_TRY(take_steps(s, n_steps, err));
     /* The log is a ring. */
     for (int32_t got = 0; got < n_steps;) {
         int32_t at = (int32_t)(s->done % s->max_steps);
@@ -180,8 +195,10 @@ enum ltn_status ltn_stepper_run(struct ltn_stepper *s, const int32_t *ids, const
 void ltn_stepper_free(struct ltn_stepper *s)
 {
     if (s->model) {
-        if (s->recording)
-            s->model->be->ops->recording_free(s->model->be, s->recording);
+        if (s->one)
+            s->model->be->ops->recording_free(s->model->be, s->one);
+        if (s->several)
+            s->model->be->ops->recording_free(s->model->be, s->several);
         s->model->be->ops->free(s->model->be, s->memory);
     }
     free(s->seqs);

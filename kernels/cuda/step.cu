@@ -28,15 +28,20 @@
  * that follows from the sizes of the model alone. With bf16 and quantised weights (step_quant.cuh) the tensor
  * cores multiply, with f16 and f32 the ordinary ones. With all but f32 the input is bf16, as the residual
  * stream is where it enters a product; what it is added to stays f32 in its block. Norms are scalars beside
- * the product. */
+ * the product.
+ *
+ * A quarter of an SM keeps 32 KB of instructions; what is beyond takes twice as long, and more where warps
+ * are apart. So a loop goes over the products of a layer, and their code has to be short.
+ *
+ * The launch before may still run when blocks begin: weights are fetched at once, all else waits for it. */
 #include "kernels/cuda/step_quant.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 /* ---- the state ----------------------------------------------------------------------------------------- */
 
-/* What few layers or models need is called, not repeated: the kernel's code has to be short (`team`). */
-static __device__ __noinline__ float turn_of(const float *theta, int32_t feature, double pos, bool sine)
+/* What few layers or models need is called, not repeated, so that the code is short. */
+static __device__ __noinline__ float turn_of(const float *theta, uint32_t feature, double pos, bool sine)
 {
     return lrpe_turn(theta[feature], pos, sine);
 }
@@ -52,10 +57,10 @@ template <typename W> struct mixer {
     };
 
     const struct step_args &a;
-    const struct step_layer *l;
-    int32_t d, row, col;
+    int32_t row, col;
     struct spot spots[ROUNDS];
     float4 held[ROUNDS][EARLY];
+    float slope; /* of the first unit's head */
 
     __device__ __forceinline__ mixer(const struct step_args &args) : a(args)
     {
@@ -66,115 +71,116 @@ template <typename W> struct mixer {
             spots[i] = spot_of(i);
     }
 
-    __device__ __forceinline__ struct spot spot_of(int32_t round) const
+    __device__ __noinline__ struct spot spot_of(int32_t round) const
     {
-        const int32_t per_head = a.head_dim / COLS;
-        const int32_t unit =
-            (round * 2 + (int32_t)threadIdx.x / HALF) * (int32_t)gridDim.x + (int32_t)blockIdx.x;
+        const uint32_t per_head = a.head_dim / COLS;
+        const uint32_t unit = (round * 2 + threadIdx.x / HALF) * gridDim.x + blockIdx.x;
         const int32_t head = unit / per_head;
-        return {head < a.n_heads ? head : -1, (unit - head * per_head) * COLS};
+        return {head < a.n_heads ? head : -1, (int32_t)(unit - head * per_head) * COLS};
     }
 
-    /* This thread's first row of a unit; the others are ROWS apart. */
-    __device__ __forceinline__ float *first_row(const struct spot &at) const
+    __device__ __forceinline__ const struct step_layer &layer(int32_t l) const
     {
-        return a.state + l->state_offset + (int64_t)(at.head * d + row) * a.head_dim + at.col + col;
+        return a.layers[l % MAX_LAYERS];
+    }
+    __device__ __forceinline__ int32_t rows(int32_t l) const /* of a head's state */
+    {
+        return layer(l).theta ? 2 * a.head_dim : a.head_dim;
+    }
+    /* This thread's first row of a unit; the others are ROWS apart. */
+    __device__ __forceinline__ float *first_row(int32_t l, const struct spot &at) const
+    {
+        return a.state + layer(l).state_offset + (int64_t)(at.head * rows(l) + row) * a.head_dim + at.col +
+               col;
     }
     static __device__ __forceinline__ float4 load_row(const float *S)
     {
         return __ldcg(reinterpret_cast<const float4 *>(S));
     }
 
-    /* Of a new layer, what can be had before its q, k and v. */
-    __device__ __forceinline__ void fetch(const struct step_layer &layer)
+    /* Of a layer, what can be had before its q, k and v. */
+    __device__ __forceinline__ void fetch(int32_t l)
     {
-        l = &layer;
-        d = l->theta ? 2 * a.head_dim : a.head_dim;
+        if (spots[0].head >= 0)
+            slope = __ldg(layer(l).slopes + spots[0].head);
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const float *S = first_row(spots[i]);
+            const float *S = first_row(l, spots[i]);
 #pragma unroll
             for (int k = 0; k < EARLY; k++)
-                if (spots[i].head >= 0 && row + k * ROWS < d)
+                if (spots[i].head >= 0 && row + k * ROWS < rows(l))
                     held[i][k] = load_row(S + k * ROWS * a.head_dim);
         }
     }
 
-    __device__ __forceinline__ void run(const struct room &m, double pos, uint32_t tag)
+    __device__ __forceinline__ void run(const struct room &m, int32_t l, double pos, uint32_t tag)
     {
         const int lane = threadIdx.x % 32, half = threadIdx.x / HALF, warp = threadIdx.x % HALF / 32;
-        const int32_t H = a.H, i = threadIdx.x % HALF, n_units = a.n_heads * (a.head_dim / COLS);
-        const int32_t stride = ROWS * a.head_dim;
-        const uint32_t qkvu = tag + TAG_QKVU;
+        const int32_t i = threadIdx.x % HALF, n_units = a.n_heads * (a.head_dim / COLS);
+        const int32_t stride = ROWS * a.head_dim, d = rows(l);
+        const float *theta = layer(l).theta;
+        const uint32_t H = a.H, qkvu = tag + TAG_QKVU;
+        const uint64_t *words = a.words->qkvu;
 #pragma unroll 1
         for (int32_t round = 0; round * (int32_t)gridDim.x * 2 < n_units; round++) {
             float *sums = m.mix + (round % 2 * 2 + half) * (WARPS / 2) * COLS;
             const struct spot spot = round == 0 ? spots[0] : round == 1 ? spots[1] : spot_of(round);
-            const int32_t c = spot.head * a.head_dim + spot.col;
+            const uint32_t head = spot.head * a.head_dim, c = head + spot.col;
             const bool writes = i < COLS && spot.head >= 0;
             float up = 0;
             float4 sum = make_float4(0, 0, 0, 0);
             if (spot.head >= 0) {
-                const uint64_t *q_at = a.words->qkvu + spot.head * a.head_dim;
-                const uint64_t *v_at = a.words->qkvu + 2 * H + c + col, *up_at = v_at + H - col + i;
-                const float fade = -expm1f(-l->slopes[spot.head]);
-                float *S = first_row(spot);
-                float4 early[EARLY];
-                float turned[EARLY];
-                int32_t features[EARLY];
+                const float fade = -expm1f(-(round == 0 ? slope : __ldg(layer(l).slopes + spot.head)));
+                float *S = first_row(l, spot);
+#pragma unroll 1
+                for (int32_t from = 0; from < d; from += EARLY * ROWS, S += EARLY * stride) {
+                    float4 s[EARLY];
+                    float turned[EARLY];
+                    uint32_t features[EARLY];
 #pragma unroll
-                for (int k = 0; k < EARLY; k++) {
-                    const int32_t r = min(row + k * ROWS, d - 1);
-                    features[k] = r < a.head_dim ? r : r - a.head_dim;
-                    early[k] = round == 0 ? held[0][k] : held[1][k];
-                    turned[k] = 1;
-                    if (round >= ROUNDS && row + k * ROWS < d)
-                        early[k] = load_row(S + k * stride);
-                    if (l->theta)
-                        turned[k] =
-                            turn_of(l->theta + spot.head * a.head_dim, features[k], pos, r >= a.head_dim);
-                }
-                ulonglong2 v0, v1;
-                uint64_t q_word[EARLY], k_word[EARLY], up_word = writes ? look(up_at) : 0;
-                bool again = true;
-                do {
-                    if (again) {
-                        v0 = look2(v_at), v1 = look2(v_at + 2);
+                    for (int k = 0; k < EARLY; k++) {
+                        const int32_t own = from + row + k * ROWS, r = min(own, d - 1);
+                        features[k] = head + (r < a.head_dim ? r : r - a.head_dim);
+                        s[k] = round == 0 ? held[0][k] : held[1][k];
+                        turned[k] = 1;
+                        if ((round >= ROUNDS || from > 0) && own < d)
+                            s[k] = load_row(S + k * stride);
+                        if (theta)
+                            turned[k] = turn_of(theta, features[k], pos, r >= a.head_dim);
+                    }
+                    ulonglong2 v0, v1;
+                    uint64_t q_word[EARLY], k_word[EARLY], up_word = (uint64_t)qkvu << 32;
+                    bool again = true;
+                    do {
+                        if (again) {
+                            v0 = look2(words + (2 * H + c + col)), v1 = look2(words + (2 * H + c + col + 2));
+                            if (writes)
+                                up_word = look(words + (3 * H + c + i));
+#pragma unroll
+                            for (int k = 0; k < EARLY; k++)
+                                q_word[k] = look(words + features[k]),
+                                k_word[k] = look(words + (H + features[k]));
+                        }
+                        again = stale(v0, qkvu) | stale(v1, qkvu) | stale(up_word, qkvu);
 #pragma unroll
                         for (int k = 0; k < EARLY; k++)
-                            q_word[k] = look(q_at + features[k]), k_word[k] = look(q_at + H + features[k]);
-                    }
-                    again = stale(v0, qkvu) || stale(v1, qkvu);
+                            again |= stale(q_word[k], qkvu) | stale(k_word[k], qkvu);
+                    } while (__any_sync(0xffffffffu, again));
+                    const float4 v =
+                        make_float4(value_of(v0.x), value_of(v0.y), value_of(v1.x), value_of(v1.y));
+                    up = value_of(up_word);
 #pragma unroll
                     for (int k = 0; k < EARLY; k++)
-                        again = again || stale(q_word[k], qkvu) || stale(k_word[k], qkvu);
-                } while (__any_sync(0xffffffffu, again));
-                const float4 v = make_float4(value_of(v0.x), value_of(v0.y), value_of(v1.x), value_of(v1.y));
-                const auto add = [&](float4 s, float q, float k, float *place) {
-                    s.x += k * v.x - fade * s.x, s.y += k * v.y - fade * s.y;
-                    s.z += k * v.z - fade * s.z, s.w += k * v.w - fade * s.w;
-                    __stcg(reinterpret_cast<float4 *>(place), s);
-                    sum.x += q * s.x, sum.y += q * s.y, sum.z += q * s.z, sum.w += q * s.w;
-                };
-#pragma unroll
-                for (int k = 0; k < EARLY; k++)
-                    if (row + k * ROWS < d)
-                        add(early[k], value_of(q_word[k]) * turned[k], value_of(k_word[k]) * turned[k],
-                            S + k * stride);
-#pragma unroll 1
-                for (int32_t r = row + EARLY * ROWS; r < d; r += ROWS) { /* of larger heads, and with LRPE */
-                    const int32_t f = r < a.head_dim ? r : r - a.head_dim;
-                    const uint64_t late_q = look(q_at + f), late_k = look(q_at + H + f);
-                    float *place = S + (r - row) * a.head_dim;
-                    const float4 s = load_row(place);
-                    float with = 1;
-                    if (l->theta)
-                        with = turn_of(l->theta + spot.head * a.head_dim, f, pos, r >= a.head_dim);
-                    add(s, value_of(await(q_at + f, late_q, qkvu)) * with,
-                        value_of(await(q_at + H + f, late_k, qkvu)) * with, place);
+                        if (from + row + k * ROWS < d) {
+                            const float with_q = value_of(q_word[k]) * turned[k];
+                            const float with_k = value_of(k_word[k]) * turned[k];
+                            s[k].x += with_k * v.x - fade * s[k].x, s[k].y += with_k * v.y - fade * s[k].y;
+                            s[k].z += with_k * v.z - fade * s[k].z, s[k].w += with_k * v.w - fade * s[k].w;
+                            __stcg(reinterpret_cast<float4 *>(S + k * stride), s[k]);
+                            sum.x += with_q * s[k].x, sum.y += with_q * s[k].y;
+                            sum.z += with_q * s[k].z, sum.w += with_q * s[k].w;
+                        }
                 }
-                if (writes)
-                    up = value_of(await(up_at, up_word, qkvu));
             }
             /* Over the 16 lanes of a column; lane bits 4 and 3 say which of the four. */
             const bool b16 = lane & 16, b8 = lane & 8;
@@ -239,21 +245,19 @@ static __device__ __forceinline__ void consume(const struct step_args &a, const 
     if ((int32_t)threadIdx.x < m.shares[OUT].n_dots)
         own = token(m.shares[OUT].first + threadIdx.x);
 
+    w.gather_row(token, m.shares[QKVU].cols);
     struct mixer<W> mix(a);
-    constexpr int COPIES = team<W>::COPIES;
     for (int32_t l = 0; l < a.n_layers; l++, tag += N_TAGS) {
-#pragma unroll COPIES
+#pragma unroll 1
         for (int phase = 0; phase < N_PHASES; phase++) {
             const struct share s = m.shares[phase];
             if (phase == QKVU)
-                mix.fetch(a.layers[l]);
+                mix.fetch(l);
             if (s.n_dots) {
                 w.prepare(s, phase == GLU);
-                if (l == 0 && phase == QKVU)
-                    w.gather_row(token, s.cols);
-                else if (phase == OUT)
+                if (phase == OUT)
                     w.gather_gated(words.gated, s.cols, tag + TAG_MIX);
-                else /* of QKVU, l3 of the layer before */
+                else if (phase != QKVU || l > 0) /* of QKVU, l3 of the layer before */
                     w.gather(phase == L3 ? words.h : words.x, s.cols,
                              phase == L3    ? tag + TAG_GLU
                              : phase == GLU ? tag + TAG_OUT
@@ -281,7 +285,7 @@ static __device__ __forceinline__ void consume(const struct step_args &a, const 
                 });
             }
             if (phase == QKVU)
-                mix.run(m, pos, tag);
+                mix.run(m, l, pos, tag);
         }
     }
     const struct share s = m.shares[HEAD];
@@ -306,7 +310,7 @@ static __global__ void __launch_bounds__(shape<W>::THREADS + STREAMER, 1)
     struct room m;
     m.in = reinterpret_cast<float *>(shared + ring_bytes<W>(a.blocks) / 16);
     m.parts = m.in + a.max_input;
-    m.mix = m.parts + 2 * GROUPS * WARPS * GROUP;
+    m.mix = m.parts + 2 * WARPS * PASS;
     m.red = m.mix + 2 * WARPS * COLS;
     m.shares = reinterpret_cast<struct share *>(m.red + 2 * WARPS);
     if (threadIdx.x <= HEAD)
@@ -315,10 +319,12 @@ static __global__ void __launch_bounds__(shape<W>::THREADS + STREAMER, 1)
     if (threadIdx.x == 0)
         r.open();
     __syncthreads();
-    if (threadIdx.x >= shape<W>::THREADS)
+    if (threadIdx.x >= shape<W>::THREADS) {
         stream<W>(a, m.shares, r);
-    else
+    } else {
+        wait_for_previous();
         consume<W>(a, m, r);
+    }
 #endif
 }
 
@@ -376,7 +382,7 @@ static bool suits(const struct cuda_backend *be, const struct ltn_network *net)
 
 /* What is on its way delays what blocks tell each other, so the less a block has to fetch between two of
  * them, the lower the limit. Measured at the released shapes: 53, 211 and 770 KB of a product of 16 bits a
- * block. */
+ * block, of 4 bits 15, 59 and 233, of 8 bits twice that. Large copies are fetched sooner, but delay more. */
 static void set_limits(struct step_args *a, const struct ltn_network *net, int32_t n_sms)
 {
     const enum ltn_dtype dtype = net->layers[0].qkv.w.dtype;
@@ -385,8 +391,12 @@ static void set_limits(struct step_args *a, const struct ltn_network *net, int32
     const int64_t each = (5 * H + 3 * G) * row / N_PHASES / n_sms;
     a->coming = each < 128 << 10 ? 2 : each < 512 << 10 ? 3 : 4;
     a->coming_idle = 2;
-    if (ltn_is_quantised(dtype))
-        a->coming = each < 128 << 10 ? 2 : 3, a->coming_idle = each < 384 << 10 ? 1 : 2;
+    a->halves = false;
+    if (ltn_is_quantised(dtype)) {
+        a->halves = each >= 48 << 10;
+        a->coming = a->halves && each < (dtype == LTN_FP8 ? 256 : 96) << 10 ? 2 : 3;
+        a->coming_idle = dtype == LTN_Q8 && each >= 384 << 10 ? 2 : 1;
+    }
 }
 
 template <typename W>
@@ -396,22 +406,24 @@ static enum ltn_status run(struct cuda_backend *be, struct step_args *a, struct 
     a->max_input = input_floats(max32(a->D, max32(a->H, a->G)), W());
     if (a->embed_scales)
         a->max_input = max32(a->max_input, input_floats(a->D, quant<q8>()));
-    a->blocks = ring<W>::blocks(*a);
-    const size_t shared =
-        ring_bytes<W>(a->blocks) + sizeof(struct share) * (HEAD + 1) +
-        ((size_t)a->max_input + 2 * GROUPS * WARPS * GROUP + 2 * WARPS * COLS + 2 * WARPS) * sizeof(float);
-    if (shared > be->max_shared)
+    const size_t others =
+        ring_bytes<W>(0) + sizeof(struct share) * (HEAD + 1) +
+        ((size_t)a->max_input + 2 * WARPS * PASS + 2 * WARPS * COLS + 2 * WARPS) * sizeof(float);
+    if (others > be->max_shared || !(a->blocks = ring<W>::blocks(*a, be->max_shared - others)))
         return LTN_ERR_UNSUPPORTED;
-    cudaLaunchAttribute together = {};
-    together.id = cudaLaunchAttributeCooperative;
-    together.val.cooperative = 1;
+    const size_t shared = others + (size_t)a->blocks * ring<W>::BLOCK;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(be->n_sms);
     config.blockDim = dim3(shape<W>::THREADS + STREAMER);
     config.dynamicSmemBytes = shared;
     config.stream = be->stream;
-    config.attrs = &together;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = may_overlap(be) ? 2 : 1;
     CUDA_TRY(be, err, (cudaLaunchKernelEx(&config, step_kernel<W>, *a)));
     return LTN_OK;
 }

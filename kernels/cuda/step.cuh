@@ -21,11 +21,9 @@ enum {
 enum phase { QKVU, OUT, GLU, L3, HEAD, N_PHASES = HEAD }; /* products of a layer; HEAD follows the last */
 enum { TAG_QKVU = 1, TAG_MIX, TAG_OUT, TAG_GLU, TAG_L3, N_TAGS = TAG_L3 };
 
-/* The warps of a block that take part in products, by the type of the weights, and how often the code of a
- * product stands in the kernel. A quarter of an SM keeps 32 KB of instructions; what is beyond takes twice as
- * long, and more where warps are apart. Quantised products are short, so that this counts. */
+/* The warps of a block that take part in products, by the type of the weights. */
 template <typename W> struct team {
-    static constexpr int WARPS = 16, COPIES = N_PHASES;
+    static constexpr int WARPS = 16;
 };
 template <typename W> struct shape : team<W> {
     static constexpr int WARPS = team<W>::WARPS, THREADS = 32 * WARPS, HALF = THREADS / 2;
@@ -64,8 +62,21 @@ struct step_args {
     int32_t max_input;           /* floats */
     int32_t coming, coming_idle; /* tiles on their way at most; and while blocks wait */
     int32_t blocks;              /* of scales, in the ring */
+    bool halves;                 /* whether lines that follow each other in memory come in one copy */
     struct step_layer layers[MAX_LAYERS];
 };
+
+/* Of numbers that are neither 0 nor near it, nor very large. */
+static __device__ __forceinline__ float reciprocal(float x)
+{
+    asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+static __device__ __forceinline__ float reciprocal_root(float x)
+{
+    asm("rsqrt.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
 
 /* All threads of the block that take part in products. */
 template <typename W> static __device__ __forceinline__ void meet()
@@ -122,18 +133,11 @@ template <bool PAIRED>
 static __device__ __forceinline__ void tell_two(uint64_t *words, int32_t c, float a, float b, uint32_t tag)
 {
     if (PAIRED) {
-        tell(words + c / 2, two_bf16(a, b), tag);
+        tell(words + (uint32_t)c / 2, two_bf16(a, b), tag);
     } else {
         tell(words + c, __float_as_uint(a), tag);
         tell(words + c + 1, __float_as_uint(b), tag);
     }
-}
-
-static __device__ __forceinline__ uint64_t await(const uint64_t *p, uint64_t word, uint32_t tag)
-{
-    while (stale(word, tag))
-        word = look(p);
-    return word;
 }
 
 /* Words without a value that have this tag. */
@@ -155,7 +159,7 @@ static __device__ __forceinline__ void look_at(ulonglong2 &v, const uint64_t *p)
 }
 static __device__ __forceinline__ bool stale(ulonglong2 v, uint32_t tag)
 {
-    return stale(v.x, tag) || stale(v.y, tag);
+    return ((uint32_t)(v.x >> 32) ^ tag) | ((uint32_t)(v.y >> 32) ^ tag);
 }
 
 /* N words or pairs of words from place(i), where wanted(i), all under way together; by whole warps. */
@@ -174,7 +178,7 @@ static __device__ __forceinline__ void await_all(V (&v)[N], P place, I wanted, u
         again = false;
 #pragma unroll
         for (int i = 0; i < N; i++)
-            again = again || stale(v[i], tag);
+            again |= stale(v[i], tag);
     } while (__any_sync(0xffffffffu, again));
 }
 
@@ -208,11 +212,12 @@ template <typename W> struct embedding {
     }
 };
 
-/* A tile: LINES lines of LINE_BYTES, PITCH bytes from one to the next. RATIO: bytes of weights to a byte of
+/* A tile: LINES lines of LINE_BYTES, GAP bytes between its halves; of two matrices each has one. ABREAST: how
+ * many of rows that follow each other come by turns, chunk by chunk. RATIO: bytes of weights to a byte of
  * scales that comes along, 0 if none does. */
 enum { LINES = 8, LINE_BYTES = 2048 };
 template <typename W> struct tile {
-    static constexpr int PITCH = LINE_BYTES, RATIO = 0;
+    static constexpr int GAP = 0, ABREAST = 1, RATIO = 0;
     static constexpr bool FOLDS = false; /* whether short rows share a line */
     static __host__ __device__ __forceinline__ int32_t row_bytes(int32_t cols)
     {
@@ -229,7 +234,7 @@ template <typename W> static __host__ __device__ __forceinline__ struct cut cut_
 {
     const int32_t bytes = tile<W>::row_bytes(cols);
     const bool folds = tile<W>::FOLDS;
-    return {bytes, (bytes + LINE_BYTES - 1) / LINE_BYTES,
+    return {bytes, (int32_t)(((uint32_t)bytes + LINE_BYTES - 1) / LINE_BYTES),
             folds && bytes == LINE_BYTES / 2   ? 1
             : folds && bytes == LINE_BYTES / 4 ? 2
                                                : 0};
@@ -249,11 +254,11 @@ template <typename W> struct outer {
 
 /* Weights on their way: TILES tiles, and blocks of scales. */
 template <typename W> struct ring {
-    static constexpr int TILES = 10, SLOT = LINES * tile<W>::PITCH, BLOCK = 0;
-    static constexpr int CONSUMERS = team<W>::WARPS; /* of a tile */
-    static __host__ int32_t blocks(const struct step_args &)
+    static constexpr int TILES = 10, SLOT = LINES * LINE_BYTES + tile<W>::GAP, BLOCK = 0;
+    static constexpr int CONSUMERS = team<W>::WARPS;                 /* of a tile */
+    static __host__ int32_t blocks(const struct step_args &, size_t) /* none are needed */
     {
-        return 0;
+        return 1;
     }
 };
 
@@ -321,7 +326,7 @@ static __device__ __forceinline__ uint4 load_shared(uint32_t shared)
 /* Shared memory beside the ring. */
 struct room {
     float *in;            /* [max_input] as the worker has it */
-    float *parts;         /* [2][GROUPS][WARPS][GROUP] the warps' sums */
+    float *parts;         /* [2][WARPS][PASS] the warps' sums */
     float *red;           /* [2][WARPS] sums of squares */
     float *mix;           /* [2][2][WARPS / 2][COLS] */
     struct share *shares; /* [HEAD + 1] */
@@ -370,10 +375,8 @@ template <typename W> struct tile_ring {
 };
 
 /* Where a ring stands for whoever walks it. Scales of the rows of a tile, or of as many tiles as these rows
- * have, lie together, a block for each of the tiles. They have no barriers of their own: there are so many
- * that the tiles that used a block before are no longer in the ring when the first tile that uses it again
- * enters.
- */
+ * have, lie together, a block for each of the tiles. They have no barriers of their own: they are there when
+ * the first of these tiles is, and read when the last of them is. */
 template <typename W> struct position {
     uint32_t tile, parity, block;
 
@@ -390,56 +393,89 @@ template <typename W> struct position {
     }
 };
 
+/* Where line number `line` of a tile begins, and which line that is for lane 4 g and those beside it: lanes
+ * that read at once have one of either half. */
+template <typename W> static __device__ __forceinline__ int32_t line_at(int32_t line)
+{
+    return line * LINE_BYTES + line / (LINES / 2) * tile<W>::GAP;
+}
+static __device__ __forceinline__ int32_t line_of(int32_t g)
+{
+    return g % 2 * (LINES / 2) + g / 2;
+}
+
 /* The warp that streams the block's weights, in the order of their use: by products, tiles of rows, and runs
- * of columns. A lane takes a line of each tile, or the scales of one matrix's rows. What is on its way delays
- * what blocks tell each other, so there is a limit to it, and another while they wait. */
+ * of columns. A lane takes a line of each tile, or half a tile, or the scales of one matrix's rows. What is
+ * on its way delays what blocks tell each other, so there is a limit to it, and another while they wait. */
 template <typename W> struct streamer {
     const struct step_args &a;
     const struct tile_ring<W> &r;
     struct position<W> to;
-    int32_t n; /* tiles so far */
+    int32_t n;      /* tiles so far */
+    int32_t reader; /* the last tile whose rows have their scales in the block with this lane's number */
+
+    /* Waits until nothing in the ring needs the blocks that are taken now, for n_tiles tiles `apart`. */
+    __device__ __forceinline__ uint32_t take(int32_t n_tiles, int32_t apart)
+    {
+        const uint32_t place = to.take(r, n_tiles), lane = threadIdx.x % 32;
+        if (lane + n_tiles >= to.block && lane < to.block) {
+            if (reader + r.TILES > n)
+                barrier_wait(&r.empty[reader % r.TILES], reader / r.TILES & 1);
+            reader = n + (n_tiles - 1) * apart;
+        }
+        __syncwarp();
+        return place;
+    }
 
     template <typename P>
     __device__ __forceinline__ void product(const struct share &s, const struct source &from)
     {
         using T = tile<P>;
         const struct cut c = cut_of<P>(s.cols);
-        const int32_t lane = threadIdx.x % 32, two = from.w2 ? 2 : 1, line = lane % LINES / two;
-        const bool second = lane % two;
-        const int32_t step = LINES / two << c.fold; /* rows of a matrix in a tile */
+        const int32_t lane = threadIdx.x % 32, two = from.w2 ? 2 : 1, line = lane % (LINES / two);
+        const bool second = from.w2 && lane & (lane < LINES ? LINES / 2 : 1);
+        const bool halves = a.halves && c.row_bytes << c.fold == LINE_BYTES;
+        const bool copies = lane < LINES && (!halves || lane % (LINES / 2) == 0);
+        const int32_t most = (halves ? LINES / 2 : 1) << c.fold; /* rows that a lane has */
+        const int32_t step = LINES / two << c.fold;              /* rows of a matrix in a tile */
         const uint8_t *at = static_cast<const uint8_t *>(second ? from.w2 : from.w) +
                             (int64_t)(s.first + (line << c.fold)) * c.row_bytes;
         const int32_t row_scales = scale_bytes<P>(c);
         const uint8_t *scales =
             static_cast<const uint8_t *>(second ? from.scales2 : from.scales) + (int64_t)s.first * row_scales;
-        for (int32_t left = s.n_dots / two; left > 0; left -= step) {
-            const int32_t rows = min(step, left), own = max(0, min(1 << c.fold, rows - (line << c.fold)));
-            for (int32_t begin = 0; begin < c.row_bytes; begin += LINE_BYTES) {
-                const int32_t bytes = min((int32_t)LINE_BYTES, c.row_bytes - begin);
-                const bool brings = T::RATIO && begin == 0;
-                barrier_wait(&r.empty[to.tile], to.parity ^ 1);
-                for (;;) {
-                    const int32_t k = n - (*r.waiting ? a.coming_idle : a.coming);
-                    if (k < 0 || barrier_passed(&r.full[k % r.TILES], k / r.TILES & 1))
-                        break;
-                }
-                if (lane == 0)
-                    barrier_arrive_expect(&r.full[to.tile], two * rows * (bytes + (brings ? row_scales : 0)));
-                __syncwarp();
-                if (own && lane < LINES)
-                    bulk_load(r.tiles + to.tile * r.SLOT + lane * T::PITCH, at + begin, own * bytes,
-                              &r.full[to.tile]);
-                if (brings) {
-                    const uint32_t place = to.take(r, c.chunks);
-                    if (lane >= LINES && lane < LINES + two)
-                        bulk_load(place + second * step * row_scales, scales, rows * row_scales,
+        for (int32_t left = s.n_dots / two; left > 0; left -= T::ABREAST * step) {
+            const int32_t abreast = T::ABREAST > 1 && left > step ? 2 : 1;
+            for (int32_t begin = 0; begin < c.row_bytes; begin += LINE_BYTES)
+                for (int32_t side = 0; side < abreast; side++) {
+                    const int32_t rows = min(step, left - side * step);
+                    const int32_t own = max(0, min(most, rows - (line << c.fold)));
+                    const int32_t bytes = min((int32_t)LINE_BYTES, c.row_bytes - begin);
+                    const bool brings = T::RATIO && begin == 0;
+                    barrier_wait(&r.empty[to.tile], to.parity ^ 1);
+                    for (;;) {
+                        const int32_t k = n - (*r.waiting ? a.coming_idle : a.coming);
+                        if (k < 0 || barrier_passed(&r.full[k % r.TILES], k / r.TILES & 1))
+                            break;
+                    }
+                    if (lane == 0)
+                        barrier_arrive_expect(&r.full[to.tile],
+                                              two * rows * (bytes + (brings ? row_scales : 0)));
+                    __syncwarp();
+                    if (own && copies)
+                        bulk_load(r.tiles + to.tile * r.SLOT + line_at<P>(lane),
+                                  at + (int64_t)(side * step) * c.row_bytes + begin, own * bytes,
                                   &r.full[to.tile]);
+                    if (brings) {
+                        const uint32_t place = take(c.chunks, abreast);
+                        if (lane >= LINES && lane < LINES + two)
+                            bulk_load(place + second * step * row_scales, scales + side * step * row_scales,
+                                      rows * row_scales, &r.full[to.tile]);
+                    }
+                    to.next();
+                    n++;
                 }
-                to.next();
-                n++;
-            }
-            at += (int64_t)step * c.row_bytes;
-            scales += step * row_scales;
+            at += (int64_t)(T::ABREAST * step) * c.row_bytes;
+            scales += T::ABREAST * step * row_scales;
         }
     }
 };
@@ -449,7 +485,7 @@ static __device__ __forceinline__ void stream(const struct step_args &a, const s
                                               const struct tile_ring<W> &r)
 {
     struct streamer<W> s = {
-        a, r, {0, 0, 0}, 0
+        a, r, {0, 0, 0}, 0, -ring<W>::TILES
     };
     for (int32_t at = 0; at < N_PHASES * a.n_layers; at++)
         s.template product<W>(shares[at % N_PHASES], source_of(a, at / N_PHASES, at % N_PHASES));
@@ -497,26 +533,24 @@ template <typename W> struct crew {
     }
 
     /* All rows of the block times the input. sums(to, rows, whether it is the product's first) writes this
-     * warp's sums of the next rows, GROUP at most, and the first adds up squares; row_scale(row) is what a
-     * sum is multiplied by. publish(row, sum, 1 / rms) is called by whole warps, a lane a row; the last ones
-     * may lie beyond the block's. */
+     * warp's sums of the next rows, PASS at most, and the first adds up squares; row_scale(row) is what a sum
+     * is multiplied by. publish(row, sum, 1 / rms) is called by whole warps, a lane a row; the last ones may
+     * lie beyond the block's. */
     template <typename S, typename R, typename F>
     __device__ __forceinline__ void product_by(const struct share &s, S sums, R row_scale, F publish)
     {
         for (int32_t from = 0; from < s.n_dots; from += PASS) {
-            float *parts = m.parts + buffer * GROUPS * WARPS * GROUP, *red = m.red + buffer * WARPS;
+            float *parts = m.parts + buffer * WARPS * PASS, *red = m.red + buffer * WARPS;
             const int32_t n = min(s.n_dots - from, (int32_t)PASS);
             const float scale = warp * GROUP < n ? row_scale(from + warp * GROUP + lane) : 0;
-            for (int32_t g = 0; g * GROUP < n; g++)
-                sums(parts + (g * WARPS + warp) * GROUP, min(n - g * GROUP, (int32_t)GROUP),
-                     from == 0 && g == 0);
+            sums(parts + warp * PASS, n, from == 0);
             if (lane == 0)
                 red[warp] = squares;
             meet<W>();
             if (warp * GROUP < n) {
-                const float sum = tree<WARPS>(parts + warp * WARPS * GROUP + lane, GROUP);
+                const float sum = tree<WARPS>(parts + warp * GROUP + lane, PASS);
                 publish(from + warp * GROUP + lane, sum * scale,
-                        rsqrtf(fmaf(tree<WARPS>(red, 1), s.each, 1e-6f)));
+                        reciprocal_root(fmaf(tree<WARPS>(red, 1), s.each, 1e-6f)));
             }
             buffer ^= 1;
         }
@@ -651,14 +685,14 @@ template <typename W> struct worker : crew<W> {
     }
 
     /* This warp's sums of the rows of a group, by eights. The first group of a product adds up squares. */
-    __device__ __forceinline__ void group_sums(float *to, int32_t eights, int32_t cols, bool begins)
+    __device__ __forceinline__ void group_sums(float *to, int32_t eights, int32_t cols, bool two, bool begins)
     {
         if constexpr (TENSOR) {
-            group_by_tiles(to, eights, cols, begins);
+            group_by_tiles(to, eights, cols, two, begins);
         } else {
             if (begins)
                 squares = warp_sum(squares);
-            group_by_pieces(to, eights, cols);
+            group_by_pieces(to, eights, cols, two);
         }
     }
 
@@ -671,14 +705,15 @@ template <typename W> struct worker : crew<W> {
         uint32_t tile;
     };
 
-    __device__ __forceinline__ void group_by_tiles(float *to, int32_t eights, int32_t cols, bool begins)
+    __device__ __forceinline__ void group_by_tiles(float *to, int32_t eights, int32_t cols, bool two,
+                                                   bool begins)
     {
         constexpr int32_t STRIDE = WARPS * G::UNIT;
         const int32_t g = lane / 4, t = lane % 4, odd = g & 1, unit = warp * G::UNIT;
         const int32_t units = (cols + STRIDE - 1) / STRIDE;
         const uint4 none = make_uint4(0, 0, 0, 0);
         const uint32_t *in = reinterpret_cast<const uint32_t *>(m.in) + unit + lane % 16 * 4;
-        const uint32_t first = r.tiles + g * T::PITCH + warp * 128 + t * 16;
+        const uint32_t first = r.tiles + line_at<W>(line_of(g)) + warp * 128 + t * 16;
         int32_t left = eights * units, units_left = units, from = 0;
         float4 c = make_float4(0, 0, 0, 0);
         const auto read = [&](struct part &v) {
@@ -709,7 +744,7 @@ template <typename W> struct worker : crew<W> {
             }
         };
         struct part one, other; /* the next is read before one is multiplied */
-        to += g;
+        to += two ? g : line_of(g);
         read(one);
         if (begins)
             squares = warp_sum(squares);
@@ -729,8 +764,8 @@ template <typename W> struct worker : crew<W> {
         }
     }
 
-    /* Lane 8 q + i has piece i of rows q and q + 4; at the end, row 4 i + q. */
-    __device__ __forceinline__ void group_by_pieces(float *to, int32_t eights, int32_t cols)
+    /* Lane 8 q + i has piece i of lines q and q + 4; at the end, line 4 (i % 2) + q of tile i / 2. */
+    __device__ __forceinline__ void group_by_pieces(float *to, int32_t eights, int32_t cols, bool two)
     {
         float acc[8] = {0, 0, 0, 0, 0, 0, 0, 0};
         const int32_t own = warp * G::UNIT + lane % LANES * G::PIECE;
@@ -739,11 +774,11 @@ template <typename W> struct worker : crew<W> {
             if (e < eights) {
                 const float *in = m.in + warp * G::UNIT + lane % LANES * 4;
                 for (int32_t from = 0; from < cols; from += WARPS * G::UNIT) {
-                    const uint32_t piece = r.tiles + at.tile * r.SLOT + lane / LANES * T::PITCH +
+                    const uint32_t piece = r.tiles + at.tile * r.SLOT + line_at<W>(lane / LANES) +
                                            (warp * LANES + lane % LANES) * 16;
                     barrier_wait(&r.full[at.tile], at.parity);
                     if (from + own < cols) {
-                        const uint4 w0 = load_shared(piece), w1 = load_shared(piece + 4 * T::PITCH);
+                        const uint4 w0 = load_shared(piece), w1 = load_shared(piece + line_at<W>(4));
                         const float4 lo = *reinterpret_cast<const float4 *>(in + from);
                         const float4 hi =
                             PAIRED ? *reinterpret_cast<const float4 *>(in + from + G::UNIT / 2) : lo;
@@ -754,25 +789,28 @@ template <typename W> struct worker : crew<W> {
                     at.next();
                 }
             }
-        float sum[4], two[2];
+        float sum[4], half[2];
         const bool b4 = lane & 4, b2 = lane & 2, b1 = lane & 1;
 #pragma unroll
         for (int i = 0; i < 4; i++)
             sum[i] = (b4 ? acc[i + 4] : acc[i]) + __shfl_xor_sync(0xffffffffu, b4 ? acc[i] : acc[i + 4], 4);
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            two[i] = (b2 ? sum[i + 2] : sum[i]) + __shfl_xor_sync(0xffffffffu, b2 ? sum[i] : sum[i + 2], 2);
-        to[lane % LANES * 4 + lane / LANES] =
-            (b1 ? two[1] : two[0]) + __shfl_xor_sync(0xffffffffu, b1 ? two[0] : two[1], 1);
+            half[i] = (b2 ? sum[i + 2] : sum[i]) + __shfl_xor_sync(0xffffffffu, b2 ? sum[i] : sum[i + 2], 2);
+        const int32_t i = lane % LANES, q = lane / LANES;
+        to[two ? i / 2 * LINES + 2 * q + i % 2 : 4 * i + q] =
+            (b1 ? half[1] : half[0]) + __shfl_xor_sync(0xffffffffu, b1 ? half[0] : half[1], 1);
     }
 
     template <typename F>
-    __device__ __forceinline__ void product(const struct share &s, const struct source &, F publish)
+    __device__ __forceinline__ void product(const struct share &s, const struct source &from, F publish)
     {
         this->product_by(
             s,
             [&](float *to, int32_t rows, bool begins) {
-                group_sums(to, (rows + LINES - 1) / LINES, s.cols, begins);
+                for (int32_t g = 0; g < rows; g += GROUP)
+                    group_sums(to + g, (min(rows - g, (int32_t)GROUP) + LINES - 1) / LINES, s.cols, from.w2,
+                               begins && g == 0);
             },
             [](int32_t) { return 1.0f; }, publish);
     }

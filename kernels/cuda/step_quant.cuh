@@ -1,12 +1,13 @@
 /* step.cu's products with quantised weights (kernels/quant.h): their tiles, and another arithmetic. Tensor
  * cores multiply, because ordinary instructions would bind before memory does at 4 bits.
  *
- * A warp's unit of a tile is 128 bytes of each line (128 columns, of q4 256). Lane 4 g + t has the pieces of
- * 16 bytes number 2 t and 2 t + 1 of line g, which are what mma wants of it as A, given that columns may be
- * taken in any order. B has eight columns, of which a vector needs one: so column 2 k takes the high part and
- * column 2 k + 1 the low part of the input of the columns that lanes with t = k have, and both are zero
- * elsewhere. So lane 4 g + t gets the sum of its own pieces, and a group of 32 columns, which has a scale of
- * its own, is one such piece in q4, and both in q8.
+ * A warp's unit of a tile is 128 bytes of each line (128 columns, of q4 256). Two tiles are multiplied at
+ * once, rows that follow each other in the same columns: lane 4 g + t has the pieces of 16 bytes number 2 t
+ * and 2 t + 1 of one line of each. They are what mma wants of it as A, the second tile's in the place of rows
+ * g + 8, given that columns may be taken in any order. B has eight columns, of which a vector needs one: so
+ * column 2 k takes the high part and column 2 k + 1 the low part of the input of the columns that lanes with
+ * t = k have, and both are zero elsewhere. So a lane gets the sums of its own pieces, and a group of 32
+ * columns, which has a scale of its own, is one such piece in q4, and both in q8.
  *
  * Of q8 and q4 the input is an integer of 16 bits in two bytes, with a scale for each run of 128 columns, and
  * sums are exact. Of fp8 the weights become f16, exactly, and the input over its run's largest number is the
@@ -60,81 +61,81 @@ static __device__ __forceinline__ float2 f32_of_f16(uint32_t two)
     return __half22float2(*reinterpret_cast<const __half2 *>(&two));
 }
 
-/* A piece whose words are unpacked into two: word by word, with the input of its columns. */
+/* Pieces, of two tiles, whose words are unpacked into two: word by word, with the input of their columns. */
 template <typename Q, typename T>
-static __device__ __forceinline__ void add_words(T c[4], uint4 w, const uint4 (&x)[2])
+static __device__ __forceinline__ void add_words(T c[4], const uint4 (&w)[2], const uint4 (&x)[2])
 {
-    Q::add(c, w.x, x[0].x, x[0].y);
-    Q::add(c, w.y, x[0].z, x[0].w);
-    Q::add(c, w.z, x[1].x, x[1].y);
-    Q::add(c, w.w, x[1].z, x[1].w);
+    Q::add(c, w[0].x, w[1].x, x[0].x, x[0].y);
+    Q::add(c, w[0].y, w[1].y, x[0].z, x[0].w);
+    Q::add(c, w[0].z, w[1].z, x[1].x, x[1].y);
+    Q::add(c, w[0].w, w[1].w, x[1].z, x[1].w);
 }
 
 /* What differs between the formats. COLS: of a unit; GROUPS: of a unit; GROUP_BYTES: of a group's input in
- * shared memory, high part first; RATIO: bytes of weights to one of scales, 0 where a row has one; MOST: what
- * the largest number of a run of the input becomes. multiply(), then sum(): what a lane's pieces a and b of a
- * line add. They take the place of row g, and nothing that of row g + 8, so of what mma makes of them numbers
- * 0 and 1 are wanted, of high and low parts of the input. */
+ * shared memory, high part first; RATIO: bytes of weights to one of scales, 0 where a row has one; WAITS:
+ * whether a tile waits for the other, as two take little longer than one, though there may be less to wait
+ * for at the end; MOST: what the largest number of a run of the input becomes. sums(): what a lane's pieces a
+ * and b of a line of each of two tiles add, with their groups' scales; of what mma makes of them the first
+ * two numbers are of the one, of high and low parts of the input, and the others of the other. */
 struct q8 {
     static constexpr int COLS = 128, GROUPS = 4, GROUP_BYTES = 64, RATIO = 16;
+    static constexpr bool WAITS = true;
     static constexpr float MOST = 32512, UNIT_OF_CODES = 1;
-    static __device__ __forceinline__ int2 multiply(uint4 a, uint4 b, const struct unit_input &x)
+    static __device__ __forceinline__ float2 sums(const uint4 (&a)[2], const uint4 (&b)[2],
+                                                  const struct unit_input &x, const uint32_t (&scales)[2])
     {
         int c[4] = {0, 0, 0, 0}, d[4] = {0, 0, 0, 0};
-        mma_s8(c, a.x, 0, a.y, 0, x.a[0].x, x.a[0].y);
-        mma_s8(d, b.x, 0, b.y, 0, x.b[0].x, x.b[0].y);
-        mma_s8(c, a.z, 0, a.w, 0, x.a[0].z, x.a[0].w);
-        mma_s8(d, b.z, 0, b.w, 0, x.b[0].z, x.b[0].w);
-        return make_int2(c[0] + d[0], c[1] + d[1]);
-    }
-    static __device__ __forceinline__ float sum(int2 parts, uint32_t scale)
-    {
-        return joined(parts.x, parts.y) * f32_of_f16(scale).x;
+        mma_s8(c, a[0].x, a[1].x, a[0].y, a[1].y, x.a[0].x, x.a[0].y);
+        mma_s8(d, b[0].x, b[1].x, b[0].y, b[1].y, x.b[0].x, x.b[0].y);
+        mma_s8(c, a[0].z, a[1].z, a[0].w, a[1].w, x.a[0].z, x.a[0].w);
+        mma_s8(d, b[0].z, b[1].z, b[0].w, b[1].w, x.b[0].z, x.b[0].w);
+        return make_float2(joined(c[0] + d[0], c[1] + d[1]) * f32_of_f16(scales[0]).x,
+                           joined(c[2] + d[2], c[3] + d[3]) * f32_of_f16(scales[1]).x);
     }
 };
 struct fp8 {
     static constexpr int COLS = 128, GROUPS = 4, GROUP_BYTES = 128, RATIO = 0;
+    static constexpr bool WAITS = false;
     static constexpr float MOST = 1, UNIT_OF_CODES = 1;
     static __device__ __forceinline__ uint32_t low(uint32_t codes)
     {
         const __half2_raw h = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)codes, __NV_E4M3);
         return h.x | (uint32_t)h.y << 16;
     }
-    static __device__ __forceinline__ void add(float c[4], uint32_t w, uint32_t x0, uint32_t x1)
+    static __device__ __forceinline__ void add(float c[4], uint32_t v, uint32_t w, uint32_t x0, uint32_t x1)
     {
-        mma_f16(c, low(w), 0, low(w >> 16), 0, x0, x1);
+        mma_f16(c, low(v), low(w), low(v >> 16), low(w >> 16), x0, x1);
     }
-    static __device__ __forceinline__ float multiply(uint4 a, uint4 b, const struct unit_input &x)
+    static __device__ __forceinline__ float2 sums(const uint4 (&a)[2], const uint4 (&b)[2],
+                                                  const struct unit_input &x, const uint32_t (&)[2])
     {
         float c[4] = {0, 0, 0, 0}, d[4] = {0, 0, 0, 0};
         add_words<fp8>(c, a, x.a);
         add_words<fp8>(d, b, x.b);
-        return (c[0] + c[1]) + (d[0] + d[1]);
-    }
-    static __device__ __forceinline__ float sum(float all, uint32_t)
-    {
-        return all;
+        return make_float2((c[0] + c[1]) + (d[0] + d[1]), (c[2] + c[3]) + (d[2] + d[3]));
     }
 };
 struct q4 { /* a nibble in the high half of a byte is 16 times its code, as two's complement has it */
     static constexpr int COLS = 256, GROUPS = 8, GROUP_BYTES = 64, RATIO = 8;
+    static constexpr bool WAITS = true;
     static constexpr float MOST = 32512, UNIT_OF_CODES = 16;
     static constexpr uint32_t HIGH = 0xf0f0f0f0u;
-    static __device__ __forceinline__ void add(int c[4], uint32_t w, uint32_t x0, uint32_t x1)
+    static __device__ __forceinline__ void add(int c[4], uint32_t v, uint32_t w, uint32_t x0, uint32_t x1)
     {
-        mma_s8(c, w << 4 & HIGH, 0, w & HIGH, 0, x0, x1);
+        mma_s8(c, v << 4 & HIGH, w << 4 & HIGH, v & HIGH, w & HIGH, x0, x1);
     }
-    static __device__ __forceinline__ int4 multiply(uint4 a, uint4 b, const struct unit_input &x)
+    static __device__ __forceinline__ float with(uint32_t scales, int c0, int c1, int d0, int d1)
+    {
+        const float2 f = f32_of_f16(scales);
+        return fmaf(joined(c0, c1), f.x, joined(d0, d1) * f.y);
+    }
+    static __device__ __forceinline__ float2 sums(const uint4 (&a)[2], const uint4 (&b)[2],
+                                                  const struct unit_input &x, const uint32_t (&scales)[2])
     {
         int c[4] = {0, 0, 0, 0}, d[4] = {0, 0, 0, 0};
         add_words<q4>(c, a, x.a);
         add_words<q4>(d, b, x.b);
-        return make_int4(c[0], c[1], d[0], d[1]);
-    }
-    static __device__ __forceinline__ float sum(int4 parts, uint32_t scales)
-    {
-        const float2 f = f32_of_f16(scales);
-        return fmaf(joined(parts.x, parts.y), f.x, joined(parts.z, parts.w) * f.y);
+        return make_float2(with(scales[0], c[0], c[1], d[0], d[1]), with(scales[1], c[2], c[3], d[2], d[3]));
     }
 };
 
@@ -142,7 +143,7 @@ struct q4 { /* a nibble in the high half of a byte is 16 times its code, as two'
 template <typename Q> struct quant {
 };
 template <typename Q> struct team<quant<Q>> {
-    static constexpr int WARPS = 8, COPIES = 1;
+    static constexpr int WARPS = 8;
 };
 template <typename Q> struct paired<quant<Q>> {
     static constexpr bool value = true;
@@ -163,16 +164,24 @@ template <typename Q> struct embedding<quant<Q>> {
     {
         return scale * ((float)codes[c] * __half2float(scales[c / LTN_GROUP]));
     }
+    /* Columns c to c + 3, c a multiple of 4. */
+    __device__ float4 four(int32_t c) const
+    {
+        const char4 v = __ldg(reinterpret_cast<const char4 *>(codes + c));
+        const float with = __half2float(__ldg(scales + c / LTN_GROUP));
+        return make_float4(scale * ((float)v.x * with), scale * ((float)v.y * with),
+                           scale * ((float)v.z * with), scale * ((float)v.w * with));
+    }
 };
 
-/* Eight lanes, which read 16 bytes each at once, have every other piece of two lines: PITCH puts these into
- * different banks. */
+/* Eight lanes, which read 16 bytes each at once, have every other piece of two lines, one of either half: GAP
+ * puts these into different banks. */
 template <typename Q> struct tile<quant<Q>> {
-    static constexpr int PITCH = LINE_BYTES + 16, RATIO = Q::RATIO;
+    static constexpr int GAP = 16, ABREAST = 2, RATIO = Q::RATIO;
     static constexpr bool FOLDS = true;
     static __host__ __device__ __forceinline__ int32_t row_bytes(int32_t cols)
     {
-        return cols / Q::COLS * UNIT_BYTES;
+        return (uint32_t)cols / Q::COLS * UNIT_BYTES;
     }
 };
 template <typename Q> struct outer<quant<Q>> {
@@ -180,21 +189,21 @@ template <typename Q> struct outer<quant<Q>> {
 };
 
 template <typename Q> struct ring<quant<Q>> {
-    static constexpr int TILES = Q::RATIO ? 10 : 9, SLOT = LINES * tile<quant<Q>>::PITCH,
+    static constexpr int TILES = Q::RATIO ? 10 : 9, SLOT = LINES * LINE_BYTES + tile<quant<Q>>::GAP,
                          CONSUMERS = team<quant<Q>>::WARPS;
-    static constexpr int BLOCK = LINES * LINE_BYTES / (Q::RATIO == q4::RATIO ? q4::RATIO : q8::RATIO);
-    /* When the first tile of some rows enters the ring, TILES - 1 tiles may be in it. If a row takes `chunks`
-     * tiles at most, at least blocks - 3 chunks + 2 others are used before the same blocks are again: up to
-     * chunks - 1 stay unused at the end, and both the old and the new blocks may reach chunks - 1 beyond
-     * those they share. */
-    static __host__ int32_t blocks(const struct step_args &a)
+    static constexpr int BLOCK = LINES * LINE_BYTES / (Q::RATIO == q4::RATIO ? q4::RATIO : q8::RATIO) + 32;
+    /* Of blocks there are as many as the streamer never waits for, if there is room, and at least so many
+     * that tiles abreast have theirs wherever the first are; at most one for each of its lanes. */
+    static __host__ int32_t blocks(const struct step_args &a, size_t room)
     {
         const int32_t chunks[] = {cut_of<quant<Q>>(a.D).chunks, cut_of<quant<Q>>(a.H).chunks,
                                   cut_of<quant<Q>>(a.G).chunks, cut_of<quant<q8>>(a.D).chunks};
         int32_t most = 0;
         for (int i = Q::RATIO ? 0 : 3; i < 4; i++)
             most = chunks[i] > most ? chunks[i] : most;
-        return TILES - 1 + 3 * most - 2;
+        const int32_t enough = 4 * (most + 1) < STREAMER ? 4 * (most + 1) : STREAMER;
+        const int32_t fit = (int32_t)(room / BLOCK) < enough ? (int32_t)(room / BLOCK) : enough;
+        return fit < 3 * most ? 0 : fit;
     }
 };
 
@@ -207,7 +216,7 @@ template <typename Q> struct unit_of {
 };
 template <typename Q> static __host__ __device__ __forceinline__ int32_t input_bytes(int32_t cols)
 {
-    return cols / Q::COLS * unit_of<Q>::INPUT;
+    return (cols / Q::COLS + LINE_UNITS - 1) / LINE_UNITS * LINE_UNITS * unit_of<Q>::INPUT;
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -229,10 +238,14 @@ template <typename Q> static __device__ __forceinline__ uint32_t load_scales(uin
 template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
     using crew<quant<Q>>::m, crew<quant<Q>>::r, crew<quant<Q>>::at, crew<quant<Q>>::lane,
         crew<quant<Q>>::warp, crew<quant<Q>>::squares;
-    using crew<quant<Q>>::release;
-    using crew<quant<Q>>::crew;
     static constexpr int WARPS = team<quant<Q>>::WARPS,
                          UNITS = LINE_UNITS / WARPS; /* of a line, for a warp */
+    struct unit_input x[UNITS];
+
+    __device__ __forceinline__ worker(const struct room &room, const struct tile_ring<quant<Q>> &ring)
+        : crew<quant<Q>>(room, ring), x{}
+    {
+    }
 
     /* Input is taken in runs, four columns a lane, which go round the warps: this warp's number i, and how
      * many it has. */
@@ -242,7 +255,7 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
     }
     __device__ __forceinline__ int32_t runs(int32_t cols) const
     {
-        return (cols / RUN + WARPS - 1 - warp) / WARPS;
+        return ((uint32_t)cols / RUN + WARPS - 1 - warp) / WARPS;
     }
 
     /* All warps read what each has put. */
@@ -287,8 +300,9 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
         uint8_t *codes = to.codes + i * to.NEXT;
         /* As integers, floats that are not negative have the same order. */
         const float own = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-        const float most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(own)));
-        const float inverse = most > 1e-30f ? __fdividef(P::MOST, most) : 0;
+        const float most =
+            fmaxf(__uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(own))), 1e-30f);
+        const float inverse = P::MOST * reciprocal(most);
         if (lane == 0)
             *reinterpret_cast<float *>(to.scale + i * to.NEXT) = most * (1 / (P::MOST * P::UNIT_OF_CODES));
         if (P::RATIO == 0) {
@@ -374,10 +388,14 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
     {
         struct target<Q> to(m.in, warp, lane);
         squares = 0;
+        const int32_t n = runs(cols);
+        float4 next = make_float4(0, 0, 0, 0); /* asked for ahead */
+        if (n > 0)
+            next = row.four(column(0));
 #pragma unroll 1
-        for (int32_t i = 0; i < runs(cols); i++, to.skip(1)) {
-            const int32_t c = column(i);
-            const float4 v = make_float4(row(c), row(c + 1), row(c + 2), row(c + 3));
+        for (int32_t i = 0; i < n; i++, to.skip(1)) {
+            const float4 v = next;
+            next = row.four(column(min(i + 1, n - 1)));
             square(v);
             put(to, 0, v);
         }
@@ -389,6 +407,7 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
         struct cut cut;
         uint32_t pieces;       /* of line g of a tile */
         int32_t scales;        /* of line g, in the block of the tile's rows */
+        int32_t to;            /* the first row of line g of a tile, of its rows */
         int32_t sub;           /* which of a line's rows this warp has */
         int32_t unit, n_units; /* the first of a row that this warp has, and how many there are in all */
         const uint8_t *x, *x_scale;
@@ -400,14 +419,15 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
         view.cut = cut_of<quant<P>>(s.cols);
         view.two = two, view.own = t == g / 2;
         const int32_t fold = view.cut.fold;
-        view.unit = place & ((LINE_UNITS >> fold) - 1), view.n_units = s.cols / P::COLS;
+        view.unit = place & ((LINE_UNITS >> fold) - 1), view.n_units = (uint32_t)s.cols / P::COLS;
         view.sub = place / 4 >> (2 - fold);
         static_assert(LINE_UNITS == 16 && UNITS <= 4, "a row has 16, 8 or 4 units of a line");
         /* The rows of a tile in memory: those of the second matrix after those of the first. */
-        const int32_t row = ((view.two ? g % 2 * (LINES / 2) + g / 2 : g) << fold) + view.sub;
+        const int32_t row = (line_of(g) << fold) + view.sub;
+        view.to = view.two ? (g / 2 << (fold + 1)) + g % 2 : line_of(g) << fold;
         view.scales =
             row * scale_bytes<quant<P>>(view.cut) + (view.unit * P::GROUPS + t * (P::GROUPS / 4)) * 2;
-        view.pieces = r.tiles + g * tile<quant<P>>::PITCH + place * UNIT_BYTES + t * 32;
+        view.pieces = r.tiles + line_at<quant<P>>(line_of(g)) + place * UNIT_BYTES + t * 32;
         const uint8_t *in = reinterpret_cast<const uint8_t *>(m.in) + view.unit * unit_of<P>::INPUT;
         view.x = in + g * 16; /* g is 2 t and a part, where it matters */
         view.x_scale = in + unit_of<P>::SCALES + t * unit_of<P>::RUNS / 4 * sizeof(float);
@@ -417,92 +437,134 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
         prepare_as<Q>(s, two);
     }
 
-    template <typename P>
-    __device__ __forceinline__ void load_input(struct unit_input &x, int32_t there) const
+    /* What this warp has of a line's units. */
+    template <typename P> __device__ __forceinline__ void load_inputs(int32_t there)
     {
         constexpr int NEXT = unit_of<P>::STRIDE / 16;
-        const uint4 *from = reinterpret_cast<const uint4 *>(view.x + there);
-        if (view.own) {
-            x.a[0] = from[0];
-            if (P::RATIO == q8::RATIO)
-                x.b[0] = from[NEXT];
-            else
-                x.a[1] = from[NEXT], x.b[0] = from[2 * NEXT], x.b[1] = from[3 * NEXT];
-        }
-        x.scale = *reinterpret_cast<const float *>(view.x_scale + there);
-    }
-
-    /* What this warp has of a line's units, from number `unit` of a row on. */
-    template <typename P>
-    __device__ __forceinline__ void load_inputs(struct unit_input (&x)[UNITS], int32_t unit,
-                                                int32_t there) const
-    {
 #pragma unroll
-        for (int i = 0; i < UNITS; i++) {
-            if (unit + i < view.n_units)
-                load_input<P>(x[i], there + i * unit_of<P>::INPUT);
-            else
-                x[i].scale = 0;
+        for (int i = 0; i < UNITS; i++, there += unit_of<P>::INPUT) {
+            const uint4 *from = reinterpret_cast<const uint4 *>(view.x + there);
+            if (view.own) {
+                x[i].a[0] = from[0];
+                if (P::RATIO == q8::RATIO)
+                    x[i].b[0] = from[NEXT];
+                else
+                    x[i].a[1] = from[NEXT], x[i].b[0] = from[2 * NEXT], x[i].b[1] = from[3 * NEXT];
+            }
+            x[i].scale = *reinterpret_cast<const float *>(view.x_scale + there);
         }
     }
 
-    /* This warp's sums of the rows of a group, by tiles. The first group of a product adds up squares. */
+    /* Waits for the next tile. */
+    __device__ __forceinline__ uint32_t arrived()
+    {
+        const uint32_t tile = at.tile;
+        barrier_wait(&r.full[tile], at.parity);
+        at.next();
+        return tile;
+    }
+
+    /* The scales of this lane's pieces of two tiles, whose blocks are given. Rows of scales often lie in the
+     * same banks, so rows differ in which they ask for first. */
     template <typename P>
-    __device__ __forceinline__ void group_sums(float *to, int32_t rows, struct unit_input (&x)[UNITS],
-                                               bool begins)
+    __device__ __forceinline__ void load_all_scales(uint32_t (&scales)[UNITS][2], const uint32_t (&blocks)[2])
+    {
+        static_assert(UNITS == 2, "as many units as tiles");
+        constexpr int32_t UNIT = P::GROUPS * 2;
+        const bool other_unit = lane & 4, other_tile = lane & 8;
+        const uint32_t first = (other_tile ? blocks[1] : blocks[0]) + (other_unit ? UNIT : 0);
+        const uint32_t second = (other_tile ? blocks[0] : blocks[1]) + (other_unit ? UNIT : 0);
+        const int32_t next = other_unit ? -UNIT : UNIT;
+        const uint32_t v[2][2] = {{load_scales<P>(first), load_scales<P>(second)},
+                                  {load_scales<P>(first + next), load_scales<P>(second + next)}};
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t a = other_unit ? v[1 - i][0] : v[i][0], b = other_unit ? v[1 - i][1] : v[i][1];
+            scales[i][0] = other_tile ? b : a, scales[i][1] = other_tile ? a : b;
+        }
+    }
+
+    /* This warp's sums of rows, by two tiles abreast, a bit for each; one that is not there, or is not waited
+     * for, has the other's place and adds nothing. The first rows of a product add up squares. */
+    template <typename P> __device__ __forceinline__ void sums(float *to, int32_t rows, bool begins)
     {
         const struct cut cut = view.cut;
-        const int32_t g = lane / 4, t = lane % 4, step = LINES << cut.fold;
+        const int32_t t = lane % 4, step = LINES << cut.fold;
         if (begins)
             squares = warp_sum(squares);
+        to += view.to + (t % 2) * step;
 #pragma unroll 1
-        for (; rows > 0; rows -= step) {
-            uint32_t block = P::RATIO ? at.take(r, cut.chunks) + view.scales : 0;
-            int32_t unit = view.unit, input = 0;
-            float sum = 0;
-#pragma unroll 1
-            for (int32_t k = 0; k < cut.chunks; k++) {
-                barrier_wait(&r.full[at.tile], at.parity);
-                if (unit < view.n_units) {
-                    const uint32_t piece = view.pieces + at.tile * r.SLOT;
-                    uint4 a[UNITS], b[UNITS];
-                    uint32_t scales[UNITS];
-#pragma unroll
-                    for (int i = 0; i < UNITS; i++) {
-                        a[i] = b[i] = make_uint4(0, 0, 0, 0), scales[i] = 0;
-                        if (unit + i < view.n_units) {
-                            a[i] = load_shared(piece + i * UNIT_BYTES);
-                            b[i] = load_shared(piece + i * UNIT_BYTES + 16);
-                            scales[i] = load_scales<P>(block + i * P::GROUPS * 2);
-                        }
-                    }
-                    if (cut.chunks > 1) /* else it is as before */
-                        load_inputs<P>(x, unit, input);
-#pragma unroll
-                    for (int i = 0; i < UNITS; i++)
-                        sum = fmaf(P::sum(P::multiply(a[i], b[i], x[i]), scales[i]), x[i].scale, sum);
-                }
-                release(at.tile);
-                at.next();
-                unit += LINE_UNITS, input += LINE_UNITS * unit_of<P>::INPUT;
-                block += LINE_UNITS * P::GROUPS * 2;
+        for (; rows > 0; rows -= 2 * step, to += 2 * step) {
+            const uint32_t all = rows > step ? 3 : 1;
+            uint32_t blocks[2] = {0, 0};
+            if (P::RATIO) {
+                blocks[0] = blocks[1] = at.take(r, cut.chunks) + view.scales;
+                if (all == 3)
+                    blocks[1] = at.take(r, cut.chunks) + view.scales;
             }
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            if (t < 1 << cut.fold)
-                to[view.two ? 2 * ((g / 2 << cut.fold) + t) + g % 2 : (g << cut.fold) + t] =
-                    t == view.sub ? sum : 0;
-            to += step;
+            int32_t unit = view.unit, input = 0;
+            float sum[2] = {0, 0};
+            uint32_t todo = all;
+#pragma unroll 1
+            for (int32_t k = 0; k < cut.chunks;) {
+                if (cut.chunks > 1) /* else it is as before */
+                    load_inputs<P>(input);
+                uint32_t tiles[2], now = todo;
+                tiles[0] = tiles[1] = arrived();
+                if (!P::WAITS && todo == 3 && !barrier_passed(&r.full[at.tile], at.parity))
+                    now = 1;
+                if (now == 3)
+                    tiles[1] = arrived();
+                uint4 a[UNITS][2], b[UNITS][2];
+                uint32_t scales[UNITS][2] = {};
+#pragma unroll
+                for (int i = 0; i < UNITS; i++)
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        const uint32_t piece = view.pieces + tiles[j] * r.SLOT + i * UNIT_BYTES;
+                        a[i][j] = load_shared(piece), b[i][j] = load_shared(piece + 16);
+                    }
+                if (P::RATIO)
+                    load_all_scales<P>(scales, blocks);
+#pragma unroll
+                for (int i = 0; i < UNITS; i++) {
+                    const float2 more = P::sums(a[i], b[i], x[i], scales[i]);
+                    const bool within = unit + i < view.n_units; /* what lies beyond is of other tiles */
+                    sum[0] = within && (P::WAITS || now & 1) ? fmaf(more.x, x[i].scale, sum[0]) : sum[0];
+                    sum[1] = within && (P::WAITS || now & 2) ? fmaf(more.y, x[i].scale, sum[1]) : sum[1];
+                }
+                __syncwarp();
+                if (lane == 0) {
+                    barrier_arrive(&r.empty[tiles[0]]);
+                    if (now == 3)
+                        barrier_arrive(&r.empty[tiles[1]]);
+                }
+                if (!P::WAITS)
+                    todo = todo == now ? all : todo - now;
+                if (todo == all) {
+                    k++;
+                    unit += LINE_UNITS, input += LINE_UNITS * unit_of<P>::INPUT;
+                    blocks[0] += LINE_UNITS * P::GROUPS * 2, blocks[1] += LINE_UNITS * P::GROUPS * 2;
+                }
+            }
+            const bool odd = t % 2;
+            float own = (odd ? sum[1] : sum[0]) + __shfl_xor_sync(0xffffffffu, odd ? sum[0] : sum[1], 1);
+            own += __shfl_xor_sync(0xffffffffu, own, 2);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int32_t sub = t / 2 + 2 * i;
+                if (sub < 1 << cut.fold)
+                    to[sub * (view.two ? 2 : 1)] = sub == view.sub ? own : 0;
+            }
         }
     }
 
     template <typename P, typename F>
     __device__ __forceinline__ void product_as(const struct share &s, const struct source &from, F publish)
     {
-        struct unit_input x[UNITS] = {};
-        load_inputs<P>(x, view.unit, 0);
+        load_inputs<P>(0);
         this->product_by(
-            s, [&](float *to, int32_t rows, bool begins) { group_sums<P>(to, rows, x, begins); },
+            s, [&](float *to, int32_t rows, bool begins) { sums<P>(to, rows, begins); },
             [&](int32_t i) {
                 if (P::RATIO || i >= s.n_dots)
                     return 1.0f;
