@@ -294,25 +294,32 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
         }
     };
 
-    /* The four columns of this lane in run i from there. */
-    template <typename P> __device__ __forceinline__ void put(const struct target<P> &to, int i, float4 v)
+    /* The largest number of what all lanes have. As integers, floats that are not negative have the same
+     * order. */
+    __device__ __forceinline__ float most_of(float4 v) const
+    {
+        const float own = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+        return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(own)));
+    }
+
+    /* The four columns of this lane in run i from there, if wanted; `most` of the run. */
+    template <typename P>
+    __device__ __forceinline__ void put(const struct target<P> &to, int i, float4 v, float most, bool wanted)
     {
         uint8_t *codes = to.codes + i * to.NEXT;
-        /* As integers, floats that are not negative have the same order. */
-        const float own = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-        const float most =
-            fmaxf(__uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(own))), 1e-30f);
+        most = fmaxf(most, 1e-30f);
         const float inverse = P::MOST * reciprocal(most);
-        if (lane == 0)
+        if (wanted && lane == 0)
             *reinterpret_cast<float *>(to.scale + i * to.NEXT) = most * (1 / (P::MOST * P::UNIT_OF_CODES));
         if (P::RATIO == 0) {
             v.x *= inverse, v.y *= inverse, v.z *= inverse, v.w *= inverse;
             const __half2 a = __floats2half2_rn(v.x, v.y), b = __floats2half2_rn(v.z, v.w);
             const float2 a_back = __half22float2(a), b_back = __half22float2(b);
-            *reinterpret_cast<uint2 *>(codes) = make_uint2(bits_of(a), bits_of(b));
-            *reinterpret_cast<uint2 *>(codes + 16) =
-                make_uint2(bits_of(__floats2half2_rn(v.x - a_back.x, v.y - a_back.y)),
-                           bits_of(__floats2half2_rn(v.z - b_back.x, v.w - b_back.y)));
+            const uint2 high = make_uint2(bits_of(a), bits_of(b)),
+                        low = make_uint2(bits_of(__floats2half2_rn(v.x - a_back.x, v.y - a_back.y)),
+                                         bits_of(__floats2half2_rn(v.z - b_back.x, v.w - b_back.y)));
+            if (wanted)
+                reinterpret_cast<uint2 *>(codes)[0] = high, reinterpret_cast<uint2 *>(codes)[2] = low;
         } else {
             /* The low 16 bits of 1.5 * 2^23 + 128 + n are a high byte and a low one plus 128. */
             const float one = 12583040.0f;
@@ -322,9 +329,21 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
                            w = __float_as_uint(fmaf(v.w, inverse, one));
             const uint32_t xy = __byte_perm(x, y, 0x5140),
                            zw = __byte_perm(z, w, 0x5140); /* low, then high */
-            *reinterpret_cast<uint32_t *>(codes) = __byte_perm(xy, zw, 0x7632);
-            *reinterpret_cast<uint32_t *>(codes + 16) = __byte_perm(xy, zw, 0x5410) ^ 0x80808080u;
+            const uint32_t high = __byte_perm(xy, zw, 0x7632),
+                           low = __byte_perm(xy, zw, 0x5410) ^ 0x80808080u;
+            if (wanted)
+                reinterpret_cast<uint32_t *>(codes)[0] = high, reinterpret_cast<uint32_t *>(codes)[4] = low;
         }
+    }
+
+    /* The same of runs i and i + 1, side by side, the second if wanted. */
+    template <typename P>
+    __device__ __forceinline__ void put_two(const struct target<P> &to, int i, float4 v, float4 w,
+                                            bool wanted)
+    {
+        const float most_v = most_of(v), most_w = most_of(w);
+        put(to, i, v, most_v, true);
+        put(to, i + 1, w, most_w, wanted);
     }
 
     __device__ __forceinline__ void square(float4 v)
@@ -344,13 +363,15 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
             ulonglong2 v[N];
             await_all(
                 v, [&](int i) { return words + i * NEXT; }, [&](int i) { return i < left; }, tag);
+            const auto four = [&](int i) {
+                const float2 a = values_of(v[i].x), b = values_of(v[i].y);
+                return make_float4(a.x, a.y, b.x, b.y);
+            };
 #pragma unroll
-            for (int i = 0; i < N; i++)
+            for (int i = 0; i < N; i += 2)
                 if (i < left) {
-                    const float2 a = values_of(v[i].x), b = values_of(v[i].y);
-                    const float4 f = make_float4(a.x, a.y, b.x, b.y);
-                    square(f);
-                    put(to, i, f);
+                    square(four(i)), square(four(i + 1)); /* what is not wanted is 0 */
+                    put_two(to, i, four(i), four(i + 1), i + 1 < left);
                 }
         }
         ready();
@@ -372,14 +393,15 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
             await_all(
                 v, [&](int i) { return words + i / 2 * NEXT + i % 2 * 2; },
                 [&](int i) { return i / 2 < left; }, tag);
+            float4 x[N];
 #pragma unroll
-            for (int i = 0; i < N; i++)
-                if (i < left) {
-                    const float2 a = values_of(v[2 * i].x), b = values_of(v[2 * i].y);
-                    const float2 c = values_of(v[2 * i + 1].x), d = values_of(v[2 * i + 1].y);
-                    square(make_float4(a.x, b.x, c.x, d.x));
-                    put(to, i, make_float4(a.x * a.y, b.x * b.y, c.x * c.y, d.x * d.y));
-                }
+            for (int i = 0; i < N; i++) {
+                const float2 a = values_of(v[2 * i].x), b = values_of(v[2 * i].y);
+                const float2 c = values_of(v[2 * i + 1].x), d = values_of(v[2 * i + 1].y);
+                square(make_float4(a.x, b.x, c.x, d.x));
+                x[i] = make_float4(a.x * a.y, b.x * b.y, c.x * c.y, d.x * d.y);
+            }
+            put_two(to, 0, x[0], x[1], left > 1);
         }
         ready();
     }
@@ -397,7 +419,7 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
             const float4 v = next;
             next = row.four(column(min(i + 1, n - 1)));
             square(v);
-            put(to, 0, v);
+            put(to, 0, v, most_of(v), true);
         }
         ready();
     }
