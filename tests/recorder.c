@@ -170,10 +170,9 @@ static enum ltn_status recorded(struct ltn_backend *be, struct ltn_recording **o
 
 static enum ltn_status replay(struct ltn_backend *be, struct ltn_recording *r, struct ltn_error *err)
 {
-    const int64_t steps = r->steps ? *r->steps : 0;
     replays++;
     for (int i = 0; i < r->n; i++)
-        LTN_TRY(run(be, &r->calls[i], steps, err));
+        LTN_TRY(run(be, &r->calls[i], r->steps ? *r->steps : 0, err));
     return LTN_OK;
 }
 
