@@ -258,8 +258,8 @@ struct ltn_ops {
                               struct ltn_error *err);
     /* From record to recorded, operations of this thread are noted, not run (upload, download, alloc, free,
      * reserve and sync must not be called); other threads wait. recorded ends it, also after an operation
-     * that failed. replay issues all that was noted, on the same memory, with *steps (backend memory) as it
-     * then stands added to every position. */
+     * that failed. replay issues all that was noted, on the same memory, with *steps (backend memory), as it
+     * stands when an operation runs, added to every position of it. */
     enum ltn_status (*record)(struct ltn_backend *be, const int64_t *steps, struct ltn_error *err);
     enum ltn_status (*recorded)(struct ltn_backend *be, struct ltn_recording **out, struct ltn_error *err);
     enum ltn_status (*replay)(struct ltn_backend *be, struct ltn_recording *recording, struct ltn_error *err);

@@ -533,7 +533,8 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
                     load_inputs<P>(input);
                 uint32_t tiles[2], now = todo;
                 tiles[0] = tiles[1] = arrived();
-                if (!P::WAITS && todo == 3 && !barrier_passed(&r.full[at.tile], at.parity))
+                if (!P::WAITS && todo == 3 && /* of one mind, whatever the lanes saw */
+                    !__all_sync(0xffffffffu, barrier_passed(&r.full[at.tile], at.parity)))
                     now = 1;
                 if (now == 3)
                     tiles[1] = arrived();
