@@ -34,6 +34,7 @@
  * are apart. So a loop goes over the products of a layer, and their code has to be short.
  *
  * The launch before may still run when blocks begin: weights are fetched at once, all else waits for it. */
+#include "kernels/cuda/step_plain.cuh"
 #include "kernels/cuda/step_quant.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -409,7 +410,10 @@ static enum ltn_status run(struct cuda_backend *be, struct step_args *a, struct 
     const size_t others =
         ring_bytes<W>(0) + sizeof(struct share) * (HEAD + 1) +
         ((size_t)a->max_input + 2 * WARPS * PASS + 2 * WARPS * COLS + 2 * WARPS) * sizeof(float);
-    if (others > be->max_shared || !(a->blocks = ring<W>::blocks(*a, be->max_shared - others)))
+    if (others > be->max_shared)
+        return LTN_ERR_UNSUPPORTED;
+    a->blocks = ring<W>::blocks(*a, be->max_shared - others);
+    if (a->blocks < 0)
         return LTN_ERR_UNSUPPORTED;
     const size_t shared = others + (size_t)a->blocks * ring<W>::BLOCK;
     cudaLaunchAttribute attributes[2] = {};

@@ -203,7 +203,7 @@ template <typename Q> struct ring<quant<Q>> {
             most = chunks[i] > most ? chunks[i] : most;
         const int32_t enough = 4 * (most + 1) < STREAMER ? 4 * (most + 1) : STREAMER;
         const int32_t fit = (int32_t)(room / BLOCK) < enough ? (int32_t)(room / BLOCK) : enough;
-        return fit < 3 * most ? 0 : fit;
+        return fit < 3 * most ? -1 : fit;
     }
 };
 
@@ -240,7 +240,7 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
         crew<quant<Q>>::warp, crew<quant<Q>>::squares;
     static constexpr int WARPS = team<quant<Q>>::WARPS,
                          UNITS = LINE_UNITS / WARPS; /* of a line, for a warp */
-    struct unit_input x[UNITS];
+    struct unit_input x[UNITS]; /* zero where B is, which is the same lanes in every product */
 
     __device__ __forceinline__ worker(const struct room &room, const struct tile_ring<quant<Q>> &ring)
         : crew<quant<Q>>(room, ring), x{}
@@ -281,7 +281,7 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
             scale = in + unit_of<P>::SCALES + warp % RUNS * sizeof(float);
             if (P::RATIO == 0) {
                 codes = in + c / 8 * STRIDE + group * 32 + c % 8 * 2;
-            } else if (P::RATIO == q4::RATIO) { /* as q4's multiply() has columns */
+            } else if (P::RATIO == q4::RATIO) { /* as q4's sums() has columns */
                 const int32_t to = c / 4 % 4 * 8 + c / 16 * 4;
                 codes = in + (group % 2 * 2 + to / 16) * STRIDE + group / 2 * 32 + to % 16;
             } else {
@@ -427,9 +427,9 @@ template <typename Q> struct worker<quant<Q>> : crew<quant<Q>> {
     /* Where this lane finds what it has of a product's tiles. */
     struct view {
         struct cut cut;
-        uint32_t pieces;       /* of line g of a tile */
-        int32_t scales;        /* of line g, in the block of the tile's rows */
-        int32_t to;            /* the first row of line g of a tile, of its rows */
+        uint32_t pieces;       /* of its line of a tile */
+        int32_t scales;        /* of its line, in the block of the tile's rows */
+        int32_t to;            /* the first row of its line, of the tile's rows */
         int32_t sub;           /* which of a line's rows this warp has */
         int32_t unit, n_units; /* the first of a row that this warp has, and how many there are in all */
         const uint8_t *x, *x_scale;
