@@ -12,9 +12,9 @@ table alone, between the lines <!-- quant.json --> and <!-- end -->.
 
 Rows of scores: {model, dtype, calibrated, bytes (the file), text, tokens, ppl, ppl_stderr, reference_ppl,
 bits_per_byte, kl_mean, kl_stderr, kl_median, kl_p99, top1, largest_logit_difference, device, date, commit}; the KL
-divergence in nats. Of speeds: {model ("random SHAPE"), dtype, device, threads (0: not a CPU), bytes (of the weights
-that a token reads), state_bytes, tok_s (the median), gbps, share (of read_gbps), read_gbps, samples, date, commit,
-command}. The head is that of the last run on a GPU.
+divergence in nats. Of speeds: {model ("random SHAPE"), dtype, device (of a CPU, and how it is used), threads (0: not a
+CPU), bytes (of the weights that a token reads), state_bytes, tok_s (the median), gbps, share (of read_gbps), read_gbps,
+samples, date, commit, command}. The head is that of the last run on a GPU.
 """
 import argparse
 import datetime
@@ -61,9 +61,10 @@ def score_row(path, model, args):
 
 def speed_rows(path):
     b = load(path, "rows")
+    device = "%s (%s)" % (b["device"], b["backend"]) if b["threads"] else b["device"]
     for r in b["rows"]:
         if r["batch"] == 1 and r["position"] == 0:
-            yield {"model": "random " + r["model"], "dtype": r["dtype"], "device": b["device"],
+            yield {"model": "random " + r["model"], "dtype": r["dtype"], "device": device,
                    "threads": b["threads"], "bytes": r["weight_bytes"], "state_bytes": r["state_bytes"],
                    "tok_s": short(r["tok_s"]), "gbps": short(r["gbps"]), "share": short(r["share"]),
                    "read_gbps": short(b["read_gbps"]), "samples": [short(x) for x in r["samples"]],
